@@ -1,0 +1,53 @@
+# A machine with Python 3.11 to 3.13, make and a package index is all that is needed.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# $(call install,WHAT): by uv where it can be had (half a minute), else by pip (about three minutes). torch and
+# torchvision come in one command, so that they fit each other.
+define install
+	@echo "setting up $(VENV): torch alone is about 3 GB, once"
+	@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e $(1); \
+	else $(BIN)/python -m pip install --quiet -c constraints.txt -e $(1); fi
+endef
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, this is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv || echo "no uv to be had: going on with pip"
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,'.[dev]')
+	@touch $(VENV)/.core $@
+
+install: $(VENV)/.core ## set up the virtual environment .venv
+
+demo: $(VENV)/.core ## train ProPos on the embedded digits and show the clusters (about two minutes)
+	$(BIN)/deepclust train
+
+test: $(VENV)/.dev lint ## lint, then every test but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+
+test-all: $(VENV)/.dev lint ## every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## rewrite the code in the common style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

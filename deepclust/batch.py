@@ -1,0 +1,62 @@
+"""What travels from the loader to a method."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deepclust.randomness import generator, seed_of
+
+
+@dataclass
+class Draws:
+    """The random numbers that belong to one batch, the same on any number of processes.
+
+    Draws are made for the whole global batch of `total` rows; a process keeps those from `first` on that are its own.
+    """
+
+    key: tuple[int | str, ...]  # (seed, epoch, number of the batch in the epoch)
+    first: int
+    total: int
+
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator for one purpose, alike on every process."""
+        return generator(*self.key, purpose, device=device)
+
+    def seed(self, *purpose: int | str) -> int:
+        """A seed for what draws from torch's global stream, as dropout does."""
+        return seed_of(*self.key, *purpose)
+
+    def rows(self, size: int) -> slice:
+        """The `size` rows of the global batch that this process holds."""
+        return slice(self.first, self.first + size)
+
+    def normal_like(self, values: Tensor, purpose: str) -> Tensor:
+        """Standard normal values of the shape, device and dtype of `values` (N, ...)."""
+        shape = (self.total, *values.shape[1:])
+        drawn = torch.randn(shape, generator=self.generator(purpose, values.device), device=values.device)
+        return drawn[self.rows(len(values))].to(values.dtype)
+
+
+@dataclass
+class ImageBatch:
+    """A batch as it leaves the loader: raw images, before the views are made."""
+
+    images: Tensor  # (N, channels, H, W) uint8
+    indices: Tensor  # (N,) int64, positions in the fit set; beyond it for extra images
+    draws: Draws
+    extra: bool  # images that only help the representation: they belong to no cluster
+
+
+@dataclass
+class TrainBatch:
+    """A batch as a method sees it. There are no labels in it, and there is no way to them from here."""
+
+    views: tuple[Tensor, ...]  # V views (N, channels, h, w) or vectors (N, D); floats
+    indices: Tensor  # (N,) int64, positions in the fit set
+    draws: Draws
+    extra: bool = False
+
+    def replace_views(self, *views: Tensor) -> "TrainBatch":
+        """The same batch with other views."""
+        return replace(self, views=views)

@@ -1,0 +1,19 @@
+"""The one exception for what a user can mend."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the command line prints it as one line and exits with 2.
+
+    Raised at the boundary (configuration, files, first batch), wherever the text can say what to do about it.
+    """
+
+    def __init__(self, what: str, *, expected: str, do: str) -> None:
+        super().__init__(f"{what}; expected {expected}; {do}")
+        self.what, self.expected, self.do = what, expected, do
+
+    def __reduce__(self) -> tuple:  # keyword-only arguments would be lost on the way between processes
+        return _restore, (self.what, self.expected, self.do)
+
+
+def _restore(what: str, expected: str, do: str) -> InputError:
+    return InputError(what, expected=expected, do=do)
