@@ -1,0 +1,69 @@
+"""Batches of an epoch: every image once, whatever does not fill a batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepclust.datasets.datamodule import ImageDataModule
+from deepclust.datasets.source import ArraySource
+from deepclust.views.geometry import Resize
+from deepclust.views.multiview import MultiView
+
+
+def make(images, batch_size, *, drop_last, extra=0):
+    def source(number):
+        return ArraySource([np.zeros((number, 2, 2, 1), dtype=np.uint8)], 1)
+
+    views = MultiView(pipelines={"clean": [Resize(size=2)]}, names=["clean"], mean=None, std=None)
+    return ImageDataModule(
+        fit=source(images),
+        extra=source(extra) if extra else None,
+        views=views,
+        batch_size=batch_size,
+        clean_batch_size=4,
+        drop_last=drop_last,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [(48, [16, 16, 16]), (34, [16, 16, 2]), (33, [16, 17]), (17, [17]), (15, [15]), (1, [1])],
+)
+def test_without_drop_last_every_image_comes_once_an_epoch(images, expected):
+    data = make(images, 16, drop_last=False)
+    for epoch in range(3):
+        batches = data.epoch_indices(epoch, None)
+        assert [len(b) for b in batches] == expected and len(batches) == data.batches_per_epoch
+        assert sorted(np.concatenate(batches).tolist()) == list(range(images))
+
+
+@pytest.mark.parametrize(("images", "expected"), [(128, 1), (143, 1), (144, 2), (50_000, 391), (105_000, 821)])
+def test_a_rest_below_an_eighth_of_a_batch_makes_none(images, expected):
+    assert make(images, 128, drop_last=False).batches_per_epoch == expected
+
+
+@pytest.mark.parametrize(("images", "expected"), [(48, [16, 16, 16]), (47, [16, 16])])
+def test_drop_last_leaves_the_rest_out(images, expected):
+    assert [len(b) for b in make(images, 16, drop_last=True).epoch_indices(0, None)] == expected
+
+
+def test_extra_images_come_first_and_count_on():
+    data = make(20, 8, drop_last=False, extra=9)
+    batches = data.epoch_indices(0, None)
+    assert [len(b) for b in batches] == [9, 8, 8, 4] and data.batches_per_epoch == 4
+    assert sorted(batches[0].tolist()) == list(range(20, 29))
+
+
+def test_shares_of_a_batch_make_it_whole(monkeypatch):
+    data = make(21, 16, drop_last=False)
+    indices = data.epoch_indices(0, None)[-1]
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr("deepclust.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("deepclust.distributed.world_size", lambda: 3)
+        batch = data.read_batch(indices, 0, 1)
+        assert len(batch.images) == len(batch.indices) and batch.draws.total == 5
+        assert torch.equal(batch.indices, torch.from_numpy(indices)[batch.draws.rows(len(batch.images))])
+        shares.append(batch.indices)
+    assert torch.cat(shares).tolist() == indices.tolist() and [len(s) for s in shares] == [1, 2, 2]
