@@ -1,0 +1,342 @@
+"""k-means with greedy k-means++ seeding and restarts, by cosine or Euclidean distance.
+
+Lloyd (1982), "Least squares quantization in PCM"; Arthur and Vassilvitskii (2007), "k-means++", in its greedy form.
+The cosine form is the E-step of ProPos (arXiv 2111.11821).
+
+cosine
+    Distance 1 - cos(x, c). Centroids are plain means of unit rows; only the distance normalises them. A cluster
+    without rows becomes the zero vector, at distance exactly 1 from every row.
+euclidean
+    Distance |x - c|^2. A cluster without rows moves to the row farthest from its own centroid (the next such cluster to
+    the second farthest, ...), or stays where it was when no row is off its centroid.
+
+The inertia is the sum of the rows' distances to their own centroids. All restarts advance side by side, a chunk of rows
+at a time, yet the outcome of each is the same whichever others are run: restarts can be dealt over processes.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from deepclust.errors import InputError
+from deepclust.randomness import generator
+
+Metric = Literal["cosine", "euclidean"]
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """The best state over all iterations of one or more restarts."""
+
+    centroids: Tensor  # (K, D)
+    assignments: Tensor  # (M,) int64: the nearest of these centroids
+    inertia: float
+    iterations: int  # that its restart ran
+    restart: int
+
+
+def kmeans(
+    features: Tensor,
+    *,
+    num_clusters: int,
+    metric: Metric,
+    restarts: Sequence[int],
+    max_iterations: int,
+    tolerance: float,
+    key: Sequence[int | str],
+) -> KMeansResult:
+    """Cluster the rows of `features` (M, D) into K; return the best state over all iterations of all `restarts`.
+
+    Restart r draws from the stream (*key, "restart", r): `best_of` several calls with some of the restarts each is the
+    result of one call with all. A restart stops when the assignments repeat, or when the distances between old and new
+    centroids sum to at most `tolerance` times the mean over the D columns of their unbiased variance.
+    """
+    if not 1 <= num_clusters <= len(features):
+        raise InputError(
+            f"k-means was asked for {num_clusters} clusters of {len(features)} rows",
+            expected="at least 1 cluster and a row for each",
+            do="change the number of clusters",
+        )
+    first, uniforms = [], []
+    for restart in restarts:
+        draws = generator(*key, "restart", restart)
+        first.append(torch.randint(len(features), (), generator=draws))
+        shape = num_clusters - 1, 2 + int(math.log(num_clusters))
+        uniforms.append(torch.rand(shape, dtype=torch.float64, generator=draws))
+    with full_precision(features.device):
+        data = _Data(features, metric)
+        seeds = _seed(data, torch.stack(first), torch.stack(uniforms))
+        return best_of(_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance))
+
+
+def best_of(results: Iterable[KMeansResult]) -> KMeansResult:
+    """The result of least inertia; among equals the one of the lowest restart."""
+    return min(results, key=lambda result: (result.inertia, result.restart))
+
+
+def lloyd(
+    features: Tensor, centroids: Tensor, *, metric: Metric, max_iterations: int, tolerance: float
+) -> KMeansResult:
+    """The best state that k-means on `features` (M, D) reaches from the given `centroids` (K, D)."""
+    with full_precision(features.device):
+        data = _Data(features, metric)
+        return _lloyd(data, data.localise(centroids)[None], [0], max_iterations, tolerance)[0]
+
+
+def seed_kmeans_plus_plus(features: Tensor, first: Tensor, uniforms: Tensor, *, metric: Metric) -> Tensor:
+    """Rows of `features` (M, D) from which R restarts begin, (R, K), by greedy k-means++ with the given random numbers.
+
+    `first` (R,) is the first row of each restart. `uniforms` (R, K-1, T) in [0, 1) picks T candidates for each further
+    one, with probabilities in proportion to the distance from the nearest row chosen so far: the first row at which the
+    running sum reaches the uniform number times the total. The candidate that leaves the least total is chosen.
+    """
+    with full_precision(features.device):
+        return _seed(_Data(features, metric), first, uniforms)
+
+
+def nearest(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The nearest of `centroids` (K, D) to each row of `features` (M, D), lowest id on ties: ids and distances (M,)."""
+    with full_precision(features.device):
+        data = _Data(features, metric)
+        local = data.localise(centroids)
+        assignments = _assign(data, local[None])[0]
+        return assignments, _own_distances(data, local, assignments)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients, autocast, TF32 or bfloat16 products inside: with them, rows near a border change sides."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def require_finite(features: Tensor) -> None:
+    """Raise InputError, naming rows, unless every row of `features` (M, D) has a finite length."""
+    lengths = features.norm(dim=1, dtype=torch.promote_types(features.dtype, torch.float32))
+    bad = (~lengths.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise InputError(
+            f"NaN, infinity or overflow in {len(bad)} of {len(features)} feature rows ({named})",
+            expected="finite features",
+            do="look at the losses that led to them",
+        )
+
+
+_CONVERTED = 2**10  # rows turned into float64 at a time: they stay in a core's cache
+
+
+class _Data:
+    """Rows (M, D) as the distance wants them, unit or about their mean, with what every restart needs of them.
+
+    With the weights w and biases b of `linear`, row i has distance offset_i - slope (x_i . w_k + b_k) from centroid k.
+    """
+
+    def __init__(self, features: Tensor, metric: Metric) -> None:
+        if metric not in get_args(Metric):
+            raise InputError(f"k-means has no metric {metric!r}", expected=" or ".join(get_args(Metric)), do="name one")
+        require_finite(features)
+        self.cosine = metric == "cosine"
+        self.slope = 1.0 if self.cosine else 2.0
+        rows = features if features.dtype in (torch.float32, torch.float64) else features.float()
+        # Far from the origin |x|^2 - 2 x.c + |c|^2 would lose the digits that tell the clusters apart.
+        self.origin = rows.new_zeros(rows.shape[1]) if self.cosine else _mean(rows).to(rows)
+        self.rows = normalize(rows, dim=1) if self.cosine else rows - self.origin
+        lengths = torch.cat([chunk.double().norm(dim=1) for chunk in self.rows.split(_CONVERTED)])
+        squares = lengths.square()
+        self.lengths = lengths.to(rows)
+        self.offsets = torch.ones_like(self.lengths) if self.cosine else squares.to(rows)
+        # A unit row is one up to rounding: with its true length, identical rows have inertia zero.
+        self.total = torch.where(lengths > 0, lengths, 1).sum() if self.cosine else squares.sum()
+        spread = squares.sum() - len(rows) * _mean(self.rows).square().sum()
+        self.variance = float(spread) / (max(len(rows) - 1, 1) * rows.shape[1])
+
+    def localise(self, centroids: Tensor) -> Tensor:
+        return centroids.to(self.rows) - self.origin
+
+    def linear(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (..., K, D) and biases (..., K, 1) of centroids (..., K, D)."""
+        if self.cosine:
+            return normalize(centroids, dim=-1), torch.zeros_like(centroids[..., :1])
+        return centroids, centroids.square().sum(-1, keepdim=True) / -2
+
+    def scores(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """x.w + b of centroids (G, n, D) and one chunk of m rows after another, (G, n, m): the larger, the nearer.
+
+        Every group has a matrix product of its own, of the same shape however many groups there are.
+        """
+        weights, biases = self.linear(centroids)
+        elements = 2**19 if self.rows.device.type == "cpu" else 2**24  # what a core's cache holds; what fills a GPU
+        size = max(elements // max(centroids.shape[1:]), 256)
+        buffer = weights.new_empty(*weights.shape[:2], min(size, len(self.rows)))
+        for start in range(0, len(self.rows), size):
+            chunk = self.rows[start : start + size].T
+            out = buffer[..., : chunk.shape[1]]
+            for group in range(len(out)):
+                torch.addmm(biases[group], weights[group], chunk, out=out[group])
+            yield slice(start, start + size), out
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return torch.stack([chunk.double().sum(0) for chunk in rows.split(_CONVERTED)]).sum(0) / len(rows)
+
+
+def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
+    uniforms = uniforms.to(data.rows.device, torch.float64)
+    every = torch.arange(len(uniforms), device=data.rows.device)
+    candidates = first.to(data.rows.device)[:, None]
+    potential = data.rows.new_full((len(uniforms), len(data.rows)), math.inf)
+    chosen: list[Tensor] = []
+    while True:
+        left = potential.new_empty(*candidates.shape, len(data.rows))
+        totals = torch.zeros_like(candidates, dtype=torch.float64)
+        for part, scores in data.scores(data.rows[candidates]):
+            distances = (data.offsets[part] - data.slope * scores).clamp_(min=0)
+            left[..., part] = distances = distances.minimum(potential[:, None, part])
+            totals += distances.sum(-1)
+        best = totals.argmin(1)
+        chosen.append(candidates[every, best])
+        if len(chosen) > uniforms.shape[1]:
+            return torch.stack(chosen, 1)
+        potential = left[every, best]
+        potential[every, chosen[-1]] = 0  # not a rounding error, by which the row could be drawn again
+        sums = potential.cumsum(1, dtype=torch.float64)
+        candidates = torch.searchsorted(sums, uniforms[:, len(chosen) - 1] * sums[:, -1:])
+        candidates.clamp_(max=len(data.rows) - 1)
+
+
+def _lloyd(
+    data: _Data, centroids: Tensor, restarts: list[int], max_iterations: int, tolerance: float
+) -> list[KMeansResult]:
+    """The best state of each of R restarts that begin at centroids (R, K, D)."""
+    assignments = _assign(data, centroids)
+    sums = torch.zeros_like(centroids, dtype=torch.float64)  # of the rows of each cluster
+    _move(data, sums, torch.ones_like(assignments, dtype=torch.bool), assignments)
+    counts = _counts(assignments, centroids.shape[1])
+    best_inertia = torch.full_like(sums[:, 0, 0], math.inf)
+    best_centroids, best_assignments = centroids.clone(), assignments.clone()
+    iterations = torch.zeros_like(counts[:, 0])
+    running = torch.arange(len(restarts), device=sums.device)  # the restarts that the first dimension still holds
+    for _ in range(max_iterations):
+        old, centroids = centroids, _means(data, sums, counts, centroids, assignments)
+        renewed = _assign(data, centroids)
+        moved = renewed != assignments
+        _move(data, sums, moved, renewed, assignments)
+        assignments, counts = renewed, _counts(renewed, centroids.shape[1])
+
+        # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
+        weights, biases = data.linear(centroids.double())
+        inertia = data.total - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
+        inertia.clamp_(min=0)
+        better = inertia < best_inertia[running]
+        for best, now in (best_inertia, inertia), (best_centroids, centroids), (best_assignments, assignments):
+            best[running[better]] = now[better]
+        iterations[running] += 1
+
+        old_weights, _ = data.linear(old.double())
+        if data.cosine:
+            shift = (1 - (old_weights * weights).sum(2)).sum(1)
+        else:
+            shift = (old_weights - weights).square().sum((1, 2))
+        going = moved.any(1) & (shift > tolerance * data.variance)
+        if not going.all():
+            running, centroids, assignments = running[going], centroids[going], assignments[going]
+            sums, counts = sums[going], counts[going]
+        if len(running) == 0:
+            break
+    # Restarts that end in the same partition differ by rounding errors: as float32 they tie, and the lowest wins.
+    columns = best_inertia.float().tolist(), iterations.tolist(), restarts
+    return [KMeansResult(*best) for best in zip(best_centroids + data.origin, best_assignments, *columns, strict=True)]
+
+
+def _assign(data: _Data, centroids: Tensor) -> Tensor:
+    """The nearest of centroids (R, K, D) to each row, (R, M).
+
+    Where the products leave doubt, float64 decides, and where that leaves doubt, the lowest id is taken: assignments
+    depend neither on the shapes of the products nor on the number of threads nor on the device.
+    """
+    num_restarts, num_clusters, num_features = centroids.shape
+    weights, biases = data.linear(centroids.double())
+    longest = weights.norm(dim=2).amax(1)[:, None].to(centroids)
+    equal = 1e-12  # twice what float64 may be off by, in units of |x||w| + |w|^2; `close` is the same for the products
+    close = equal + 2 * num_features**0.5 * torch.finfo(centroids.dtype).eps
+    ids = torch.arange(num_clusters, device=centroids.device)[:, None]
+    codes = (2**23 + ids).T.to(centroids)
+    assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=centroids.device)
+    doubtful = torch.empty_like(assignments, dtype=torch.bool)
+    for part, (products,) in data.scores(centroids.flatten(0, 1)[None]):
+        scores = products.view(num_restarts, num_clusters, -1)
+        margin = close * (data.lengths[part] * longest + longest.square())
+        # Ones and zeros as numbers, times 2^23 + id: several times faster than an arg-max, and exact.
+        nearby = torch.ge(scores, (scores.amax(1) - margin)[:, None], out=torch.empty_like(scores))
+        found = (codes @ nearby)[:, 0]
+        assignments[:, part] = found - 2**23
+        doubtful[:, part] = found >= 2**24
+    for restart in doubtful.any(1).nonzero()[:, 0].tolist():
+        for rows in doubtful[restart].nonzero()[:, 0].split(_CONVERTED):
+            scores = weights[restart] @ data.rows[rows].double().T + biases[restart]
+            margin = equal * (data.lengths[rows] * longest[restart] + longest[restart].square())
+            ties = scores >= scores.amax(0) - margin
+            assignments[restart, rows] = torch.where(ties, ids, num_clusters).amin(0)
+    return assignments
+
+
+def _move(data: _Data, sums: Tensor, moved: Tensor, to: Tensor, origin: Tensor | None = None) -> None:
+    """Bring the sums (R, K, D) up to date with the rows that `moved` (R, M), from `origin` (R, M) to `to` (R, M).
+
+    In float64 a row that leaves takes away what it brought, up to a rounding error that no centroid shows.
+    """
+    flat = sums.view(-1, sums.shape[2])
+    restarts, rows = moved.nonzero(as_tuple=True)
+    places = [restarts * sums.shape[1] + ids[moved] for ids in (to, origin) if ids is not None]
+    step = _CONVERTED if sums.device.type == "cpu" else 2**16
+    for row, *place in zip(rows.split(step), *(part.split(step) for part in places), strict=True):
+        values = data.rows.index_select(0, row).double()
+        for ids, sign in zip(place, (1, -1), strict=False):
+            flat.index_add_(0, ids, values, alpha=sign)
+
+
+def _counts(assignments: Tensor, num_clusters: int) -> Tensor:
+    """Cluster sizes (R, K) of assignments (R, M)."""
+    counts = assignments.new_zeros(len(assignments), num_clusters)
+    return counts.scatter_add_(1, assignments, torch.ones_like(assignments))
+
+
+def _means(data: _Data, sums: Tensor, counts: Tensor, old: Tensor, assignments: Tensor) -> Tensor:
+    """The next centroids (R, K, D), those of empty clusters by the rule of the distance."""
+    held = (counts > 0)[..., None]
+    means = (sums / counts[..., None]).to(old).where(held, 0 if data.cosine else old)
+    if not data.cosine:
+        for restart in (~held).any(1)[:, 0].nonzero()[:, 0].tolist():
+            distances = _own_distances(data, means[restart], assignments[restart])
+            empty = (counts[restart] == 0).nonzero()[:, 0]
+            far = distances.argsort(descending=True, stable=True)[: len(empty)]
+            far = far[distances[far] > 0]
+            means[restart, empty[: len(far)]] = data.rows[far]
+    return means
+
+
+def _own_distances(data: _Data, centroids: Tensor, assignments: Tensor) -> Tensor:
+    """Distance (M,) of each row to its own of centroids (K, D), exact where the row lies on it."""
+    weights, _ = data.linear(centroids)
+    distances = []
+    for rows, own in zip(data.rows.split(_CONVERTED), assignments.split(_CONVERTED), strict=True):
+        if data.cosine:
+            distances.append((1 - (rows * weights[own]).sum(1)).clamp_(min=0))
+        else:
+            distances.append((rows - weights[own]).square().sum(1))
+    return torch.cat(distances)

@@ -1,0 +1,59 @@
+"""Exact nearest neighbours by exhaustive search, in chunks of queries."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from deepclust.clustering.kmeans import full_precision, require_finite
+from deepclust.errors import InputError
+
+
+def nearest_neighbors(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    metric: Literal["inner_product", "euclidean"],
+    exclude: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The `k` nearest `keys` (M, D) of each query (N, D), nearest first: products or distances (N, k), indices (N, k).
+
+    Of equally near keys the one of the lowest index comes first. `exclude` (N,) names a key that is left out for each
+    query, `torch.arange(M)` for the neighbours that rows have among themselves. Rows are taken as they are: normalise
+    them for the cosine.
+    """
+    if k > len(keys) - (exclude is not None):
+        raise InputError(
+            f"{k} neighbours were asked for among {len(keys)} rows",
+            expected="as many other rows at least",
+            do="ask for fewer or give more rows",
+        )
+    require_finite(queries)
+    require_finite(keys)
+    with full_precision(keys.device):
+        euclidean = metric == "euclidean"
+        # Far from the origin |q|^2 - 2 q.k + |k|^2 would lose the digits that tell the keys apart.
+        origin = keys.mean(0) if euclidean else torch.zeros_like(keys[0])
+        queries, keys = queries - origin, keys - origin
+        biases = keys.square().sum(1) / -2 if euclidean else keys.new_zeros(1)
+        elements = 2**23 if keys.device.type == "cpu" else 2**27
+        values, indices = [], []
+        step = max(elements // len(keys), 64)
+        for start in range(0, len(queries), step):
+            rows = queries[start : start + step]
+            scores = torch.addmm(biases, rows, keys.T)
+            if exclude is not None:
+                scores.scatter_(1, exclude[start : start + step, None], -torch.inf)
+            top, found = scores.topk(min(k + 1, len(keys)))
+            if top.shape[1] > k:
+                tied = top[:, k - 1] == top[:, k]  # topk takes any of equal keys
+                found[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
+            found = found[:, :k].sort(1).values
+            # One by one, equal keys have equal values, and a row has distance zero from itself.
+            others = keys[found]
+            near = (rows[:, None] - others).norm(dim=2) if euclidean else (rows[:, None] * others).sum(2)
+            near, order = near.sort(dim=1, descending=not euclidean, stable=True)
+            values.append(near)
+            indices.append(found.gather(1, order))
+        return torch.cat(values), torch.cat(indices)
