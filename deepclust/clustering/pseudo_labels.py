@@ -1,0 +1,52 @@
+"""A cluster for every image of the fit set, renewed by spherical k-means: the E-step of ProPos and DigPro."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from deepclust.clustering.restarts import dealt_kmeans
+
+
+class PseudoLabels(nn.Module):
+    """The last assignments (num_images,) and centroids (K, D) of spherical k-means; all zero before the first.
+
+    `restarts`, `max_iterations` and `tolerance` are those of `clustering.kmeans`.
+    """
+
+    assignments: Tensor
+    centroids: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_images: int,
+        num_clusters: int,
+        num_features: int,
+        restarts: int,
+        max_iterations: int,
+        tolerance: float,
+    ) -> None:
+        super().__init__()
+        self.restarts = restarts
+        self.max_iterations = max_iterations
+        self.tolerance = tolerance
+        self.register_buffer("assignments", torch.zeros(num_images, dtype=torch.int64))
+        self.register_buffer("centroids", torch.zeros(num_clusters, num_features))
+
+    def renew(self, features: Tensor, key: tuple[int | str, ...]) -> None:
+        """Cluster the features (num_images, D), which every process holds; all processes get the same."""
+        result = dealt_kmeans(
+            features,
+            num_clusters=len(self.centroids),
+            metric="cosine",
+            num_restarts=self.restarts,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+            key=key,
+        )
+        self.assignments.copy_(result.assignments)
+        self.centroids.copy_(result.centroids)
+
+    def logits(self, features: Tensor, *, temperature: float) -> Tensor:
+        """Cosines of features (N, D) with the centroids over `temperature` (N, K); the largest is a row's cluster."""
+        return normalize(features, dim=1) @ normalize(self.centroids, dim=1).T / temperature

@@ -1,0 +1,115 @@
+"""ProPos against slow versions written from its equations, and its state between steps."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepclust.batch import Draws, TrainBatch
+from deepclust.ema import decay_at
+from deepclust.losses.alignment import alignment
+from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
+from deepclust.memory import Queue
+from deepclust.optim import WarmupCosine
+
+
+def slow_scattering(q, k, labels, num_clusters, temperature):
+    """Equation by equation, cluster by cluster."""
+    present = sorted(set(labels.tolist()) - {-1})
+
+    def prototype(rows, cluster):
+        members = [
+            F.normalize(row, dim=0) for row, label in zip(rows, labels.tolist(), strict=True) if label == cluster
+        ]
+        return F.normalize(sum(members) / len(members), dim=0)
+
+    online = {c: prototype(q, c) for c in present}
+    target = {c: prototype(k, c) for c in present}
+    total = 0.0
+    for c in present:
+        own = online[c] @ target[c] / temperature
+        others = sum(math.exp(online[c] @ online[d] / temperature) for d in present if d != c)
+        absent = (num_clusters - len(present)) * math.exp(-10)
+        total += -own + math.log(math.exp(own) + others + absent)
+    return total / len(present)
+
+
+@pytest.mark.parametrize("clusters", [2, 5, 40])
+def test_scattering_is_its_equation(clusters):
+    drawn = torch.Generator().manual_seed(clusters)
+    q, k = torch.randn(2, 30, 6, generator=drawn, dtype=torch.float64)
+    labels = torch.randint(-1, clusters, (30,), generator=drawn)
+    got = prototype_scattering_loss(q, k, labels, clusters, temperature=0.5)
+    assert float(got) == pytest.approx(float(slow_scattering(q, k, labels, clusters, 0.5)), rel=1e-10)
+
+
+def test_scattering_does_not_know_names_or_lengths():
+    q, k = torch.randn(2, 20, 4, dtype=torch.float64)
+    labels = torch.arange(20) % 5
+    loss = prototype_scattering_loss(q, k, labels, 5, temperature=0.5)
+    renamed = torch.tensor([3, 0, 4, 1, 2])[labels]
+    torch.testing.assert_close(prototype_scattering_loss(q, k, renamed, 5, temperature=0.5), loss)
+    torch.testing.assert_close(prototype_scattering_loss(7 * q, k / 3, labels, 5, temperature=0.5), loss)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [-1, -1, -1], [2, 2, 2]])
+def test_scattering_of_one_or_no_cluster_is_finite(labels):
+    q = torch.zeros(3, 4).requires_grad_()  # rows without a direction
+    loss = prototype_scattering_loss(q, torch.randn(3, 4), torch.tensor(labels), 3, temperature=0.5)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(q.grad).all()
+    if labels[0] < 0:
+        assert float(loss) == 0
+
+
+def test_gradients_reach_the_online_rows_only():
+    q, k = torch.randn(12, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+    (prototype_scattering_loss(q, k, torch.arange(12) % 3, 3, temperature=0.5) + alignment(q, k)).backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None
+
+
+def test_losses_are_full_precision_under_autocast():
+    q, k = torch.randn(2, 16, 8)
+    labels = torch.arange(16) % 4
+    exact = prototype_scattering_loss(q, k, labels, 4, temperature=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prototype_scattering_loss(q, k, labels, 4, temperature=0.1), exact)
+        assert prototype_scattering_loss(q.bfloat16(), k, labels, 4, temperature=0.1).dtype == torch.float32
+
+
+def test_prototypes_of_rows_without_cluster_take_no_part():
+    rows = torch.tensor([[1.0, 0], [0, 1.0], [5.0, 0]])
+    got = batch_prototypes(rows, torch.tensor([0, -1, 0]), 2)
+    assert torch.equal(got, torch.tensor([[1.0, 0], [0, 0]]))
+
+
+def test_queue_keeps_the_newest_and_knows_empty_slots():
+    queue = Queue(size=4, num_features=1)
+    queue.push(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2, 3]))
+    assert sorted(queue.indices.tolist()) == [-1, 1, 2, 3]
+    queue.push(torch.tensor([[4.0], [5.0]]), torch.tensor([4, 5]))
+    assert sorted(queue.indices.tolist()) == [2, 3, 4, 5]
+    assert all(float(queue.rows[i, 0]) == queue.indices[i] for i in range(4))
+    queue.push(torch.arange(10.0).unsqueeze(1), torch.arange(10))
+    assert sorted(queue.indices.tolist()) == [6, 7, 8, 9]
+
+
+def test_noise_is_that_of_the_global_batch():
+    whole = Draws(key=(0, 1, 2), first=0, total=8).normal_like(torch.zeros(8, 3), "noise")
+    share = Draws(key=(0, 1, 2), first=5, total=8).normal_like(torch.zeros(3, 3), "noise")
+    assert torch.equal(share, whole[5:])
+    other = Draws(key=(0, 1, 3), first=0, total=8).normal_like(torch.zeros(8, 3), "noise")
+    assert not torch.equal(other, whole)
+    batch = TrainBatch((whole,), torch.arange(8), Draws(key=(0,), first=0, total=8))
+    assert not batch.extra
+
+
+def test_schedules_at_their_ends():
+    rates = WarmupCosine(warmup_epochs=50, epochs=1000, variant="fractional")
+    assert rates(117 * 50, 117) == 1.0
+    assert rates(117 * 1000, 117) == pytest.approx(0.00616, abs=1e-5)  # does not reach 0: 50 of 1000 epochs are missing
+    assert WarmupCosine(warmup_epochs=0, epochs=10, variant="stepwise")(1, 5) == 1.0
+    assert decay_at(10, 10, start=0.9, end=1.0) == 1.0
+    assert decay_at(0, 10, start=0.9, end=1.0) == pytest.approx(0.9)
+    assert decay_at(3, 10, start=0.99, end=0.99) == 0.99
