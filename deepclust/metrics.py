@@ -4,11 +4,11 @@ The counts of a batch, of a process or of the whole data set just add up, so the
 samples and processes, with more or fewer clusters than classes.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
@@ -35,27 +35,27 @@ class Contingency(Metric):
 
     def update(self, assignments: Tensor, labels: Tensor) -> None:
         """Count `assignments` (N,) in 0..K-1 against `labels` (N,) in 0..C-1, or below 0 where unknown."""
-        for name, ids, count in ("labels", labels, self.num_classes), ("assignments", assignments, self.num_clusters):
-            if len(ids) > 0 and int(ids.max()) >= count:
-                raise InputError(
-                    f"{name} go up to {int(ids.max())}",
-                    expected=f"less than {count}",
-                    do="set dataset.num_classes and dataset.num_clusters to what there is",
-                )
-        cells = torch.where(labels < 0, self.num_classes, labels) * self.num_clusters + assignments
+        strange = (labels >= self.num_classes) | (assignments < 0) | (assignments >= self.num_clusters)
+        if strange.any():
+            raise InputError(
+                f"sample {int(strange.nonzero()[0])} of a batch has label {int(labels[strange][0])} and "
+                f"cluster {int(assignments[strange][0])}",
+                expected=f"labels below {self.num_classes} and clusters from 0 to {self.num_clusters - 1}",
+                do="set dataset.num_classes and dataset.num_clusters to what there is",
+            )
+        cells = torch.where(labels < 0, self.num_classes, labels).long() * self.num_clusters + assignments
         self.table.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> dict[str, Any]:
-        table = self.table.cpu().numpy()
         return {
-            **scores_from_table(table[:-1]),
-            "mapping": mapping_from_table(table[:-1]).tolist(),
-            "sizes": table.sum(0).tolist(),
-            "num_unlabelled": int(table[-1].sum()),
+            **scores_from_table(self.table[:-1]),
+            "mapping": mapping_from_table(self.table[:-1]).tolist(),
+            "sizes": self.table.sum(0).tolist(),
+            "num_unlabelled": int(self.table[-1].sum()),
         }
 
 
-def scores_from_table(table: ArrayLike) -> dict[str, float | None]:
+def scores_from_table(table: Tensor) -> dict[str, float | None]:
     """Scores of a clustering with `table` (C, K) of counts; None for each when it counts nothing.
 
     acc     share of samples in the best one-to-one matching of clusters and classes
@@ -64,7 +64,7 @@ def scores_from_table(table: ArrayLike) -> dict[str, float | None]:
     ari     Rand index corrected for chance (Hubert and Arabie, 1985)
     ami     mutual information corrected for chance, over the mean of the two entropies (Vinh et al., 2010)
     """
-    counts = np.asarray(table, dtype=np.int64)
+    counts = table.cpu().numpy()
     total = int(counts.sum())
     if total == 0:
         return dict.fromkeys(("acc", "purity", "nmi", "ari", "ami"))
@@ -78,29 +78,28 @@ def scores_from_table(table: ArrayLike) -> dict[str, float | None]:
     }
 
 
-def mapping_from_table(table: ArrayLike) -> np.ndarray:
+def mapping_from_table(table: Tensor) -> Tensor:
     """The class of each cluster (K,) in the best one-to-one matching of `table` (C, K), -1 where it has none."""
-    counts = np.asarray(table, dtype=np.int64)
-    mapping = np.full(counts.shape[1], -1)
-    classes, clusters = linear_sum_assignment(counts, maximize=True)
-    mapping[clusters] = classes
+    classes, clusters = linear_sum_assignment(table.cpu().numpy(), maximize=True)
+    mapping = table.new_full(table.shape[1:], -1)
+    mapping[clusters.tolist()] = torch.from_numpy(classes).to(table)
     return mapping
 
 
-def cluster_health(sizes: ArrayLike) -> dict[str, float]:
+def cluster_health(sizes: Tensor) -> dict[str, float]:
     """What the cluster `sizes` (K,) tell without labels.
 
     cluster_size_entropy  entropy of the sizes over log K: 1 when all are equal, 0 when one cluster holds everything
     empty_clusters        how many clusters hold nothing
     """
-    counts = np.asarray(sizes, dtype=np.float64)
-    entropy = _entropy(counts) / np.log(len(counts)) if len(counts) > 1 else 1.0
-    return {"cluster_size_entropy": float(entropy), "empty_clusters": int((counts == 0).sum())}
+    counts = sizes.cpu().numpy()
+    entropy = _entropy(counts) / math.log(len(counts)) if len(counts) > 1 else 1.0
+    return {"cluster_size_entropy": entropy, "empty_clusters": int((counts == 0).sum())}
 
 
 def _entropy(counts: np.ndarray) -> float:
-    held = counts[counts > 0] / counts.sum()
-    return float(-(held * np.log(held)).sum())
+    shares = counts[counts > 0] / counts.sum()
+    return float((shares * np.log(1 / shares)).sum())
 
 
 def _information(counts: np.ndarray) -> tuple[float, float]:

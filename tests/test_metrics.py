@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, however the samples come."""
+"""Scores against scikit-learn and hand-worked tables, however the samples come."""
 
 from itertools import permutations
 
@@ -9,99 +9,158 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from deepclust.metrics import Contingency, cluster_health, matching, scores_from_table
+from deepclust.errors import InputError
+from deepclust.metrics import Contingency, cluster_health, mapping_from_table, scores_from_table
 from tests.test_distributed import on_processes
+
+SCORES = ("acc", "purity", "nmi", "ari", "ami")
 
 
 def fed(assignments, labels, num_clusters, num_classes, batches=1):
     metric = Contingency(num_clusters=num_clusters, num_classes=num_classes)
-    for a, b in zip(torch.as_tensor(assignments).chunk(batches), torch.as_tensor(labels).chunk(batches), strict=True):
-        metric.update(a, b)
+    assignments, labels = torch.as_tensor(assignments), torch.as_tensor(labels)
+    for batch in zip(assignments.chunk(batches), labels.chunk(batches), strict=True):
+        metric.update(*batch)
     return metric
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_scores_equal_scikit_learn(data):
-    num_clusters, num_classes = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
-    size = data.draw(st.integers(1, 60))
-    assignments = data.draw(st.lists(st.integers(0, num_clusters - 1), min_size=size, max_size=size))
-    labels = data.draw(st.lists(st.integers(-1, num_classes - 1), min_size=size, max_size=size))
-    metric = fed(assignments, labels, num_clusters, num_classes)
+@st.composite
+def samples(draw):
+    num_clusters, num_classes, size = draw(st.integers(1, 7)), draw(st.integers(1, 5)), draw(st.integers(1, 50))
+    assignments = draw(st.lists(st.integers(0, num_clusters - 1), min_size=size, max_size=size))
+    labels = draw(st.lists(st.integers(-1, num_classes - 1), min_size=size, max_size=size))
+    return assignments, labels, num_clusters, num_classes
+
+
+@settings(max_examples=80, deadline=None)
+@given(samples())
+def test_scores_equal_scikit_learn_and_brute_force(drawn):
+    assignments, labels, num_clusters, num_classes = drawn
+    found = fed(*drawn).compute()
     known = [(a, b) for a, b in zip(assignments, labels, strict=True) if b >= 0]
-    assert int(metric.unlabelled) == size - len(known)
-    scores = metric.compute()
+    assert found["num_unlabelled"] == len(labels) - len(known)
+    assert found["sizes"] == np.bincount(assignments, minlength=num_clusters).tolist()
     if not known:
-        assert all(np.isnan(value) for value in scores.values())
+        assert all(found[name] is None for name in SCORES)
         return
     a, b = map(list, zip(*known, strict=True))
-    assert scores["nmi"] == pytest.approx(reference.normalized_mutual_info_score(b, a), abs=1e-9)
-    assert scores["ari"] == pytest.approx(reference.adjusted_rand_score(b, a), abs=1e-9)
-    assert scores["ami"] == pytest.approx(reference.adjusted_mutual_info_score(b, a), abs=1e-9)
+    assert found["nmi"] == pytest.approx(reference.normalized_mutual_info_score(b, a), abs=1e-9)
+    assert found["ari"] == pytest.approx(reference.adjusted_rand_score(b, a), abs=1e-9)
+    assert found["ami"] == pytest.approx(reference.adjusted_mutual_info_score(b, a), abs=1e-9)
     slots = range(max(num_clusters, num_classes))
     best = max(sum(a_i == order[b_i] for a_i, b_i in known) for order in permutations(slots, num_classes))
-    assert scores["acc"] == pytest.approx(best / len(known))
-    assert scores["acc"] <= scores["purity"] <= 1
+    assert found["acc"] == best / len(known)
+    assert sum(found["mapping"][a_i] == b_i for a_i, b_i in known) == best
+    matched = [label for label in found["mapping"] if label >= 0]
+    assert len(set(matched)) == len(matched) == min(num_clusters, num_classes)
+    majorities = [max((b.count(label) for label in set(b)), default=0) for b in _by_cluster(known)]
+    assert found["purity"] == sum(majorities) / len(known)
 
 
-def test_hand_worked():
-    #          cluster 0  1  2
+def _by_cluster(known):
+    return [[b for a, b in known if a == cluster] for cluster in {a for a, _ in known}]
+
+
+@settings(max_examples=30, deadline=None)
+@given(samples(), st.integers(2, 5), st.randoms(use_true_random=False))
+def test_batches_and_names_of_clusters_do_not_matter(drawn, batches, random):
+    assignments, labels, num_clusters, num_classes = drawn
+    whole = fed(*drawn).compute()
+    assert fed(*drawn, batches=min(batches, len(labels))).compute() == whole
+    names = random.sample(range(num_clusters), num_clusters)
+    renamed = fed([names[a] for a in assignments], labels, num_clusters, num_classes).compute()
+    for name in SCORES:
+        assert renamed[name] is None if whole[name] is None else renamed[name] == pytest.approx(whole[name], abs=1e-12)
+
+
+def test_more_clusters_than_classes_by_hand():
     table = torch.tensor([[3, 1, 0], [0, 0, 2]])
     scores = scores_from_table(table)
-    assert scores["acc"] == 5 / 6 and scores["purity"] == 1.0
-    assert matching(table) == {0: 0, 2: 1}
+    assert scores["acc"] == 5 / 6
+    assert scores["purity"] == 1
+    assert mapping_from_table(table).tolist() == [0, -1, 1]
 
 
-@pytest.mark.parametrize("batches", [1, 2, 7])
-def test_batches_add_up(batches):
-    drawn = np.random.default_rng(0)
-    assignments, labels = drawn.integers(0, 5, 500), drawn.integers(-1, 3, 500)
-    assert fed(assignments, labels, 5, 3, batches).compute() == fed(assignments, labels, 5, 3).compute()
+def test_fewer_clusters_than_classes_by_hand():
+    table = torch.tensor([[4, 0], [2, 1], [0, 3]])
+    scores = scores_from_table(table)
+    assert scores["acc"] == 7 / 10
+    assert scores["purity"] == 7 / 10
+    assert mapping_from_table(table).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ([[6]], {"acc": 1, "purity": 1, "nmi": 1, "ari": 1, "ami": 1}),
+        ([[3, 0], [0, 4]], {"acc": 1, "purity": 1, "nmi": 1, "ari": 1, "ami": 1}),
+        ([[3, 0], [4, 0]], {"acc": 4 / 7, "purity": 4 / 7, "nmi": 0, "ari": 0, "ami": 0}),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], {"acc": 1, "purity": 1, "nmi": 1, "ari": 1, "ami": 1}),
+        ([[1, 1], [1, 1]], {"acc": 0.5, "purity": 0.5, "nmi": 0, "ari": -0.5, "ami": -0.5}),
+    ],
+    ids=["one of each", "perfect", "collapsed", "single samples", "independent"],
+)
+def test_extremes(table, expected):
+    assert scores_from_table(torch.tensor(table)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_labels_there_are_no_scores():
+    for found in (
+        fed([0, 2, 2], [-1, -1, -1], 3, 0).compute(),
+        Contingency(num_clusters=3, num_classes=2).compute(),
+    ):
+        assert all(found[name] is None for name in SCORES)
+        assert found["mapping"][2] == (-1 if found["num_unlabelled"] else found["mapping"][2])
 
 
 def test_exact_at_imagenet_size():
     drawn = np.random.default_rng(1)
-    size = 1_300_000
-    labels = drawn.integers(0, 100, size)
-    assignments = np.where(drawn.random(size) < 0.6, labels, drawn.integers(0, 100, size))
-    scores = fed(assignments, labels, 100, 100).compute()
-    assert scores["ari"] == pytest.approx(reference.adjusted_rand_score(labels, assignments), rel=1e-9)
-    assert scores["nmi"] == pytest.approx(reference.normalized_mutual_info_score(labels, assignments), rel=1e-9)
-    collapsed = fed(np.zeros(size, int), labels, 100, 100).compute()
-    assert collapsed["ari"] == 0 and collapsed["nmi"] == 0
+    labels = drawn.integers(0, 50, 1_300_000)
+    assignments = np.where(drawn.random(len(labels)) < 0.6, labels, drawn.integers(0, 60, len(labels)))
+    found = fed(assignments, labels, 60, 50, batches=3).compute()
+    assert found["ari"] == pytest.approx(reference.adjusted_rand_score(labels, assignments), rel=1e-9)
+    assert found["nmi"] == pytest.approx(reference.normalized_mutual_info_score(labels, assignments), rel=1e-9)
+    collapsed = fed(np.zeros(len(labels), int), labels, 60, 50).compute()
+    assert collapsed["ari"] == 0 and collapsed["nmi"] == 0 and collapsed["ami"] == 0
 
 
-def test_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="expected 0 to 2"):
-        fed([0, 3], [0, 0], 3, 1)
-    with pytest.raises(ValueError, match="below 1"):
-        fed([0, 1], [0, 1], 3, 1)
+def test_a_thousand_classes_and_clusters():
+    table = torch.from_numpy(np.random.default_rng(0).poisson(1.3, (1000, 1000)))
+    table += 500 * torch.eye(1000, dtype=torch.int64)
+    scores = scores_from_table(table)
+    # scikit-learn's expected mutual information is 0.3182050043 nats, found in minutes.
+    information = reference.mutual_info_score(None, None, contingency=table.numpy())
+    entropy = sum(-(p * np.log(p)).sum() for p in (table.sum(0) / table.sum(), table.sum(1) / table.sum())) / 2
+    assert scores["ami"] == pytest.approx(float((information - 0.3182050043) / (entropy - 0.3182050043)), abs=1e-9)
 
 
-def _share(rank):
-    """Rank 1 sees nothing, the others unequal shares of 0..9."""
-    metric = Contingency(num_clusters=3, num_classes=2)
-    rows = {0: torch.arange(3), 1: torch.arange(0), 2: torch.arange(3, 10)}[rank]
-    if len(rows):
-        metric.update(rows % 3, rows % 2)
+@pytest.mark.parametrize(("assignments", "labels"), [([0, 3], [0, 0]), ([0, -1], [0, 0]), ([0, 1], [0, 1])])
+def test_ids_out_of_range_are_refused(assignments, labels):
+    with pytest.raises(InputError, match="sample 1 .* labels below 1 and clusters from 0 to 2"):
+        fed(assignments, labels, 3, 1)
+
+
+def _share(rank, edges):
+    """The scores as process `rank` gets them that saw samples edges[rank] to edges[rank + 1]."""
+    rows = torch.arange(edges[rank], edges[rank + 1])
+    metric = Contingency(num_clusters=4, num_classes=3)
+    if len(rows) > 0:
+        metric.update(rows * 7 % 4, rows * 5 % 4 - 1)
     return metric.compute()
 
 
-def test_processes_add_up_with_one_that_saw_nothing(tmp_path):
+@pytest.mark.parametrize("edges", [[0, 3, 10], [0, 3, 3, 10]], ids=["2 processes", "3 processes, one without samples"])
+def test_processes_add_up(edges, tmp_path):
     rows = torch.arange(10)
-    whole = fed(rows % 3, rows % 2, 3, 2).compute()
-    assert all(got == whole for got in on_processes(_share, 3, tmp_path))
+    whole = fed(rows * 7 % 4, rows * 5 % 4 - 1, 4, 3).compute()
+    assert whole["num_unlabelled"] > 0
+    assert all(found == whole for found in on_processes(_share, len(edges) - 1, tmp_path, edges))
 
 
 def test_health():
-    assert cluster_health(torch.tensor([5, 5])) == {
-        "cluster_size_entropy": pytest.approx(1.0),
-        "empty_clusters": 0,
-        "largest_cluster": 0.5,
-    }
-    assert cluster_health(torch.tensor([10, 0, 0])) == {
-        "cluster_size_entropy": 0.0,
-        "empty_clusters": 2,
-        "largest_cluster": 1.0,
-    }
-    assert cluster_health(torch.tensor([4]))["cluster_size_entropy"] == 1.0
+    assert cluster_health(torch.tensor([5, 5])) == {"cluster_size_entropy": pytest.approx(1), "empty_clusters": 0}
+    assert cluster_health(torch.tensor([10, 0, 0])) == {"cluster_size_entropy": 0, "empty_clusters": 2}
+    assert cluster_health(torch.tensor([4])) == {"cluster_size_entropy": 1, "empty_clusters": 0}
+    assert cluster_health(torch.tensor([0, 0])) == {"cluster_size_entropy": 0, "empty_clusters": 2}
+    uneven = cluster_health(torch.tensor([8, 8, 16, 0]))["cluster_size_entropy"]
+    assert uneven == pytest.approx((0.5 * 2 + 0.5) / 2)  # in bits: two quarters and a half, over log2 of 4

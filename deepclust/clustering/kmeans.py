@@ -69,7 +69,7 @@ def kmeans(
         first.append(torch.randint(len(features), (), generator=draws))
         shape = num_clusters - 1, 2 + int(math.log(num_clusters))
         uniforms.append(torch.rand(shape, dtype=torch.float64, generator=draws))
-    with full_precision(features.device):
+    with exact_products(features.device):
         data = _Data(features, metric)
         seeds = _seed(data, torch.stack(first), torch.stack(uniforms))
         return best_of(_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance))
@@ -84,7 +84,7 @@ def lloyd(
     features: Tensor, centroids: Tensor, *, metric: Metric, max_iterations: int, tolerance: float
 ) -> KMeansResult:
     """The best state that k-means on `features` (M, D) reaches from the given `centroids` (K, D)."""
-    with full_precision(features.device):
+    with exact_products(features.device):
         data = _Data(features, metric)
         return _lloyd(data, data.localise(centroids)[None], [0], max_iterations, tolerance)[0]
 
@@ -96,13 +96,13 @@ def seed_kmeans_plus_plus(features: Tensor, first: Tensor, uniforms: Tensor, *, 
     one, with probabilities in proportion to the distance from the nearest row chosen so far: the first row at which the
     running sum reaches the uniform number times the total. The candidate that leaves the least total is chosen.
     """
-    with full_precision(features.device):
+    with exact_products(features.device):
         return _seed(_Data(features, metric), first, uniforms)
 
 
 def nearest(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor]:
     """The nearest of `centroids` (K, D) to each row of `features` (M, D), lowest id on ties: ids and distances (M,)."""
-    with full_precision(features.device):
+    with exact_products(features.device):
         data = _Data(features, metric)
         local = data.localise(centroids)
         assignments = _assign(data, local[None])[0]
@@ -110,7 +110,7 @@ def nearest(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Ten
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> Iterator[None]:
     """No gradients, autocast, TF32 or bfloat16 products inside: with them, rows near a border change sides."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

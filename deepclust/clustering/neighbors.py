@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deepclust.clustering.kmeans import full_precision, require_finite
+from deepclust.clustering.kmeans import exact_products, require_finite
 from deepclust.errors import InputError
 
 
@@ -31,7 +31,7 @@ def nearest_neighbors(
         )
     require_finite(queries)
     require_finite(keys)
-    with full_precision(keys.device):
+    with exact_products(keys.device):
         euclidean = metric == "euclidean"
         # Far from the origin |q|^2 - 2 q.k + |k|^2 would lose the digits that tell the keys apart.
         origin = keys.mean(0) if euclidean else torch.zeros_like(keys[0])

@@ -1,0 +1,68 @@
+"""Starts the processes of one run.
+
+Lightning would start the other ranks by running the command line again, `-m` and all, and each would sweep for itself
+with its own parameters. So the processes are started here, every one with the same resolved configuration, and
+Lightning finds itself inside a ready group.
+"""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deepclust.errors import InputError
+
+Work = Callable[[DictConfig, Path], dict[str, Any]]
+
+
+def run(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """`work(cfg, folder)` on as many processes as the hardware asks for; the result of rank 0."""
+    devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
+    cfg.hardware.devices = devices
+    if devices == 1 or processes_exist():
+        return work(cfg, folder)
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        start_method="spawn",
+        max_restarts=0,
+    )
+    results = elastic_launch(config, _worker)(work, OmegaConf.to_yaml(cfg), str(folder))
+    for result in results.values():
+        if isinstance(result, InputError):
+            raise result
+    return results[0]
+
+
+def processes_exist() -> bool:
+    """Whether this process is one of several that torchrun or Slurm started."""
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "TORCHELASTIC_RUN_ID" in os.environ or (slurm and not interactive)
+
+
+def count_devices(accelerator: str, devices: int | str) -> int:
+    """How many devices `hardware` means on this machine."""
+    if devices != "auto":
+        return int(devices)
+    import torch
+
+    return max(torch.cuda.device_count(), 1) if accelerator in ("auto", "gpu", "cuda") else 1
+
+
+def _worker(work: Work, config: str, folder: str) -> Any:
+    cfg = OmegaConf.create(config)
+    assert isinstance(cfg, DictConfig)
+    try:
+        return work(cfg, Path(folder))
+    except InputError as error:
+        return error  # an exception would come back as a report on the process, not as itself

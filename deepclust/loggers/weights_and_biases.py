@@ -1,0 +1,60 @@
+"""Weights & Biases, without an account and without risk for the run."""
+
+import logging
+import netrc
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+log = logging.getLogger(__name__)
+
+
+def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> WandbLogger:
+    """A logger that goes online only where a key is at hand, and offline where that fails.
+
+    WANDB_MODE decides if set; else a key, from WANDB_API_KEY or the netrc file, means online, and no key offline. An
+    offline run lies in `folder`/wandb and is sent later by `wandb sync`. A resumed run keeps its id.
+    """
+    import wandb
+
+    identity = folder / "wandb_id.txt"
+    if not identity.exists():
+        rank_zero_only(identity.write_text)(uuid.uuid4().hex[:8])
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    names = config["names"]
+    settings: dict[str, Any] = {
+        "project": project,
+        "save_dir": str(folder),
+        "id": identity.read_text() if identity.exists() else None,
+        "resume": "allow",
+        "group": folder.parent.name,
+        "tags": [names["method"], config["dataset"]["name"], names["backbone"]],
+        "config": config,
+    }
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if mode == "online":
+        try:
+            logger = WandbLogger(**settings, mode="online", settings=wandb.Settings(init_timeout=30))
+            _ = logger.experiment  # connects now, or fails now
+            return logger
+        except Exception as error:
+            log.warning("wandb could not go online (%s); this run is logged offline", str(error).splitlines()[0])
+            mode = "offline"
+    if mode == "offline":
+        log.info("wandb works offline; send the run later with: wandb sync %s", folder / "wandb" / "offline-run-*")
+    return WandbLogger(**settings, mode=mode)
+
+
+def has_key() -> bool:
+    """Whether a key for the hosted service is configured."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

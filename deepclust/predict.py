@@ -1,0 +1,102 @@
+"""`deepclust predict run=DIR images=FOLDER_OR_ARRAY output=FILE.csv`: clusters of new images with a trained run."""
+
+import csv
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.progress import track
+
+from deepclust.callbacks.evaluation import assign, assign_to_centroids
+from deepclust.config import build
+from deepclust.datasets.arrays import open_array_file
+from deepclust.datasets.files import FORMATS, read_images, scan
+from deepclust.datasets.source import ArraySource
+from deepclust.errors import InputError
+from deepclust.run_folder import load_checkpoint, load_method, pick_device
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    """Write one line an image, in order: index, cluster, confidence and, for files, path.
+
+    Files that cannot be read are listed in OUTPUT.unreadable.txt and left out.
+    """
+    checkpoint = load_checkpoint(Path(cfg.run))
+    run_cfg, method = load_method(checkpoint)
+    method.to(pick_device(cfg.accelerator))
+    multi_view = build(run_cfg.multi_view)
+    output, unreadable = Path(cfg.output), []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside, done = output.with_name(output.name + ".writing"), 0
+    with beside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        size, channels = stored_shape(run_cfg)
+        for number, (paths, images, broken) in enumerate(read(Path(cfg.images), size, channels, cfg.batch_size)):
+            if number == 0:
+                writer.writerow(["index", "cluster", "confidence", *(["path"] if paths else [])])
+            unreadable += broken
+            if len(images) == 0:
+                continue
+            clean = multi_view.clean(torch.from_numpy(images).permute(0, 3, 1, 2).to(method.device))
+            features = method.encode_all([clean], len(images))
+            own = assign(method, features) or assign_to_centroids(
+                features, checkpoint["kmeans_centroids"].to(features), checkpoint["kmeans_scale"].to(features)
+            )
+            for row, (cluster, confidence) in enumerate(zip(*(part.tolist() for part in own), strict=True)):
+                writer.writerow([done + row, cluster, f"{confidence:.6f}", *(paths[row : row + 1] if paths else [])])
+            done += len(images)
+    if not done:
+        beside.unlink()
+        raise InputError(
+            f"none of the {len(unreadable)} files in {cfg.images} can be read as an image",
+            expected=f"images ({', '.join(FORMATS)})",
+            do="name another folder with images=DIR",
+        )
+    os.replace(beside, output)
+    print(f"{done} images: {output}")
+    if unreadable:
+        listed = output.with_name(output.name + ".unreadable.txt")
+        listed.write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable))
+        print(f"{len(unreadable)} files could not be read: {listed}")
+
+
+def stored_shape(run_cfg: DictConfig) -> tuple[int, int]:
+    """Side in pixels and channels in which the run's own images are stored."""
+    source = run_cfg.dataset.source
+    return source.get("stored_size") or source.get("image_size") or run_cfg.dataset.image_size, run_cfg.dataset.channels
+
+
+def read(
+    images: Path, size: int, channels: int, batch_size: int
+) -> Iterator[tuple[list[str] | None, np.ndarray, list[tuple[str, str]]]]:
+    """Chunks of (paths, or None for an array; uint8 (n, H, W, channels); unreadable files with reasons).
+
+    Raises:
+        InputError: where there is nothing of the kind.
+    """
+    if images.suffix in (".npy", ".npz"):
+        array, _ = open_array_file(str(images))
+        source = ArraySource([array], channels)
+        for start in track(range(0, len(source), batch_size), description="predicting"):
+            rows = source.read(np.arange(start, min(start + batch_size, len(source))))
+            yield None, rows.permute(0, 2, 3, 1).numpy(), []
+        return
+    if images.is_file():
+        files = [str(images)]
+    elif images.is_dir():
+        files = [str(images / name) for name, _, _ in scan(images)[0]]
+    else:
+        raise InputError(
+            f"{images} does not exist", expected="a folder, an image file or an array", do="set images=DIR"
+        )
+    if not files:
+        raise InputError(f"{images} holds no image file", expected="images", do="name another folder with images=DIR")
+    starts = range(0, len(files), batch_size)
+    for start in track(starts, description="predicting"):
+        yield from read_images(files[start : start + batch_size], image_size=size, channels=channels)

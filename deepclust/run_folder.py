@@ -1,0 +1,159 @@
+"""What a run leaves behind, and how it is read again."""
+
+import csv
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from deepclust.config import build
+from deepclust.errors import InputError
+from deepclust.methods.base import ClusteringMethod
+
+RESULTS, CHECKPOINT, ASSIGNMENTS = "results.json", "checkpoints/last.ckpt", "assignments.csv"
+PACKAGES = (
+    "deepclust",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "scikit-learn",
+)
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """results.json, all at once: its presence means that the run is complete."""
+    beside = folder / "results.json.writing"
+    beside.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(beside, folder / RESULTS)
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """results.json of a finished run; None where there is none."""
+    path = folder / RESULTS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_assignments(
+    path: Path,
+    assignments: Tensor,
+    confidence: Tensor,
+    *,
+    labels: Any | None = None,
+    paths: list[str] | None = None,
+) -> None:
+    """One line an image: index, cluster, confidence and, where known, label and path."""
+    columns: dict[str, Any] = {
+        "index": range(len(assignments)),
+        "cluster": assignments.tolist(),
+        "confidence": [f"{c:.6f}" for c in confidence.tolist()],
+    }
+    if labels is not None:
+        columns["label"] = labels.tolist()
+    if paths is not None:
+        columns["path"] = paths
+    beside = path.with_name(path.name + ".writing")
+    with beside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    os.replace(beside, path)
+
+
+def load_checkpoint(run: Path) -> dict[str, Any]:
+    """The last checkpoint of a run folder, on the CPU.
+
+    Raises:
+        InputError: where there is none.
+    """
+    path = run / CHECKPOINT
+    if not path.exists():
+        raise InputError(f"{run} holds no {CHECKPOINT}", expected="the folder of a run", do="check run=DIR")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_method(checkpoint: dict[str, Any]) -> tuple[DictConfig, ClusteringMethod]:
+    """The configuration and the trained method, in evaluation mode, of a checkpoint."""
+    cfg = OmegaConf.create(checkpoint["config"])
+    assert isinstance(cfg, DictConfig)
+    method = build(cfg.method)
+    method.load_state_dict(checkpoint["state_dict"])
+    return cfg, method.eval()
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """The device that `accelerator` (auto, cpu, gpu) means on this machine."""
+    use_gpu = torch.cuda.is_available() if accelerator == "auto" else accelerator in ("gpu", "cuda")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that another recipe made.
+
+    Raises:
+        InputError: naming the first key that differs.
+    """
+    for group in ("backbone", "method", "dataset", "views", "seed", "batch_size"):
+        before, now = flatten(checkpoint["config"][group], group), flatten(config[group], group)
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"the checkpoint in this folder was made with {key}={before.get(key)}, this run has {now.get(key)}",
+                    expected="the same recipe when a run goes on",
+                    do=f"set {key}={before.get(key)}, or start in another folder (hydra.run.dir=DIR)",
+                )
+
+
+def flatten(node: Any, prefix: str) -> dict[str, Any]:
+    """Leaves of a nested configuration by dotted key."""
+    if isinstance(node, dict):
+        return {k: v for name, child in node.items() for k, v in flatten(child, f"{prefix}.{name}").items()}
+    return {prefix: node}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def commit() -> str | None:
+    """The commit of the source tree that runs, with `-dirty` if files differ; None outside a checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: the device's on a GPU, the process's otherwise."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

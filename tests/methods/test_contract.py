@@ -1,0 +1,124 @@
+"""What every method of conf/method keeps, without special cases; on real digits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+
+from deepclust.config import build
+from deepclust.testing import check_assignments, check_losses, make_batch
+from deepclust.train import check_dataset, make_datamodule, train
+from tests.conftest import compose_train
+
+METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+WATCHED = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluation.every_n_epochs=1"]
+
+
+def small(name: str, *overrides: str):
+    return compose_train(f"method={name}", "hardware=cpu", "trainer.max_epochs=2", *overrides)
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A function: a run of two epochs of a method, made once; gives (results, folder)."""
+    made: dict = {}
+
+    def run(name: str):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = train(small(name, *WATCHED), folder), folder
+        return made[name]
+
+    return run
+
+
+class Keep(Callback):
+    """Does nothing but remember the method, whose state can then be read when the run has ended."""
+
+    method = None
+
+    def setup(self, trainer, pl_module, stage):
+        Keep.method = pl_module
+
+
+class Stand:
+    """Stands in for the trainer where a loss is computed outside of training."""
+
+    def __init__(self, datamodule):
+        self.datamodule = datamodule
+        self.accumulate_grad_batches, self.global_step, self.log_every_n_steps = 1, 0, 1
+        self.current_epoch = 1000  # past every warm-up
+
+
+def test_builds_and_every_parameter_gets_a_gradient(name):
+    cfg = small(name)
+    images = build(cfg.dataset.source)
+    check_dataset(cfg, images)
+    method, datamodule = build(cfg.method), make_datamodule(cfg, images)
+    method._trainer = Stand(datamodule)
+    pixels = images.fit.read(np.arange(64))
+    views = datamodule.views(pixels, torch.Generator().manual_seed(0), rows=slice(0, 64), total=64)
+    method.e_step(method.encode_all([datamodule.views.clean(pixels)] * 29, 64 * 29)[: len(images.fit)], ("test",))
+    check_losses(method, make_batch(views, len(images.fit)))
+    check_assignments(method, method.encode_all([datamodule.views.clean(pixels)], 64))
+
+
+def test_crosses_two_e_steps_and_fills_the_run_folder(name, trained):
+    results, folder = trained(name)
+    for file in ("results.json", "assignments.csv", "metrics.csv", "report.html", "checkpoints/last.ckpt"):
+        assert (folder / file).stat().st_size > 0, file
+    assert results["epochs"] == 2 and results["num_images"] == 1797
+    lines = (folder / "assignments.csv").read_text().splitlines()
+    assert lines[0] == "index,cluster,confidence,label" and len(lines) == 1798
+    clusters, confidence = np.array([line.split(",")[1:3] for line in lines[1:]], float).T
+    assert clusters.min() >= 0 and clusters.max() < 10
+    assert confidence.min() >= 0 and confidence.max() <= 1
+    for rule in ("method", "kmeans"):
+        scores = results["scores"][rule]
+        assert scores is None or all(-1 <= scores[s] <= 1 for s in ("acc", "nmi", "ari"))
+
+
+def test_callbacks_and_loggers_change_nothing_that_is_learned(name, trained, tmp_path):
+    cfg = small(name, "callbacks=none", "logger=none", "+callbacks.keep._target_=tests.methods.test_contract.Keep")
+    train(cfg, tmp_path)
+    expected = state_of(trained(name)[1])
+    got = Keep.method.state_dict()
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
+def test_permuted_labels_change_nothing_that_is_learned(name, trained, tmp_path, monkeypatch):
+    from deepclust.datasets import standard
+
+    honest = standard.load_embedded_digits
+
+    def permuted(*args, **kwargs):
+        images = honest(*args, **kwargs)
+        images.labels[:] = np.random.default_rng(0).permutation(images.labels)
+        return images
+
+    monkeypatch.setattr(standard, "load_embedded_digits", permuted)
+    results = train(small(name, *WATCHED), tmp_path)
+    expected = state_of(trained(name)[1])
+    for key, value in state_of(tmp_path).items():
+        assert torch.equal(value, expected[key]), key
+    assert results["scores"] != trained(name)[0]["scores"]
+
+
+def test_checkpoint_loads_strictly_with_its_state(name, trained):
+    from deepclust.run_folder import load_checkpoint, load_method
+
+    _, folder = trained(name)
+    _, method = load_method(load_checkpoint(folder))
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, state_of(folder)[key]), key

@@ -1,0 +1,100 @@
+"""What a user can get wrong: one line, exit code 2, before hours are spent."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from deepclust import cli
+from deepclust.errors import InputError
+from deepclust.run_folder import load_checkpoint
+from tests.test_launch import deepclust
+
+CASES = {
+    "method=propso": ["propso", "propos"],
+    "trainer.max_epoch=3": ["trainer.max_epochs"],
+    "dataset=usps data_dir=/nowhere": ["/nowhere/usps", "train_images.npy"],
+    "dataset.num_clusters=2000": ["2000", "1797"],
+    "batch_size=5000": ["5000", "1797"],
+    "dataset=folder dataset.path=/nowhere dataset.num_clusters=3": ["/nowhere"],
+    "dataset=folder dataset.num_clusters=3": ["dataset.path"],
+    "method.temperature=warm": ["method.temperature"],
+    "view_names=[weak,sharp]": ["sharp"],
+}
+
+
+def refused(monkeypatch, capfd, *arguments: str) -> str:
+    """What the command line says on standard error of a command that it refuses."""
+    monkeypatch.setattr(sys, "argv", ["deepclust", *arguments])
+    assert cli.main() == 2
+    said = capfd.readouterr().err
+    assert said.startswith("deepclust: error: ") and said.count("\n") == 1, said
+    assert said.count("; ") >= 2, "what, what was expected, what to do"
+    return said
+
+
+@pytest.mark.parametrize("overrides", CASES)
+def test_one_line_and_exit_code_2(overrides, tmp_path, monkeypatch, capfd):
+    said = refused(monkeypatch, capfd, "train", *overrides.split(), f"hydra.run.dir={tmp_path}")
+    for word in CASES[overrides]:
+        assert word in said
+
+
+def test_no_readable_image(tmp_path, monkeypatch, capfd):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/broken.jpg").write_bytes(b"no image")
+    arguments = ["dataset=folder", f"dataset.path={tmp_path / 'images'}", "dataset.num_clusters=2"]
+    where = [f"data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert "images" in refused(monkeypatch, capfd, "train", *arguments, *where)
+
+
+def test_nan_stops_at_once_and_the_last_good_checkpoint_stays(run_small, monkeypatch):
+    from deepclust.methods import propos
+
+    honest, calls = propos.alignment, []
+
+    def breaks(prediction, target):
+        calls.append(1)
+        return honest(prediction, target) * (float("nan") if len(calls) == 10 else 1.0)
+
+    monkeypatch.setattr(propos, "alignment", breaks)
+    with pytest.raises(InputError, match="loss of step 10 is not a finite number"):
+        run_small("method.step_order=joint")
+    assert len(calls) == 10
+
+
+def test_after_a_nan_the_checkpoint_is_that_of_the_epoch_before(tmp_path, run_small, monkeypatch):
+    from deepclust.methods import propos
+
+    honest, calls = propos.alignment, []
+    monkeypatch.setattr(
+        propos,
+        "alignment",
+        lambda p, t: (calls.append(1), honest(p, t) / (0.0 if len(calls) == 10 else 1.0))[1],
+    )
+    with pytest.raises(InputError):
+        run_small("method.step_order=joint")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert checkpoint["global_step"] == 7
+    assert all(torch.isfinite(v).all() for v in checkpoint["state_dict"].values() if v.is_floating_point())
+
+
+def test_predict_and_evaluate_repeat_the_run(tmp_path, run_small, capsys):
+    results, folder = run_small()
+    from sklearn.datasets import load_digits
+
+    np.save(tmp_path / "digits.npy", np.rint(load_digits().images * (255 / 16)).astype(np.uint8))
+    output = tmp_path / "new/out.csv"
+    deepclust("predict", f"run={folder}", f"images={tmp_path / 'digits.npy'}", f"output={output}")
+    told, kept = (list(csv.DictReader(path.open())) for path in (output, folder / "assignments.csv"))
+    assert [(r["index"], r["cluster"]) for r in told] == [(r["index"], r["cluster"]) for r in kept]
+    assert all(abs(float(a["confidence"]) - float(b["confidence"])) < 1e-4 for a, b in zip(told, kept, strict=True))
+    done = deepclust("evaluate", f"run={folder}")
+    for rule in ("method", "kmeans"):
+        assert f'"acc": {results["scores"][rule]["acc"]}' in done.stdout
+
+
+def test_evaluate_of_no_run(tmp_path, monkeypatch, capfd):
+    assert "last.ckpt" in refused(monkeypatch, capfd, "evaluate", f"run={tmp_path}")

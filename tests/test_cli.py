@@ -1,0 +1,352 @@
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+from deepclust import __version__, cli
+from deepclust.errors import InputError
+
+SCRIPT = Path(sys.executable).with_name("deepclust")
+MEND = InputError("seed 1 is bad", expected="another seed", do="set seed=2")
+
+
+def shell(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A verb `toy` with a configuration of its own, run inside this process; returns `run(*arguments)`.
+
+    `run.jobs` has the configuration of every job that started, `run.act` is what a job does with it.
+    """
+    configs = tmp_path / "toy_configs"
+    (configs / "method").mkdir(parents=True)
+    (configs / "__init__.py").touch()
+    (configs / "toy.yaml").write_text(
+        "defaults: [_self_, method: propos, experiment: null]\n"
+        "seed: 0\n"
+        "trainer: {max_epochs: 3}\n"
+        "hydra: {run: {dir: run}, sweep: {dir: sweep, subdir: '${hydra.job.num}'}}\n"
+    )
+    (configs / "experiment").mkdir()
+    (configs / "experiment" / "paper.yaml").write_text("# @package _global_\nseed: 7\n")
+    (configs / "method" / "propos.yaml").write_text("temperature: 0.5\n")
+    (configs / "method" / "open.yaml").write_text("path: ???\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deepclust.config.CONFIGS", "toy_configs")
+    monkeypatch.setitem(cli.VERBS, "toy", "plays")
+    monkeypatch.delenv(cli.FULL_ERROR, raising=False)
+    before = logging.root.handlers[:], logging.root.level
+
+    def main(cfg):
+        run.jobs.append(cfg)
+        return run.act(cfg)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["deepclust", "toy", *arguments])
+        return cli.main()
+
+    monkeypatch.setitem(sys.modules, "deepclust.toy", types.SimpleNamespace(main=main))
+    run.jobs, run.act, run.folder = [], lambda cfg: None, tmp_path
+    yield run
+    sys.modules.pop("toy_configs", None)
+    logging.root.handlers[:], logging.root.level = before
+
+
+def fail_at(seed: int, error: BaseException):
+    def act(cfg):
+        if cfg.seed == seed:
+            raise error
+
+    return act
+
+
+# The console script
+
+
+def test_help_and_configurations_come_without_torch(tmp_path):
+    code = (
+        "import sys; from deepclust.cli import main\n"
+        "for arguments in [], ['--help'], ['--version'], ['train', '--help'], ['train', '--cfg', 'job']:\n"
+        "    sys.argv = ['deepclust', *arguments]\n"
+        "    assert main() == 0\n"
+        "    assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert all(f"  {verb} " in done.stdout for verb in cli.VERBS)
+    assert f"\ndeepclust {__version__}\n" in done.stdout and "\n  max_epochs: " in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_verb_has_a_configuration():
+    configs = Path(__file__).parents[1] / "conf"
+    assert all((configs / f"{verb}.yaml").is_file() for verb in cli.VERBS)
+
+
+def test_script_says_in_one_line_what_to_mend(tmp_path):
+    done = shell("train", "trainer.max_epoch=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "deepclust: error: there is no key or group trainer.max_epoch; expected trainer.max_epochs; "
+        "write trainer.max_epochs=3\n"
+    )
+
+
+def test_traceback_is_shown_on_demand(tmp_path):
+    done = shell("compare", "runs=nowhere", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 2 and done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1].startswith("deepclust: error: runs=nowhere")
+
+
+# Verbs
+
+
+def run_with(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["deepclust", *arguments])
+    return cli.main()
+
+
+@pytest.mark.parametrize(("word", "do"), [("trian", "write deepclust train"), ("seed=1", "write it first, ")])
+def test_unknown_verb(word, do, monkeypatch, capsys):
+    assert run_with(monkeypatch, word) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"deepclust: error: there is no verb '{word}'; expected one of train, ")
+    assert f"; {do}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "suggestions"),
+    [
+        ("deepclust to", {"toy", "train"}),
+        ("deepclust toy", {"toy", "train"}),
+        ("deepclust toy seed=1 trainer.max_ep", {"trainer.max_epochs="}),
+        ("bin/deepclust toy method=pro", {"method=propos"}),
+    ],
+)
+def test_shell_completion_knows_the_verbs(line, suggestions, toy, monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert run_with(monkeypatch, "-sc", "query=bash") == 0
+    found = set(capsys.readouterr().out.split())
+    assert suggestions <= found and (found == suggestions or found == set(cli.VERBS))
+    assert os.environ["COMP_LINE"] == line
+
+
+def test_shell_completion_is_installed_for_the_script(monkeypatch, capsys):
+    assert run_with(monkeypatch, "-sc", "install=bash") == 0
+    assert capsys.readouterr().out.endswith("-F hydra_bash_completion deepclust\n")
+
+
+# One job
+
+
+def test_job_gets_its_configuration(toy, capsys):
+    toy.act = lambda cfg: seen.append((sys.argv, os.environ.get(cli.FULL_ERROR)))
+    seen: list = []
+    argv = sys.argv
+    assert toy("seed=4", "method.temperature=1") == 0
+    assert toy.jobs == [{"seed": 4, "trainer": {"max_epochs": 3}, "method": {"temperature": 1}}]
+    assert seen == [(["deepclust toy", "seed=4", "method.temperature=1"], None)]
+    assert sys.argv[1:] == ["toy", "seed=4", "method.temperature=1"] and cli.FULL_ERROR not in os.environ
+    assert argv is not sys.argv and capsys.readouterr().err == ""
+    assert (toy.folder / "run" / "toy.log").exists()
+
+
+def test_users_error_is_one_line_and_a_file(toy, capsys):
+    def act(cfg):
+        warnings.warn("half a word", stacklevel=2)
+        raise MEND
+
+    toy.act = act
+    assert toy() == 2
+    out, err = capsys.readouterr()
+    assert err == "deepclust: error: seed 1 is bad; expected another seed; set seed=2\n"
+    assert "half a word" in out and "half a word" in (toy.folder / "run" / "toy.log").read_text()
+    assert (toy.folder / "run" / "error.txt").read_text() == "seed 1 is bad; expected another seed; set seed=2\n"
+    toy.act = lambda cfg: None
+    assert toy() == 0
+    assert not (toy.folder / "run" / "error.txt").exists()
+
+
+def test_fault_is_raised_as_it_is(toy):
+    toy.act = fail_at(0, ZeroDivisionError("by zero"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        toy()
+    assert caught.traceback[-1].name == "act"
+    assert (toy.folder / "run" / "error.txt").read_text().endswith("ZeroDivisionError: by zero\n")
+
+
+def test_interruption_is_no_error(toy, capsys):
+    toy.act = fail_at(0, KeyboardInterrupt())
+    assert toy() == 130
+    assert capsys.readouterr().err == "deepclust: interrupted\n"
+    assert not (toy.folder / "run" / "error.txt").exists()
+
+
+def test_verb_that_keeps_no_run_folder_gets_no_file(toy):
+    toy.act = fail_at(0, MEND)
+    assert toy("hydra.output_subdir=null") == 2
+    assert not (toy.folder / "run" / "error.txt").exists()
+
+
+def test_value_that_is_open_is_named_before_the_job_starts(toy, capsys):
+    assert toy("method=open") == 2
+    assert "method.path has no value" in capsys.readouterr().err
+    assert not toy.jobs
+
+
+def test_trouble_with_the_configuration_inside_a_job_is_the_users(toy, capsys):
+    toy.act = lambda cfg: cfg.trainer.max_epoch
+    assert toy() == 2
+    assert "trainer.max_epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "do"),
+    [
+        ("trainer.max_epoch=3", "there is no key or group trainer.max_epoch", "write trainer.max_epochs=3"),
+        ("trianer.max_epochs=3", "there is no key or group trianer.max_epochs", "write trainer.max_epochs=3"),
+        ("temperature=3", "there is no key or group temperature", "write method.temperature=3"),
+        ("zzz=3", "there is no key or group zzz", "leave zzz=3 out"),
+        ("~sed", "there is no key or group sed", "write ~seed"),
+        ("hydra.rn.dir=x", "there is no key or group hydra.rn.dir", "write hydra.run.dir=x"),
+        ("metod=propos", "there is no key or group metod", "write method=propos"),
+        ("method=propso", "the group method has no option 'propso'", "write method=propos"),
+        ("method=zzz", "the group method has no option 'zzz'", None),
+        ("experiment=null", "experiment=null does not name an option", None),
+        (
+            "hydra/launcher=bsic",
+            "the group hydra/launcher has no option 'bsic'",
+            "write hydra/launcher=basic",
+        ),
+        ("method@x=propos", "Could not override 'method@x'", "Did you mean to override method?"),
+        ("propos", "cannot read 'propos'", None),
+        ("seed=[1", "cannot read 'seed=[1'", None),
+        ("seed=1,2", "seed has several values", "add -m, or write seed=[1,2] for a list"),
+        ("+seed=1", "Could not append to config. An item is already at 'seed'", None),
+        ("seed=${trainer.max_epoch}", "seed refers to trainer.max_epoch, which does not exist", None),
+        ("hydra.run.dir=${nope}", "hydra.run.dir refers to nope, which does not exist", None),
+        (
+            "hydra.job.num=one",
+            "hydra.job.num: Value 'one' of type 'str' could not be converted to Integer",
+            None,
+        ),
+        (
+            "hydra.run.dir=toy_configs/toy.yaml",
+            "File exists: toy_configs/toy.yaml",
+            "choose one with hydra.run.dir=DIR",
+        ),
+        ("--config-dir=nowhere", "--config-dir nowhere is no folder", "correct the path"),
+        ("--config-name=tay", "there is no configuration 'tay'", None),
+        ("--cfg job --package trainr", "--package trainr is not in the configuration", None),
+        ("--bogus", "unrecognized arguments: --bogus", "see deepclust toy --hydra-help"),
+        (
+            "--cfg job -m",
+            "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified",
+            None,
+        ),
+        ("--resolve", "The --resolve flag can only be used in conjunction with --cfg or --help", None),
+        ("hydra.searchpath=[nowhere] sed=1", "there is no key or group sed", "write seed=1"),
+        (
+            "-m seed=1,2 method=propos,propso",
+            "the group method has no option 'propso'",
+            "write method=propos",
+        ),
+        ("-m sed=1,2", "there is no key or group sed", "write seed=1,2"),
+    ],
+)
+def test_command_line_that_does_not_compose_is_one_line(toy, capsys, arguments, what, do):
+    assert toy(*arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"deepclust: error: {what}; expected ") and err.count("\n") == 1
+    assert do is None or err.endswith(f"; {do}\n")
+    assert not toy.jobs
+
+
+def test_users_own_folder_of_configurations(toy, capsys):
+    mine = toy.folder / "mine" / "method"
+    mine.mkdir(parents=True)
+    (mine / "mine.yaml").write_text("speed: 3\n")
+    assert toy("method=mine", "--config-dir=mine") == 0
+    assert toy.jobs[0].method == {"speed": 3}
+    assert toy("method=mine", "method.sped=4", "--config-dir=mine") == 2
+    assert "write method.speed=4" in capsys.readouterr().err
+    (mine / "torn.yaml").write_text("speed: [3\n")
+    assert toy("method=torn", "--config-dir=mine") == 2
+    assert "torn.yaml" in capsys.readouterr().err
+
+
+def test_warnings_while_composing_are_not_lost(toy, capsys):
+    assert toy("hydra.searchpath=[nowhere]") == 0
+    out, err = capsys.readouterr()
+    assert "path=nowhere is not available" in out and err == ""
+    with pytest.warns(UserWarning, match="path=nowhere is not available"):  # shown on standard error otherwise
+        assert toy("hydra.searchpath=[nowhere]", "--cfg", "job") == 0
+    assert capsys.readouterr().out.startswith("seed: 0\n")
+
+
+# Several jobs
+
+
+def test_one_bad_job_does_not_stop_the_others(toy, capsys):
+    toy.act = fail_at(1, MEND)
+    assert toy("-m", "seed=0,1,2") == 2
+    assert [job.seed for job in toy.jobs] == [0, 1, 2]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "deepclust: error: job 1 (seed=1): seed 1 is bad; expected another seed; set seed=2"
+    assert last.startswith("deepclust: error: 1 of 3 jobs failed; ") and last.endswith(os.path.join("sweep", "1"))
+    assert [path.parent.name for path in (toy.folder / "sweep").glob("*/error.txt")] == ["1"]
+
+
+def test_nor_does_it_stop_the_next_batch(toy):
+    toy.act = fail_at(0, MEND)
+    assert toy("-m", "seed=0,1,2", "hydra.sweeper.max_batch_size=1") == 2
+    assert [job.seed for job in toy.jobs] == [0, 1, 2]
+
+
+def test_fault_in_a_sweep_shows_its_traceback(toy, capsys):
+    def act(cfg):
+        if cfg.seed < 2:
+            raise MEND if cfg.seed else ZeroDivisionError("by zero")
+
+    toy.act = act
+    assert toy("-m", "seed=0,1,2") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "job 0 (seed=0): ZeroDivisionError: by zero\n" in err
+    assert "2 of 3 jobs failed" in err.splitlines()[-1]
+
+
+def test_interruption_stops_a_sweep(toy):
+    toy.act = fail_at(1, KeyboardInterrupt())
+    assert toy("-m", "seed=0,1,2") == 130
+    assert len(toy.jobs) == 2
+
+
+def test_sweep_without_failures_is_silent(toy, capsys):
+    assert toy("-m", "seed=0,1") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_failure_of_a_distant_job_reaches_the_launching_process(toy, capsys, monkeypatch):
+    toy.act = fail_at(1, MEND)
+    pids = iter(range(100))
+    monkeypatch.setattr(cli.os, "getpid", lambda: next(pids))  # every job in a process of its own
+    assert toy("-m", "seed=0,1") == 2
+    assert "1 of 2 jobs failed" in capsys.readouterr().err
+    sent = pickle.loads(pickle.dumps(cli.JobFailed("job 1 (seed=1): bad", 2, "")))
+    assert sent.args == ("job 1 (seed=1): bad", 2, "")

@@ -1,0 +1,267 @@
+"""compare: made-up run folders against means and spreads worked out by hand."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from deepclust.compare import Row, Score, compare, main, published_figures, to_csv, to_markdown, to_text
+from deepclust.errors import InputError
+
+PUBLISHED = [
+    {
+        "method": "cc",
+        "protocol": "merged",
+        "backbone": "resnet34",
+        "source": "the paper",
+        "figures": {"digits": {"acc": 0.79, "nmi": 0.7, "spread": {"acc": 0.04}}, "mnist": {"acc": 0.5}},
+    }
+]
+IGNORE = ["seed", "data_dir", "logger"]
+OWN = {"acc": [0.80, 0.90, 0.85], "nmi": [0.70, 0.70, 0.70], "ari": [0.60, 0.66, 0.63]}
+
+
+def write_run(folder: Path, *, overrides: list[str] | None = None, **changed: object) -> None:
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    OmegaConf.save(OmegaConf.create(overrides or []), folder / ".hydra" / "overrides.yaml")
+    results = {
+        "format": 1,
+        "method": "cc",
+        "dataset": "digits",
+        "backbone": "conv_small",
+        "seed": 0,
+        "num_clusters": 10,
+        "epochs": 5,
+        "scores": {"method": None, "kmeans": {"acc": 0.5, "nmi": 0.5, "ari": 0.5}},
+        "timing": {"train_seconds": 60.0},
+    }
+    (folder / "results.json").write_text(json.dumps({**results, **changed}))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three seeds of cc and of propos, at different depths; one run stopped, one failed."""
+    for seed in range(3):
+        write_run(
+            tmp_path / "multirun" / "day" / str(seed),
+            overrides=["method=cc", f"seed={seed}"],
+            seed=seed,
+            scores={
+                "method": {metric: values[seed] for metric, values in OWN.items()},
+                "kmeans": {"acc": 0.4, "nmi": 0.4, "ari": 0.4},
+            },
+            timing={"train_seconds": 60.0 * (seed + 1)},
+        )
+        write_run(tmp_path / "outputs" / str(seed), overrides=["method=propos"], method="propos", seed=seed)
+    for name in ("stopped", "failed"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "config.yaml").touch()
+    (tmp_path / "failed" / "error.txt").write_text("Traceback\n  line 3\nRuntimeError: out of memory\n")
+    (tmp_path / "failed" / "status.json").write_text('{\n "status": "failed"\n}')
+    return tmp_path
+
+
+def test_means_and_spreads_are_exact(runs: Path) -> None:
+    rows = compare(runs, published=PUBLISHED, ignore=IGNORE).rows
+    assert [(row.method, row.rule, row.seeds) for row in rows] == [
+        ("cc", "method", 3),
+        ("cc", "k-means", 3),
+        ("cc", "published", None),
+        ("propos", "k-means", 3),  # it has no rule of its own, and no published figures on digits
+    ]
+    own = rows[0]
+    assert own.scores["acc"].mean == pytest.approx(0.85, abs=1e-12)
+    assert own.scores["acc"].spread == pytest.approx(0.05, abs=1e-12)  # sqrt((0.05² + 0.05² + 0²) / 2)
+    assert own.scores["nmi"].spread == pytest.approx(0, abs=1e-12)
+    assert own.scores["ari"].spread == pytest.approx(0.03, abs=1e-12)
+    assert own.minutes == pytest.approx(2)
+    assert own.best == {"acc", "nmi", "ari"} and not rows[1].best and not rows[3].best
+
+
+def test_published_figures_stand_beside_the_same_method_and_data_set(runs: Path) -> None:
+    (found,) = (r for r in compare(runs, published=PUBLISHED, ignore=IGNORE).rows if r.rule == "published")
+    assert found == Row(
+        dataset="digits",
+        method="cc",
+        backbone="resnet34",
+        num_clusters=None,
+        epochs=None,
+        settings="",
+        rule="published",
+        seeds=None,
+        scores={"acc": Score(0.79, 0.04), "nmi": Score(0.7, None)},
+        minutes=None,
+        protocol="merged",
+        source="the paper",
+    )
+
+
+def test_unfinished_runs_are_listed_with_the_reason(runs: Path) -> None:
+    write_run(runs / "newer", format=2)
+    write_run(runs / "partial")
+    (runs / "partial" / "results.json").write_text('{"format": 1, "meth')
+    write_run(runs / "older")
+    (runs / "older" / "results.json").write_text('{"format": 1, "method": "cc"}')
+    left_out = dict(compare(runs, published=[], ignore=IGNORE).left_out)
+    assert set(left_out) == {"failed", "newer", "older", "partial", "stopped"}
+    assert left_out["stopped"] == "unfinished: no results.json"
+    assert left_out["failed"] == (
+        'unfinished: no results.json; status.json: { "status": "failed" }; '
+        "error.txt: Traceback line 3 RuntimeError: out of memory"
+    )
+    assert left_out["newer"] == "results.json is not of format 1"
+    assert left_out["older"].startswith("results.json lacks dataset, backbone")
+    assert left_out["partial"].startswith("results.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        (["method.temperature=0.5"], ["", "method.temperature=0.5"]),
+        (["+experiment=long", "~callbacks.x"], ["", "experiment=long ~callbacks.x"]),
+        (["method=cc", "dataset.num_clusters=10", "trainer.max_epochs=5"], [""]),  # told by the columns
+        (["seed=4", "logger=wandb", "logger.project=a"], [""]),  # ignored
+        (["logger_name=a"], ["", "logger_name=a"]),  # not a key below logger
+    ],
+)
+def test_groups_differ_by_overrides(tmp_path: Path, overrides: list[str], settings: list[str]) -> None:
+    write_run(tmp_path / "a", overrides=["views=digits"], seed=0)
+    write_run(tmp_path / "b", overrides=["views=digits", *overrides], seed=1)
+    rows = compare(tmp_path, published=[], ignore=IGNORE).rows
+    assert [row.settings for row in rows] == settings  # views=digits is shared, so it says nothing
+    assert all(row.seeds == 3 - len(rows) for row in rows)
+
+
+@pytest.mark.parametrize("key", ["method", "dataset", "backbone", "num_clusters", "epochs"])
+def test_groups_differ_by_what_was_run(tmp_path: Path, key: str) -> None:
+    write_run(tmp_path / "a", seed=0)
+    write_run(tmp_path / "b", seed=1, **{key: 7 if key in ("num_clusters", "epochs") else "other"})
+    rows = compare(tmp_path, published=[], ignore=IGNORE).rows
+    assert [row.seeds for row in rows] == [1, 1]
+    assert all(row.scores["acc"] == Score(0.5, None) for row in rows)  # one seed has no spread
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    for day, accuracy in (("2024-01-01", 0.1), ("2024-01-02", 0.7)):
+        write_run(tmp_path / day, scores={"kmeans": {"acc": accuracy, "nmi": 0.5, "ari": 0.5}})
+    found = compare(tmp_path, published=[], ignore=IGNORE)
+    assert found.rows[0].scores["acc"] == Score(0.7, None)
+    assert found.left_out == [("2024-01-01", "seed 0 is counted from 2024-01-02")]
+
+
+def test_runs_without_labels_have_a_row_without_scores(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", scores=None)
+    write_run(tmp_path / "b", scores={"method": None, "kmeans": None}, seed=1)
+    found = compare(tmp_path, published=[], ignore=IGNORE)
+    assert [(row.seeds, row.scores) for row in found.rows] == [(2, {})]
+    assert "no scores" in to_markdown(found)
+
+
+def test_the_searched_folder_may_be_the_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    assert compare(tmp_path / "run", published=[], ignore=IGNORE).rows[0].seeds == 1
+
+
+def test_csv_parses_back(runs: Path) -> None:
+    found = compare(runs, published=PUBLISHED, ignore=IGNORE)
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert len(lines) == len(found.rows)
+    for line, row in zip(lines, found.rows, strict=True):
+        assert (line["dataset"], line["method"], line["rule"]) == (row.dataset, row.method, row.rule)
+        for metric in ("acc", "nmi", "ari"):
+            score = row.scores.get(metric)
+            assert line[metric] == ("" if score is None else str(score.mean))
+            spread = None if score is None else score.spread
+            assert line[f"{metric}_spread"] == ("" if spread is None else str(spread))
+
+
+def test_markdown_parses_back(runs: Path) -> None:
+    write_run(runs / "odd", overrides=["a='x|y'"], seed=5)
+    text = to_markdown(compare(runs, published=PUBLISHED, ignore=IGNORE))
+    table, notes = text.split("\n\n")
+    lines = [[cell.strip() for cell in line.replace(r"\|", "¦").strip("|").split("|")] for line in table.splitlines()]
+    assert len({len(line) for line in lines}) == 1
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    own = next(row for row in rows if row["Clusters by"] == "method")
+    assert (own["ACC"], own["NMI"], own["ARI"]) == ("**85.0 ± 5.0**", "**70.0 ± 0.0**", "**63.0 ± 3.0**")
+    published = next(row for row in rows if row["Clusters by"] == "published, merged [1]")
+    assert (published["ACC"], published["NMI"], published["ARI"]) == ("79.0 ± 4.0", "70.0", "")
+    assert "- [1] the paper\n" in notes and "- not in the table: stopped" in notes
+    assert any(row["Settings"] == "a='x¦y'" for row in rows)
+
+
+def test_text_shows_every_cell_and_markup_as_it_is(runs: Path) -> None:
+    write_run(runs / "odd", overrides=["views=[bold]"], seed=5)
+    text = to_text(compare(runs, published=PUBLISHED, ignore=IGNORE))
+    for part in ("85.0 ± 5.0", "published, merged [1]", "[1] the paper", "views=[bold]", "out of memory"):
+        assert part in text
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        compare(tmp_path, published=[], ignore=IGNORE)
+    with pytest.raises(InputError, match="is not a folder"):
+        compare(tmp_path / "missing", published=[], ignore=IGNORE)
+
+
+def run_main(*overrides: str) -> None:
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        main(compose("compare", [*overrides]))
+
+
+def test_main_prints_or_writes(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    run_main(f"runs={runs}")
+    assert "85.0 ± 5.0" in capsys.readouterr().out
+    run_main(f"runs={runs}", "format=csv")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("dataset,method") and "stopped" in printed.err
+    for ending, start in ((".csv", "dataset,method"), (".md", "| Data set"), (".txt", "┏━")):
+        file = runs / "new" / f"table{ending}"
+        run_main(f"runs={runs}", f"output={file}")
+        assert file.read_text(encoding="utf-8").startswith(start)
+        assert str(file) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["runs=.", "format=pdf"], "format=pdf"),
+        (["runs=.", "output=table.pdf"], "ends in '.pdf'"),
+    ],
+)
+def test_main_names_what_is_wrong(overrides: list[str], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        run_main(*overrides)
+
+
+def test_config_writes_nothing_beside_the_output() -> None:
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        cfg = compose("compare", return_hydra_config=True)
+    assert cfg.hydra.output_subdir is None and cfg.hydra.run.dir == "."
+    assert "handlers" not in cfg.hydra.job_logging
+
+
+def test_published_figures_are_well_formed() -> None:
+    seen = set()
+    for entry in published_figures():
+        assert set(entry) == {"method", "protocol", "backbone", "source", "figures"}
+        assert entry["protocol"] in ("merged", "split")
+        for dataset, figures in entry["figures"].items():
+            seen.add((entry["method"], dataset))
+            spread = figures.pop("spread", {})
+            assert set(spread) <= set(figures) <= {"acc", "nmi", "ari"} and figures
+            assert all(0 < value < 1 for value in figures.values())
+            assert all(0 <= value < 0.1 for value in spread.values())
+    assert {m for m, _ in seen} == {"propos", "cc", "drc", "digpro", "secu", "coke", "gcc", "scan", "lnscc"}
+
+
+def test_imports_neither_torch_nor_lightning() -> None:
+    code = "import sys, deepclust.compare; sys.exit(bool({'torch', 'lightning', 'scipy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,93 @@
+"""Runs of several processes: they equal one, and each gets its own job's parameters."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+TWO = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+SHORT = [
+    "train",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "method.hidden_size=64",
+    "method.warmup_epochs=1",
+    "+trainer.limit_train_batches=3",
+    "callbacks.checkpoint.min_seconds=0",
+    "callbacks.evaluation.every_n_epochs=1",
+]
+
+
+class Tell(Callback):
+    """Writes what this process trains with."""
+
+    def __init__(self, *, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        rate = trainer.optimizers[0].param_groups[0]["initial_lr"]
+        weights = float(sum(p.double().sum() for p in pl_module.parameters()))
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({"rate": rate, "weights": weights}))
+
+
+def deepclust(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from deepclust.cli import main; raise SystemExit(main())", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def losses(folder: Path) -> list[list[float]]:
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return [[float(row[f"train/{name}"]) for name in ("alignment", "scattering", "loss")] for row in rows]
+
+
+@pytest.mark.parametrize("order", ["joint", "two_pass"])
+def test_two_processes_learn_what_one_learns(tmp_path, order):
+    """In float64, batch statistics over all: losses, weights, the E-step and the scores agree."""
+    exact = [*SHORT, "hardware.precision=64-true", "sync_batchnorm=true", f"method.step_order={order}"]
+    deepclust(*exact, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
+    deepclust(*exact, *TWO, f"hydra.run.dir={tmp_path / 'two'}")
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["steps"] == two["steps"] == 6
+    ours, theirs = (
+        torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in ("one", "two")
+    )
+    assert ours["backbone.layers.0.weight"].dtype == torch.float64
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert one["scores"] == two["scores"]
+    assert (tmp_path / "one/assignments.csv").read_text() == (tmp_path / "two/assignments.csv").read_text()
+    # What is logged is rank 0's: the scattering is that of the global batch on every rank.
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a[1] == pytest.approx(b[1], rel=1e-8)
+
+
+def test_every_rank_of_a_sweep_has_its_own_jobs_parameters(tmp_path):
+    rates = ("0.01", "0.03")
+    deepclust(
+        *SHORT, *TWO, f"method.optimizer.lr={','.join(rates)}", f"hydra.sweep.dir={tmp_path}",
+        "+callbacks.tell._target_=tests.test_launch.Tell", "+callbacks.tell.needs.folder=folder", "-m",
+    )  # fmt: skip
+    for job, rate in enumerate(rates):
+        folder = tmp_path / str(job)
+        said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+        assert [s["rate"] for s in said] == [float(rate)] * 2
+        assert said[0]["weights"] == said[1]["weights"], "the processes hold one network"
+        assert json.loads((folder / "results.json").read_text())["world_size"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"], "no stray sweep of another rank"
+
+
+def test_an_error_of_a_process_is_the_users_one_line(tmp_path):
+    done = deepclust(*SHORT, *TWO, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "set batch_size=254" in done.stderr

@@ -1,0 +1,114 @@
+"""A method, a data set and views of a package outside ours, without a fork."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+METHOD = '''
+"""An autoencoder's smallest cousin: a linear head that tells views of an image from those of others."""
+
+import torch
+from torch import nn
+
+from deepclust.methods.base import ClusteringMethod
+
+
+class Mine(ClusteringMethod):
+    def __init__(self, *, temperature, **shared):
+        super().__init__(**shared)
+        self.head = nn.Linear(self.backbone.num_features, 8)
+        self.temperature = temperature
+
+    def losses(self, batch):
+        a, b = (nn.functional.normalize(self.head(self.backbone(view)), dim=1) for view in batch.views)
+        return {"contrast": nn.functional.cross_entropy(a @ b.T / self.temperature, torch.arange(len(a)))}
+'''
+DATA = '''
+"""Squares and stripes."""
+
+import numpy as np
+
+from deepclust.datasets.source import ArraySource, ImageSet
+
+
+def load(*, size):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (size, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(size) % 2
+    images[labels == 0, 2:6, 2:6] = 255
+    images[labels == 1, ::2] = 255
+    source = ArraySource([images])
+    return ImageSet(source, source, labels=labels)
+'''
+VIEWS = '''
+"""A transform of our own: a little noise."""
+
+import torch
+
+
+class Noise:
+    def __init__(self, *, std):
+        self.std = std
+
+    def draw(self, n, generator):
+        return {"noise": torch.randn(n, 1, 8, 8, generator=generator) * self.std}
+
+    def apply(self, images, draw):
+        return (images + draw["noise"].to(images.device)).clamp(0, 1)
+'''
+FILES = {
+    "mypkg/__init__.py": "",
+    "mypkg/mine.py": METHOD,
+    "mypkg/shapes.py": DATA,
+    "mypkg/noise.py": VIEWS,
+    "my_conf/method/mine.yaml": """
+# @package _global_
+batch_size: 32
+trainer: {max_epochs: 3}
+method:
+  _target_: mypkg.mine.Mine
+  backbone: ${backbone}
+  num_clusters: ${dataset.num_clusters}
+  temperature: 0.5
+  e_step_every_n_epochs: 0
+  optimizer: {_target_: torch.optim.Adam, _partial_: true, lr: 1.0e-3}
+  schedule: {_target_: deepclust.optim.Constant}
+""",
+    "my_conf/dataset/shapes.yaml": """
+name: shapes
+num_classes: 2
+num_clusters: 2
+num_images: null
+image_size: 8
+channels: 1
+mean: [0.5]
+std: [0.25]
+source: {_target_: mypkg.shapes.load, size: 128}
+""",
+    "my_conf/views/noise.yaml": """
+clean: []
+weak:
+  - {_target_: mypkg.noise.Noise, std: 0.1}
+""",
+}
+
+
+def test_a_package_outside_ours(tmp_path: Path):
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.lstrip("\n"))
+    command = [sys.executable, "-c", "from deepclust.cli import main; raise SystemExit(main())", "train"]
+    chosen = ["method=mine", "dataset=shapes", "views=noise", "backbone=conv_small", "hardware=cpu"]
+    done = subprocess.run(
+        [*command, "--config-dir", "my_conf", *chosen, "hydra.run.dir=run"],
+        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["method"] == "mine" and results["dataset"] == "shapes"
+    assert results["scores"]["method"] is None, "it has no rule of its own"
+    assert results["scores"]["kmeans"]["acc"] > 0.95
+    assert len((tmp_path / "run/assignments.csv").read_text().splitlines()) == 129

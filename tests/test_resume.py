@@ -1,0 +1,125 @@
+"""A run that is killed and started again ends as if it had never stopped, bit for bit."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ARGUMENTS = [
+    "train",
+    "hardware=cpu",
+    "trainer.max_epochs=6",
+    "method.hidden_size=64",
+    "method.embedding_size=32",
+    "method.warmup_epochs=2",
+    "method.balanced_sampling=true",
+    "callbacks.checkpoint.min_seconds=0",
+    "callbacks.checkpoint.every_n_steps=3",
+    "callbacks.evaluation.every_n_epochs=2",
+]
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from deepclust.cli import main; raise SystemExit(main())",
+            *ARGUMENTS,
+            *more,
+            f"hydra.run.dir={folder}",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(folder: Path, *more: str) -> str:
+    process = start(folder, *more)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def outcome(folder: Path) -> tuple[dict, str, dict]:
+    """Weights and state, assignments and scores of a finished run."""
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    results = json.loads((folder / "results.json").read_text())
+    return (
+        state,
+        (folder / "assignments.csv").read_text(),
+        {k: results[k] for k in ("scores", "health", "steps")},
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish(folder)
+    return folder
+
+
+def same(a: Path, b: Path) -> None:
+    (state, assignments, scores), (state_b, assignments_b, scores_b) = outcome(a), outcome(b)
+    assert state.keys() == state_b.keys()
+    for name in state:
+        assert torch.equal(state[name], state_b[name]), name
+    assert assignments == assignments_b
+    assert scores == scores_b
+    steps = [[row["step"] for row in csv.DictReader((f / "metrics.csv").open())] for f in (a, b)]
+    assert steps[0] == steps[1], "metrics.csv has the same rows, none twice"
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+def test_killed_at_random_moments(uninterrupted, tmp_path, seed):
+    moments = random.Random(seed)
+    kills = 0
+    while not (tmp_path / "results.json").exists():
+        process = start(tmp_path)
+        checkpoint = tmp_path / "checkpoints/last.ckpt"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        # Wait until it trains (a new checkpoint), then for a moment more, so that the kill lands anywhere in a step, a
+        # checkpoint or an E-step. The last start is left to end.
+        while process.poll() is None and kills < 3:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                time.sleep(moments.uniform(0, 0.5))
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.communicate(timeout=300)
+    assert kills >= 1
+    same(uninterrupted, tmp_path)
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.name in ("results.json", "last.ckpt")}
+    assert "finished already" in finish(uninterrupted)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_killed_after_the_last_epoch(uninterrupted, tmp_path):
+    """Between the last checkpoint and results.json: nothing is left to train, the rest is made again."""
+    finish(tmp_path)
+    (tmp_path / "results.json").unlink()
+    finish(tmp_path)
+    same(uninterrupted, tmp_path)
+
+
+def test_another_recipe_is_refused(uninterrupted, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").write_bytes((uninterrupted / "checkpoints/last.ckpt").read_bytes())
+    process = start(tmp_path, "backbone.widths=[16,16]")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err.count("\n") == 1 and "backbone.widths" in err and "start in another folder" in err
