@@ -175,19 +175,14 @@ class _Data:
         return centroids, centroids.square().sum(-1, keepdim=True) / -2
 
     def scores(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """x.w + b of centroids (G, n, D) and one chunk of m rows after another, (G, n, m): the larger, the nearer.
-
-        Every group has a matrix product of its own, of the same shape however many groups there are.
-        """
+        """x.w + b of centroids (n, D) and one chunk of m rows after another, (n, m): the larger, the nearer."""
         weights, biases = self.linear(centroids)
         elements = 2**19 if self.rows.device.type == "cpu" else 2**24  # what a core's cache holds; what fills a GPU
-        size = max(elements // max(centroids.shape[1:]), 256)
-        buffer = weights.new_empty(*weights.shape[:2], min(size, len(self.rows)))
+        size = max(elements // max(centroids.shape), 256)
+        buffer = weights.new_empty(len(weights), min(size, len(self.rows)))
         for start in range(0, len(self.rows), size):
             chunk = self.rows[start : start + size].T
-            out = buffer[..., : chunk.shape[1]]
-            for group in range(len(out)):
-                torch.addmm(biases[group], weights[group], chunk, out=out[group])
+            out = torch.addmm(biases, weights, chunk, out=buffer[:, : chunk.shape[1]])
             yield slice(start, start + size), out
 
 
@@ -204,7 +199,9 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
     while True:
         left = potential.new_empty(*candidates.shape, len(data.rows))
         totals = torch.zeros_like(candidates, dtype=torch.float64)
-        for part, scores in data.scores(data.rows[candidates]):
+        # A product for each restart: in a common one, the last bits would depend on what other restarts there are.
+        for chunks in zip(*(data.scores(data.rows[own]) for own in candidates), strict=True):
+            part, scores = chunks[0][0], torch.stack([scores for _, scores in chunks])
             distances = (data.offsets[part] - data.slope * scores).clamp_(min=0)
             left[..., part] = distances = distances.minimum(potential[:, None, part])
             totals += distances.sum(-1)
@@ -278,7 +275,7 @@ def _assign(data: _Data, centroids: Tensor) -> Tensor:
     codes = (2**23 + ids).T.to(centroids)
     assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=centroids.device)
     doubtful = torch.empty_like(assignments, dtype=torch.bool)
-    for part, (products,) in data.scores(centroids.flatten(0, 1)[None]):
+    for part, products in data.scores(centroids.flatten(0, 1)):
         scores = products.view(num_restarts, num_clusters, -1)
         margin = close * (data.lengths[part] * longest + longest.square())
         # Ones and zeros as numbers, times 2^23 + id: several times faster than an arg-max, and exact.
@@ -300,14 +297,13 @@ def _move(data: _Data, sums: Tensor, moved: Tensor, to: Tensor, origin: Tensor |
 
     In float64 a row that leaves takes away what it brought, up to a rounding error that no centroid shows.
     """
-    flat = sums.view(-1, sums.shape[2])
-    restarts, rows = moved.nonzero(as_tuple=True)
-    places = [restarts * sums.shape[1] + ids[moved] for ids in (to, origin) if ids is not None]
     step = _CONVERTED if sums.device.type == "cpu" else 2**16
-    for row, *place in zip(rows.split(step), *(part.split(step) for part in places), strict=True):
-        values = data.rows.index_select(0, row).double()
-        for ids, sign in zip(place, (1, -1), strict=False):
-            flat.index_add_(0, ids, values, alpha=sign)
+    for restart in range(len(sums)):
+        for rows in moved[restart].nonzero()[:, 0].split(step):
+            values = data.rows.index_select(0, rows).double()
+            sums[restart].index_add_(0, to[restart, rows], values)
+            if origin is not None:
+                sums[restart].index_add_(0, origin[restart, rows], values, alpha=-1)
 
 
 def _counts(assignments: Tensor, num_clusters: int) -> Tensor:

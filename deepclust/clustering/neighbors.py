@@ -8,6 +8,8 @@ from torch import Tensor
 from deepclust.clustering.kmeans import exact_products, require_finite
 from deepclust.errors import InputError
 
+CPU_ELEMENTS, GPU_ELEMENTS = 2**23, 2**27  # products held at a time
+
 
 def nearest_neighbors(
     queries: Tensor,
@@ -37,9 +39,8 @@ def nearest_neighbors(
         origin = keys.mean(0) if euclidean else torch.zeros_like(keys[0])
         queries, keys = queries - origin, keys - origin
         biases = keys.square().sum(1) / -2 if euclidean else keys.new_zeros(1)
-        elements = 2**23 if keys.device.type == "cpu" else 2**27
         values, indices = [], []
-        step = max(elements // len(keys), 64)
+        step = max((CPU_ELEMENTS if keys.device.type == "cpu" else GPU_ELEMENTS) // len(keys), 64)
         for start in range(0, len(queries), step):
             rows = queries[start : start + step]
             scores = torch.addmm(biases, rows, keys.T)
