@@ -1,0 +1,402 @@
+"""SeCu: quantities of the authors' code, computed by what training uses."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+from torch import nn
+
+from deepclust import distributed
+from deepclust.backbones.resnet import ResNet
+from deepclust.batch import Draws, TrainBatch
+from deepclust.clustering.assignment import EntropyBalance, SizeBalance
+from deepclust.heads import deep_mlp, mlp
+from deepclust.methods.secu import SeCu
+from deepclust.optim import Constant, DeadEpochCosine, Lars, RisingCosine
+from deepclust.views.photometry import PillowBlur, Solarize
+from tests.conformance.adapters.propos import GivenBatches
+
+
+def make_method(params, *, num_features, num_images, **settings):
+    """A SeCu with the case's heads; its networks are put in by who needs them."""
+    backbone = nn.Identity()
+    backbone.num_features = num_features
+    arguments = {
+        "prototype_lr": 0.0,
+        "prototype_schedule": Constant(),
+        "optimizer": partial(torch.optim.SGD, lr=0.0),
+        "schedule": Constant(),
+    }
+    return SeCu(
+        backbone=backbone,
+        num_images=num_images,
+        num_clusters=1,
+        head_multiples=params["K"],
+        embedding_size=params["D"],
+        hidden_size=1,
+        projector_layers=2,
+        predictor=params.get("predictor", False),
+        temperature=params.get("tx", params.get("t", 1.0)),
+        prototype_temperature=params.get("tw", params.get("t", 1.0)),
+        label_weight=params.get("tau", 0.0),
+        balance=params["constraint"],
+        dual_step=params.get("dual_lr", 0.0),
+        min_share=params.get("lratio", 0.0),
+        entropy_weight=params.get("alpha", 0.0) / num_images,
+        e_step_every_n_epochs=0,
+        **{**arguments, **settings},
+    )
+
+
+def at_epoch(method, epoch):
+    method._trainer = SimpleNamespace(current_epoch=epoch)
+    return method
+
+
+def load(method, inputs):
+    """Put the case's state into the method."""
+    for number, head in enumerate(method.each_head()):
+        for name, place in (
+            ("w", head.prototypes.data),
+            ("prev", head.frozen),
+            ("labels", method.pseudo_labels[number]),
+            ("counts", head.balance.counts),
+            ("duals", getattr(head.balance, "duals", None)),
+        ):
+            if f"{name}{number}" in inputs:
+                place.copy_(inputs[f"{name}{number}"])
+    return method
+
+
+def state(method):
+    """The method's state under the vectors' names."""
+    found = {}
+    for number, head in enumerate(method.each_head()):
+        found[f"labels{number}"] = method.pseudo_labels[number].clone()
+        found[f"counts{number}"] = head.balance.counts.clone()
+        if isinstance(head.balance, SizeBalance):
+            found[f"duals{number}"] = head.balance.duals.clone()
+    return found
+
+
+def one_step(params, inputs):
+    """Both losses, the gradients and the state after."""
+    names = [name for name in ("x1", "x2", "p1", "p2") if name in inputs]
+    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+    method = make_method(params, num_features=1, num_images=params["N"])
+    at_epoch(load(method, inputs), params["epoch"])
+    rows = method.objective(torch.stack(list(leaves.values())), inputs["idx"])
+    representation, prototypes = (values.mean() for values in rows)
+    (representation + prototypes).backward()
+    found = {"loss_x": representation.detach(), "loss_c": prototypes.detach(), **state(method)}
+    found |= {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    for number, head in enumerate(method.each_head()):
+        found[f"grad_w{number}"] = head.prototypes.grad
+        found[f"assigned{number}"] = method.pseudo_labels[number][inputs["idx"]]
+    return found
+
+
+def on_ranks(work, world):
+    """What `work(rank)` gives on each of several ranks that gather from each other; threads stand in for processes."""
+    barrier, place, rows_of = threading.Barrier(world), threading.local(), [None] * world
+
+    def gather(rows):
+        rows_of[place.rank] = rows.detach()
+        barrier.wait()
+        joined = torch.cat(rows_of)
+        barrier.wait()
+        return joined
+
+    def enter(rank):
+        place.rank = rank
+        return work(rank)
+
+    together = mock.patch.multiple(distributed, gather=gather, world_size=lambda: world)
+    with together, ThreadPoolExecutor(world) as pool:
+        return list(pool.map(enter, range(world)))
+
+
+def secu_loss(params, inputs):
+    if "world" not in params:
+        return one_step(params, inputs)
+    local = {name for name in inputs if name in ("x1", "x2", "p1", "p2", "idx")}
+
+    def of_rank(rank):
+        return one_step(params, {n: v[rank] if n in local else v for n, v in inputs.items()})
+
+    ranks = on_ranks(of_rank, params["world"])
+    shared = set(state(make_method(params, num_features=1, num_images=params["N"])))
+    for name in shared:
+        assert all(torch.equal(found[name], ranks[0][name]) for found in ranks), f"{name} differs by rank"
+    return {
+        name: ranks[0][name] if name in shared else torch.stack([found[name] for found in ranks]) for name in ranks[0]
+    }
+
+
+def assign_size(params, inputs):
+    balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0)
+    balance.duals.copy_(inputs["duals"])
+    return {"labels": balance.assign(-inputs["cost"], None)}
+
+
+def assign_entropy(params, inputs):
+    balance = EntropyBalance(num_clusters=params["K"], weight=params["alpha"])
+    balance.counts.copy_(inputs["counts"])
+    return {"labels": balance.assign(-inputs["cost"], inputs["last"] if params["epoch"] else None)}
+
+
+def dual_update(params, inputs):
+    balance = SizeBalance(num_clusters=params["K"], step=params["dual_lr"], min_share=params["lratio"])
+    balance.duals.copy_(inputs["duals0"])
+    duals, counts = [], []
+    for labels in inputs["labels"]:
+        balance.update(labels, None)
+        duals.append(balance.duals.clone())
+        counts.append(balance.counts.clone())
+    return {"duals": torch.stack(duals), "counts": torch.stack(counts)}
+
+
+def count_update(params, inputs):
+    params = {**params, "D": 1, "constraint": "entropy", "K": [params["K"]]}
+    method = make_method(params, num_features=1, num_images=params["N"])
+    counts, memory = [], []
+    for epoch, (orders, labels) in enumerate(zip(inputs["order"], inputs["labels"], strict=True)):
+        at_epoch(method, epoch)
+        for order, given in zip(orders, labels, strict=True):
+            method.remember(order, given.unsqueeze(0))
+            counts.append(method.each_head()[0].balance.counts.clone())
+        memory.append(method.pseudo_labels[0].clone())
+        method.each_head()[0].balance.end_epoch()
+    return {"counts": torch.stack(counts), "memory": torch.stack(memory)}
+
+
+def make_optimizer(params, groups, lr):
+    if params.get("optimiser", "SGD") == "LARS":
+        return Lars(groups, lr=lr, momentum=params["momentum"], weight_decay=params["weight_decay"], trust=0.001)
+    return torch.optim.SGD(groups, lr=lr, momentum=params["momentum"], weight_decay=params["weight_decay"])
+
+
+def centre_update(params, inputs):
+    method = make_method(params, num_features=1, num_images=len(inputs["labels0"]), prototype_lr=params["clr"])
+    at_epoch(load(method, inputs), params["epoch"])
+    group = method.parameter_groups()[1]
+    optimizer = make_optimizer(params, [{"params": group["params"], "lr": group["lr"]}], lr=0.0)
+    found = {"loss_c": []} | {f"{n}{h}": [] for n in ("w", "assigned") for h in range(len(params["K"]))}
+    outputs = torch.stack([inputs[name] for name in ("x1", "x2", "p1", "p2") if name in inputs], 1)
+    for rows, indices in zip(outputs, inputs["idx"], strict=True):
+        loss = method.objective(rows, indices)[1].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found["loss_c"].append(loss.detach())
+        for number, head in enumerate(method.each_head()):
+            found[f"w{number}"].append(head.prototypes.detach().clone())
+            found[f"assigned{number}"].append(method.pseudo_labels[number][indices])
+    return {**state(method), **{name: torch.stack(values) for name, values in found.items()}}
+
+
+class Record(Callback):
+    """Losses by step, and what `look` says of the method at the end of each epoch, before and after its own hook."""
+
+    def __init__(self, before, after):
+        self.before, self.after = before, after
+        self.losses, self.ends = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].detach().clone())
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.ends.append(self.before(pl_module))
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.ends:
+            self.ends[-1] |= self.after(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self.ends[-1] |= self.after(pl_module)
+
+
+def train(method, inputs, params, before, after):
+    """The case's epochs through Lightning; losses by step and, by name, what was seen at each epoch's end."""
+    perm, size = inputs["perm"], params["B"]
+    batches = [
+        TrainBatch(tuple(views[:, at]), at, Draws(key=(epoch, number), first=0, total=len(at)))
+        for epoch, (order, views) in enumerate(zip(perm, inputs["views"], strict=True))
+        for number, at in enumerate(order.split(size))
+    ]
+    record = Record(before, after)
+    trainer = Trainer(
+        max_epochs=params["epochs_run"],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record],
+    )
+    trainer.fit(method, GivenBatches(batches, len(batches) // params["epochs_run"]))
+    ends = {name: torch.stack([end[name] for end in record.ends]) for name in record.ends[0]}
+    return torch.stack(record.losses), ends
+
+
+def linear(weight, bias):
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data.copy_(weight)
+    layer.bias.data.copy_(bias)
+    return layer
+
+
+def mini_training(params, inputs):
+    method = make_method(
+        params,
+        num_features=params["Din"],
+        num_images=params["N"],
+        prototype_lr=params["clr"],
+        optimizer=lambda groups: make_optimizer(params, groups, params["lr"]),
+        schedule=DeadEpochCosine(warmup_epochs=11, epochs=params["total_epochs"]),
+    )
+    load(method, inputs).projector = linear(inputs["enc_w"], inputs["enc_b"])
+
+    def before(method):
+        return {name.replace("labels", "memory"): values for name, values in state(method).items()}
+
+    def after(method):
+        found = {f"w{n}": head.prototypes.detach().clone() for n, head in enumerate(method.each_head())}
+        layer = method.projector
+        return found | {"enc_w": layer.weight.detach().clone(), "enc_b": layer.bias.detach().clone()}
+
+    losses, ends = train(method, inputs, params, before, after)
+    return {"loss": losses, **ends}
+
+
+def lr_schedule(params, inputs):
+    network = DeadEpochCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"])
+    rising = params["recipe"] == "imagenet" and params["constraint"] == "entropy"
+    prototypes = RisingCosine(epochs=params["epochs"]) if rising else Constant()
+    per_epoch = params["iters_per_epoch"]
+    steps = [epoch * per_epoch + iteration + 1 for epoch, iteration in inputs["probes"].tolist()]
+    rates = [(params["lr"] * network(s, per_epoch), params["clr"] * prototypes(s, per_epoch)) for s in steps]
+    return {"lr": torch.tensor(rates, dtype=torch.float64)}
+
+
+def lars(params, inputs):
+    values = {n[1:]: nn.Parameter(v.clone()) for n, v in inputs.items() if n.startswith("p")}
+    optimizer = Lars(
+        list(values.values()),
+        lr=0.0,
+        momentum=params["momentum"],
+        weight_decay=params["weight_decay"],
+        trust=params["trust"],
+    )
+    seen = {number: [] for number in values}
+    for step, lr in enumerate(inputs["lrs"].tolist()):
+        optimizer.param_groups[0]["lr"] = lr
+        for number, value in values.items():
+            value.grad = inputs[f"g{number}"][step]
+        optimizer.step()
+        for number, value in values.items():
+            seen[number].append(value.detach().clone())
+    return {f"p{number}": torch.stack(steps) for number, steps in seen.items()}
+
+
+def hashed(n, salt):
+    """The vectors' pseudo-random numbers within -0.5 and 0.5."""
+    h = (np.arange(n, dtype=np.uint64) * 2654435761 + salt * 97) & 0xFFFFFFFF
+    for factor, shift in ((1, 15), (2246822519, 13), (3266489917, 16)):
+        h = h * np.uint64(factor) & np.uint64(0xFFFFFFFF)
+        h ^= h >> np.uint64(shift)
+    return torch.from_numpy(h.astype(np.float64) / 2**32 - 0.5)
+
+
+@torch.no_grad()
+def network_forward(params, inputs):
+    stem = {"cifar": "cifar", "stl": "cifar_pool"}[params["variant"]]
+    backbone = ResNet(depth=18, stem=stem, in_channels=3)
+    network = nn.Sequential(backbone, mlp(backbone.num_features, 512, 128)).train(params["train_mode"])
+    for number, parameter in enumerate(network.parameters()):
+        shape = [n for n in inputs["shapes"][number].tolist() if n]
+        assert list(parameter.shape) == shape, f"parameter {number}"
+        u = hashed(parameter.numel(), 1 + number).reshape(shape)
+        if parameter.dim() > 1:
+            parameter.copy_(u * (24 / parameter[0].numel()) ** 0.5)
+        else:
+            parameter.copy_(1 + 0.2 * u if is_gain(network, parameter) else 0.2 * u)
+    assert sum(p.numel() for p in network.parameters()) == params["n_parameters"]
+    shape = (params["B"], 3, params["size"], params["size"])
+    images = 4 * hashed(int(np.prod(shape)), 9999).reshape(shape).float()
+    embedding = network(images)
+    norm = backbone.network.bn1
+    return {
+        "embedding": embedding,
+        "stem_running_mean": norm.running_mean,
+        "stem_running_var": norm.running_var,
+    }
+
+
+def is_gain(network, parameter):
+    """Whether it is a norm's factor."""
+    norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(norm.weight is parameter for norm in norms)
+
+
+@torch.no_grad()
+def imagenet_heads(params, inputs):
+    projector = deep_mlp(params["M"], params["M"], params["D"])
+    predictor = mlp(params["D"], params["M"], params["D"])
+    for network, name in ((projector, "proj"), (predictor, "pred")):
+        for number, parameter in enumerate(network.parameters()):
+            parameter.copy_(inputs[f"{name}{number}"])
+    projection = projector(inputs["x"])
+    return {"projection": projection, "prediction": predictor(projection)}
+
+
+def augment_ops(params, inputs):
+    image = inputs["image"].permute(2, 0, 1).unsqueeze(0) / 255
+    chosen = torch.ones(1, dtype=torch.bool)
+    found = {}
+    for number, sigma in enumerate(params["sigmas"]):
+        blur = PillowBlur(p=1.0, sigma=(sigma, sigma))
+        found[f"blur{number}"] = blur.apply(image, {"chosen": chosen, "sigma": torch.tensor([sigma])})
+    found["solarize"] = Solarize(p=1.0, threshold=0.50196).apply(image, {"chosen": chosen})
+    return {name: (value[0].permute(1, 2, 0) * 255).round() for name, value in found.items()}
+
+
+def check_levels(actual, expected, *, inputs, rtol, atol):
+    """Grey levels: unsigned integers in the vectors, so the tolerance is looked at here."""
+    assert set(expected) <= set(actual)
+    for name, values in expected.items():
+        apart = (actual[name].double() - values.double()).abs().max()
+        assert apart <= atol + rtol * 255, f"{name}: {apart} levels apart"
+
+
+def with_prefixes(adapter):
+    """The adapter, for arrays named in_... and out_..."""
+
+    def compute(params, inputs):
+        found = adapter(params, {name.removeprefix("in_"): values for name, values in inputs.items()})
+        return {f"out_{name}": values for name, values in found.items()}
+
+    return compute
+
+
+QUANTITIES = {
+    "secu_loss": secu_loss,
+    "assign_size": assign_size,
+    "assign_entropy": assign_entropy,
+    "dual_update": dual_update,
+    "count_update": count_update,
+    "centre_update": centre_update,
+    "mini_training": mini_training,
+    "lr_schedule": lr_schedule,
+    "lars": lars,
+    "network_forward": network_forward,
+    "imagenet_heads": imagenet_heads,
+    "augment_ops": augment_ops,
+}
+ADAPTERS = {quantity: with_prefixes(adapter) for quantity, adapter in QUANTITIES.items()}
+CHECKS = {"augment_ops": check_levels}

@@ -1,0 +1,274 @@
+"""CoKe against a slow version of its step, and what it remembers between steps, epochs, processes and starts."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepclust.clustering.assignment import SizeBalance
+from deepclust.errors import InputError
+from deepclust.methods.coke import CentroidHead, CoKe, LabelMemory, epoch_share
+from deepclust.optim import Constant
+from tests.conformance.adapters.secu import on_ranks
+from tests.methods.test_secu import (
+    IMAGES,
+    SIZE,
+    at_epoch,
+    batch_of,
+    check_epochs,
+    check_resumed_run_is_the_same,
+    check_two_processes_learn_what_one_learns,
+    nothing,
+)
+
+
+def make(*, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging_epochs=0, num_slots=1, seed=0):
+    """A CoKe of 3 and 6 clusters whose networks are linear, in float64."""
+    torch.manual_seed(seed)
+    backbone = nn.Linear(5, 4)
+    backbone.num_features = 4
+    method = CoKe(
+        backbone=backbone,
+        num_images=IMAGES,
+        num_clusters=3,
+        head_multiples=multiples,
+        embedding_size=SIZE,
+        hidden_size=7,
+        projector_layers=2,
+        predictor_weight=predictor_weight,
+        small_crops_weight=0.4,
+        temperature=0.1,
+        label_weight=0.3,
+        dual_step=0.5,
+        min_share=0.9,
+        epochs=epochs,
+        averaging_epochs=averaging_epochs,
+        num_slots=num_slots,
+        label_temperature=0.5,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        schedule=Constant(),
+        e_step_every_n_epochs=0,
+    )
+    method.projector = nn.Linear(4, SIZE)
+    if predictor_weight:
+        method.predictor = nn.Linear(SIZE, SIZE)
+    return at_epoch(method.double(), 0)
+
+
+def views_of(indices, number, seed):
+    """`number` views of the images."""
+    batch = batch_of(indices, seed=seed)
+    more = batch_of(indices, seed=seed + 100).views + batch_of(indices, seed=seed + 200).views
+    return batch.replace_views(*(batch.views + more)[:number])
+
+
+def slow_step(method, batch, first):
+    """Row by row, from the equations; before the averaging. Gives the loss, labels and centroids; changes nothing."""
+    projections = [method.projector(method.backbone(view)) for view in batch.views]
+    predictions = [method.predictor(rows) for rows in projections] if method.predictor else None
+    z = torch.stack([F.normalize(rows, dim=1) for rows in projections]).detach()
+    p = torch.stack([F.normalize(rows, dim=1) for rows in predictions]).detach() if predictions else None
+    features = z[:2].mean(0)
+    total, labels, centroids = 0.0, [], []
+    for number, head in enumerate(method.each_head()):
+        scores = features @ head.running + head.balance.duals
+        new = [row.tolist().index(max(row.tolist())) for row in scores]
+        labels.append(new)
+        after = head.running.clone()
+        for k in set(new):
+            members = [features[i] for i, label in enumerate(new) if label == k]
+            before = float(head.balance.counts[k])
+            mean = (before * head.running[:, k] + sum(members)) / (before + len(members))
+            after[:, k] = mean / mean.norm()
+        centroids.append(after)
+        for i in range(len(new)):
+            learnt = new[i] if first else int(method.memory.labels[number, batch.indices[i], 0])
+            one_hot = F.one_hot(torch.tensor(learnt), after.shape[1]).double()
+            said = [(z[v, i] @ head.frozen / 0.1).softmax(0) for v in range(min(2, len(z)))]
+            targets = [one_hot]
+            if len(z) > 1:
+                targets = [0.3 * one_hot + 0.7 * said[1], 0.3 * one_hot + 0.7 * said[0]]
+
+            def loss(view, target, i=i, head=head):
+                def entropy(values):
+                    return -float((target * (values @ head.frozen / 0.1).log_softmax(0)).sum())
+
+                beta = method.predictor_weight
+                return (1 - beta) * entropy(z[view, i]) + (beta * entropy(p[view, i]) if p is not None else 0.0)
+
+            large = sum(loss(v, t) for v, t in enumerate(targets)) / len(targets)
+            small = [loss(v, sum(targets) / 2) for v in range(2, len(z))]
+            total += 0.6 * large + 0.4 * sum(small) / len(small) if small else large
+    return total / len(method.heads) / len(batch.indices), labels, centroids
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+@pytest.mark.parametrize("predictor_weight", [0.0, 0.5, 1.0])
+def test_loss_and_clustering_are_their_equations(views, predictor_weight):
+    method = make(predictor_weight=predictor_weight)
+    for epoch, indices in enumerate(([0, 3, 5, 11, 2], [11, 0])):
+        batch = views_of(indices, views, seed=epoch)
+        loss, labels, centroids = slow_step(at_epoch(method, epoch), batch, epoch == 0)
+        assert method.losses(batch)["classification"].item() == pytest.approx(loss, rel=1e-9)
+        assert method.memory.labels[:, batch.indices, 0].tolist() == labels
+        for head, expected in zip(method.each_head(), centroids, strict=True):
+            torch.testing.assert_close(head.running, expected)
+
+
+def test_clustering_takes_no_gradient_and_the_network_all():
+    method = make(predictor_weight=0.5)
+    method.losses(batch_of([0, 1, 2, 3]))["classification"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in method.parameters())
+    assert all(buffer.grad is None for buffer in method.buffers())
+
+
+def test_first_rows_of_an_epoch_replace_what_a_cluster_inherited():
+    head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=2, step=0.1, min_share=0.5))
+    start = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    head.running.copy_(start)
+    head.update(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), averaging=False)
+    torch.testing.assert_close(head.running, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    head.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), averaging=False)
+    torch.testing.assert_close(head.running[:, 0], torch.tensor([0.5, 0.5]) * 2**0.5)
+    assert torch.equal(head.running[:, 1], start[:, 1]), "without rows a cluster keeps its centroid"
+    head.end_epoch(1.0)
+    torch.testing.assert_close(head.frozen, head.running)
+    assert not head.balance.counts.any()
+
+
+def test_averaging_weighs_epochs_alike():
+    assert [epoch_share(epoch, 5) for epoch in (0, 4, 5, 6, 7)] == [1, 1, 1, 1 / 2, 1 / 3]
+    head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=1, step=0.1, min_share=0.5))
+    head.frozen.copy_(torch.tensor([[1.0], [0.0]]))
+    head.running.copy_(torch.tensor([[0.0], [2.0]]))
+    head.end_epoch(0.25)
+    torch.testing.assert_close(head.frozen, F.normalize(torch.tensor([[0.75], [0.25]]), dim=0))
+    assert torch.equal(head.frozen, head.running)
+
+
+def memory_of(slots, averaging_epoch):
+    return LabelMemory(num_heads=1, num_images=1, num_slots=slots, averaging_epoch=averaging_epoch)
+
+
+def pass_through(memory, labels, clusters=4):
+    """Targets (E, K) that one image learns when its epochs give it `labels`."""
+    seen, image = [], torch.tensor([0])
+    for epoch, label in enumerate(labels):
+        seen.append(memory.read(0, image, clusters, epoch=epoch, temperature=0.5)[0])
+        memory.write(0, image, torch.tensor([label]), epoch=epoch)
+    return torch.stack(seen)
+
+
+def test_with_slots_enough_labels_are_averaged():
+    labels = [0, 3, 1, 2, 1, 1, 3, 2]
+    got = pass_through(memory_of(4, averaging_epoch=2), labels)
+    assert got[0].isnan().all()
+    for epoch in (1, 2, 3):  # hard labels, up to the one that the first averaged epoch gave
+        assert got[epoch].tolist() == [float(k == labels[epoch - 1]) for k in range(4)]
+    for epoch in range(4, len(labels)):
+        since = labels[2:epoch]
+        shares = [since.count(k) / len(since) for k in range(4)]
+        exponentials = [math.exp(s / 0.5) if s else 0.0 for s in shares]
+        expected = [e / sum(exponentials) for e in exponentials]
+        assert got[epoch].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_full_table_drops_its_lightest_label():
+    memory = memory_of(2, averaging_epoch=0)
+    pass_through(memory, [1, 1, 2, 3])  # 1: two thirds, 2: a third, which goes; 3 is one of four epochs
+    assert sorted(memory.labels[0, 0].tolist()) == [1, 3]
+    assert float(memory.weights.sum()) == pytest.approx(1)
+    assert float(memory.weights[0, 0][memory.labels[0, 0] == 3]) == pytest.approx(1 / 4)
+
+
+def test_one_slot_keeps_the_last_label():
+    labels = [0, 3, 1, 2, 1]
+    got = pass_through(memory_of(1, averaging_epoch=1), labels)
+    assert got[1:].argmax(1).tolist() == labels[:-1] and set(got[1:].flatten().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("epoch", [1, 7, 8, 9])
+def test_an_image_not_seen_before_learns_its_new_label(epoch):
+    """Also while labels are averaged (from epoch 7 on), and whether it was seen before that or never."""
+    method = make(epochs=10, averaging_epochs=3, num_slots=3)
+    method.losses(views_of([0, 1, 2, 3], 1, seed=0))
+    loss = at_epoch(method, epoch).losses(views_of([2, 3, 4, 5], 1, seed=1))["classification"]
+    assert torch.isfinite(loss)
+    assert (method.memory.labels[:, :6, 0] >= 0).all() and (method.memory.labels[:, 6:] == -1).all()
+
+
+def test_averaged_epochs_assign_by_the_frozen_centroids():
+    method = make(epochs=10, averaging_epochs=3, num_slots=3)
+    for head in method.each_head():
+        head.running.copy_(head.frozen.flip(1))
+    batch = views_of([0, 1, 2, 3], 1, seed=0)
+    rows = method.encode(batch.views[0])
+    for epoch, by in ((6, "running"), (7, "frozen")):
+        tried = at_epoch(copy.deepcopy(method), epoch)
+        tried.losses(batch)
+        for head, labels in zip(method.each_head(), tried.memory.labels[:, batch.indices, 0], strict=True):
+            assert torch.equal(labels, (rows @ getattr(head, by)).argmax(1))
+
+
+def test_losses_are_full_precision_under_autocast():
+    method, outputs = make().float(), torch.randn(2, 4, SIZE)
+    exact = copy.deepcopy(method).objective(outputs, None, torch.arange(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(method.objective(outputs, None, torch.arange(4)), exact)
+
+
+def test_processes_together_are_one():
+    """Uneven shares, a share of nothing, and images that move from one process to another between epochs."""
+    alone, ranks = make(), [make() for _ in range(3)]
+    for epoch, cuts in enumerate([(0, 3, 7, 10), (0, 6, 6, 10), (0, 1, 5, 10)]):
+        order = list(range(10))[:: 1 if epoch % 2 == 0 else -1]
+
+        def step(rank, order=order, epoch=epoch, cuts=cuts):
+            mine = order[cuts[rank] : cuts[rank + 1]]
+            method = at_epoch(ranks[rank], epoch)
+            batch = batch_of(mine, total=10, first=cuts[rank], seed=epoch) if mine else nothing(epoch, 10)
+            method.zero_grad()
+            method.losses(batch)["classification"].backward()
+            return [p.grad for p in method.parameters()]
+
+        gradients = on_ranks(step, 3)
+        alone.zero_grad()
+        at_epoch(alone, epoch).losses(batch_of(order, seed=epoch))["classification"].backward()
+        for parameter, *theirs in zip(alone.parameters(), *gradients, strict=True):
+            torch.testing.assert_close(sum(theirs) / 3, parameter.grad, rtol=1e-9, atol=1e-12)
+        for method in (alone, *ranks):
+            for head in method.each_head():
+                head.end_epoch(1.0)
+            for name, value in alone.named_buffers():
+                torch.testing.assert_close(method.get_buffer(name), value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_clusters_are_those_of_the_head_of_k():
+    method = make(multiples=(2, 1))
+    features = method.encode(torch.randn(4, 5, dtype=torch.float64))
+    assert torch.equal(method.cluster_logits(features).argmax(1), (features @ method.each_head()[1].running).argmax(1))
+    assert make(multiples=(3, 4, 5)).cluster_logits(features) is None
+
+
+def test_extra_images_are_refused_in_words():
+    batch = batch_of([0, 1])
+    batch.extra = True
+    with pytest.raises(InputError, match=r"dataset\.source\.extra=\[\]"):
+        make().losses(batch)
+
+
+def test_a_run_stopped_in_an_epoch_ends_the_same(tmp_path):
+    check_resumed_run_is_the_same("coke", tmp_path)
+
+
+def test_first_epoch_is_dead_and_centroids_are_frozen_within_each(tmp_path):
+    check_epochs("coke", tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    check_two_processes_learn_what_one_learns("coke", tmp_path)
