@@ -2,10 +2,10 @@
 
     python benchmarks/estep.py [--threads 1] [--rounds 5] [--out estep.json]
 
-Both in turns on the same rows in one process; medians over the rounds of the wall clock and of the processor time of all
-threads. k-means does the same number of iterations on both sides, on clusters so close that no restart is done before,
-with restarts and with all rows (faiss takes 256 a cluster unless told otherwise). Ours seeds by greedy k-means++, which
-its time includes and the column "seeding" shows; faiss starts from random rows.
+Both in turns on the same rows in one process; medians over the rounds of the wall clock and of the processor time of
+all threads. k-means does the same number of iterations on both sides, on clusters so close that no restart is done
+before, with restarts and with all rows (faiss takes 256 a cluster unless told otherwise). Ours seeds by greedy
+k-means++, which its time includes and the column "seeding" shows; faiss starts from random rows.
 """
 
 import argparse
