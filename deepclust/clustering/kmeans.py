@@ -105,7 +105,7 @@ def nearest(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Ten
     with exact_products(features.device):
         data = _Data(features, metric)
         local = data.localise(centroids)
-        assignments = _assign(data, local[None])[0]
+        assignments = _assign(data, *data.linear(local[None]))[0]
         return assignments, _own_distances(data, local, assignments)
 
 
@@ -169,21 +169,21 @@ class _Data:
         return centroids.to(self.rows) - self.origin
 
     def linear(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (..., K, D) and biases (..., K, 1) of centroids (..., K, D)."""
+        """Weights (..., K, D) and biases (..., K, 1) of centroids (..., K, D), in float64."""
+        weights = centroids.double()
         if self.cosine:
-            return normalize(centroids, dim=-1), torch.zeros_like(centroids[..., :1])
-        return centroids, centroids.square().sum(-1, keepdim=True) / -2
+            return normalize(weights, dim=-1), torch.zeros_like(weights[..., :1])
+        return weights, weights.square().sum(-1, keepdim=True) / -2
 
-    def scores(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """x.w + b of centroids (n, D) and one chunk of m rows after another, (n, m): the larger, the nearer."""
-        weights, biases = self.linear(centroids)
+    def scores(self, weights: Tensor, biases: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """x.w + b of weights (n, D) and one chunk of m rows after another, (n, m): the larger, the nearer."""
+        weights, biases = weights.to(self.rows), biases.to(self.rows)
         elements = 2**19 if self.rows.device.type == "cpu" else 2**24  # what a core's cache holds; what fills a GPU
-        size = max(elements // max(centroids.shape), 256)
+        size = max(elements // max(weights.shape), 256)
         buffer = weights.new_empty(len(weights), min(size, len(self.rows)))
         for start in range(0, len(self.rows), size):
             chunk = self.rows[start : start + size].T
-            out = torch.addmm(biases, weights, chunk, out=buffer[:, : chunk.shape[1]])
-            yield slice(start, start + size), out
+            yield slice(start, start + size), torch.addmm(biases, weights, chunk, out=buffer[:, : chunk.shape[1]])
 
 
 def _mean(rows: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
         left = potential.new_empty(*candidates.shape, len(data.rows))
         totals = torch.zeros_like(candidates, dtype=torch.float64)
         # A product for each restart: in a common one, the last bits would depend on what other restarts there are.
-        for chunks in zip(*(data.scores(data.rows[own]) for own in candidates), strict=True):
+        for chunks in zip(*(data.scores(*data.linear(data.rows[own])) for own in candidates), strict=True):
             part, scores = chunks[0][0], torch.stack([scores for _, scores in chunks])
             distances = (data.offsets[part] - data.slope * scores).clamp_(min=0)
             left[..., part] = distances = distances.minimum(potential[:, None, part])
@@ -220,7 +220,8 @@ def _lloyd(
     data: _Data, centroids: Tensor, restarts: list[int], max_iterations: int, tolerance: float
 ) -> list[KMeansResult]:
     """The best state of each of R restarts that begin at centroids (R, K, D)."""
-    assignments = _assign(data, centroids)
+    weights, biases = data.linear(centroids)
+    assignments = _assign(data, weights, biases)
     sums = torch.zeros_like(centroids, dtype=torch.float64)  # of the rows of each cluster
     _move(data, sums, torch.ones_like(assignments, dtype=torch.bool), assignments)
     counts = _counts(assignments, centroids.shape[1])
@@ -229,14 +230,14 @@ def _lloyd(
     iterations = torch.zeros_like(counts[:, 0])
     running = torch.arange(len(restarts), device=sums.device)  # the restarts that the first dimension still holds
     for _ in range(max_iterations):
-        old, centroids = centroids, _means(data, sums, counts, centroids, assignments)
-        renewed = _assign(data, centroids)
+        centroids = _means(data, sums, counts, centroids, assignments)
+        old_weights, (weights, biases) = weights, data.linear(centroids)
+        renewed = _assign(data, weights, biases)
         moved = renewed != assignments
         _move(data, sums, moved, renewed, assignments)
         assignments, counts = renewed, _counts(renewed, centroids.shape[1])
 
         # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
-        weights, biases = data.linear(centroids.double())
         inertia = data.total - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
         inertia.clamp_(min=0)
         better = inertia < best_inertia[running]
@@ -244,14 +245,15 @@ def _lloyd(
             best[running[better]] = now[better]
         iterations[running] += 1
 
-        old_weights, _ = data.linear(old.double())
         if data.cosine:
             shift = (1 - (old_weights * weights).sum(2)).sum(1)
         else:
             shift = (old_weights - weights).square().sum((1, 2))
         going = moved.any(1) & (shift > tolerance * data.variance)
         if not going.all():
-            running, centroids, assignments = running[going], centroids[going], assignments[going]
+            running, centroids, weights, assignments = (
+                state[going] for state in (running, centroids, weights, assignments)
+            )
             sums, counts = sums[going], counts[going]
         if len(running) == 0:
             break
@@ -260,22 +262,21 @@ def _lloyd(
     return [KMeansResult(*best) for best in zip(best_centroids + data.origin, best_assignments, *columns, strict=True)]
 
 
-def _assign(data: _Data, centroids: Tensor) -> Tensor:
-    """The nearest of centroids (R, K, D) to each row, (R, M).
+def _assign(data: _Data, weights: Tensor, biases: Tensor) -> Tensor:
+    """The nearest to each row of the centroids with weights (R, K, D) and biases (R, K, 1), (R, M).
 
     Where the products leave doubt, float64 decides, and where that leaves doubt, the lowest id is taken: assignments
     depend neither on the shapes of the products nor on the number of threads nor on the device.
     """
-    num_restarts, num_clusters, num_features = centroids.shape
-    weights, biases = data.linear(centroids.double())
-    longest = weights.norm(dim=2).amax(1)[:, None].to(centroids)
+    num_restarts, num_clusters, num_features = weights.shape
+    longest = weights.norm(dim=2).amax(1)[:, None].to(data.rows)
     equal = 1e-12  # twice what float64 may be off by, in units of |x||w| + |w|^2; `close` is the same for the products
-    close = equal + 2 * num_features**0.5 * torch.finfo(centroids.dtype).eps
-    ids = torch.arange(num_clusters, device=centroids.device)[:, None]
-    codes = (2**23 + ids).T.to(centroids)
-    assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=centroids.device)
+    close = equal + 2 * num_features**0.5 * torch.finfo(data.rows.dtype).eps
+    ids = torch.arange(num_clusters, device=weights.device)[:, None]
+    codes = (2**23 + ids).T.to(data.rows)
+    assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=weights.device)
     doubtful = torch.empty_like(assignments, dtype=torch.bool)
-    for part, products in data.scores(centroids.flatten(0, 1)):
+    for part, products in data.scores(weights.flatten(0, 1), biases.flatten(0, 1)):
         scores = products.view(num_restarts, num_clusters, -1)
         margin = close * (data.lengths[part] * longest + longest.square())
         # Ones and zeros as numbers, times 2^23 + id: several times faster than an arg-max, and exact.
@@ -298,12 +299,12 @@ def _move(data: _Data, sums: Tensor, moved: Tensor, to: Tensor, origin: Tensor |
     In float64 a row that leaves takes away what it brought, up to a rounding error that no centroid shows.
     """
     step = _CONVERTED if sums.device.type == "cpu" else 2**16
-    for restart in range(len(sums)):
+    for restart, own in enumerate(sums):
         for rows in moved[restart].nonzero()[:, 0].split(step):
             values = data.rows.index_select(0, rows).double()
-            sums[restart].index_add_(0, to[restart, rows], values)
+            own.index_add_(0, to[restart].index_select(0, rows), values)
             if origin is not None:
-                sums[restart].index_add_(0, origin[restart, rows], values, alpha=-1)
+                own.index_add_(0, origin[restart].index_select(0, rows), values, alpha=-1)
 
 
 def _counts(assignments: Tensor, num_clusters: int) -> Tensor:
@@ -335,4 +336,4 @@ def _own_distances(data: _Data, centroids: Tensor, assignments: Tensor) -> Tenso
             distances.append((1 - (rows * weights[own]).sum(1)).clamp_(min=0))
         else:
             distances.append((rows - weights[own]).square().sum(1))
-    return torch.cat(distances)
+    return torch.cat(distances).to(data.rows)

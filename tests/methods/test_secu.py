@@ -302,7 +302,7 @@ def test_a_run_stopped_in_an_epoch_ends_the_same(tmp_path):
 
 
 def check_epochs(name, folder):
-    """What Watch saw of a run of three epochs of four batches, the last of which takes the rest in."""
+    """What Watch saw of a run of three epochs of four batches, the last of them 447 images."""
     Watch.seen = []
     train(compose_train(f"method={name}", *RUN, f"+callbacks.watch._target_={__name__}.Watch"), folder)
     assert [epoch for epoch, *_ in Watch.seen] == [0] * 4 + [1] * 4 + [2] * 4
