@@ -42,10 +42,12 @@ class Draws:
 class ImageBatch:
     """A batch as it leaves the loader: raw images, before the views are made."""
 
-    images: Tensor  # (N, channels, H, W) uint8
+    images: Tensor  # (N, channels, H, W) uint8, or floats that are no pixels
     indices: Tensor  # (N,) int64, positions in the fit set; beyond it for extra images
     draws: Draws
     extra: bool  # images that only help the representation: they belong to no cluster
+    companions: Tensor  # (N, P) int64, positions in the fit set of the images that are wanted beside each
+    companion_images: Tensor  # (P, N, channels, H, W)
 
 
 @dataclass
@@ -56,6 +58,8 @@ class TrainBatch:
     indices: Tensor  # (N,) int64, positions in the fit set
     draws: Draws
     extra: bool = False
+    companion_views: tuple[Tensor, ...] = ()  # of P companions of each image, like `views`
+    companions: Tensor | None = None  # (N, P) int64, positions in the fit set
 
     def replace_views(self, *views: Tensor) -> "TrainBatch":
         """The same batch with other views."""

@@ -26,6 +26,7 @@ VERBS = {
     "train": "fit, cluster, score, write the run folder",
     "evaluate": "the same scores from a finished run: run=DIR",
     "predict": "clusters for new images with a trained run: run=DIR images=FOLDER_OR_ARRAY output=FILE.csv",
+    "features": "features of a data set, kept as data: run=DIR, or dataset=NAME backbone=NAME",
     "compare": "many runs -> one table: runs=DIR",
 }
 HELP = """\

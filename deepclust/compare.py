@@ -177,7 +177,8 @@ def _telling(run: Run, ignore: Collection[str]) -> dict[str, str]:
 def _rows_of(runs: Sequence[Run], *, settings: str) -> list[Row]:
     """One row per rule that has scores, or one without."""
     first = runs[0].results
-    seconds = [s for run in runs if (s := (run.results["timing"] or {}).get("train_seconds")) is not None]
+    timings = [t for run in runs if (t := run.results["timing"] or {}).get("train_seconds") is not None]
+    seconds = [t["train_seconds"] + t.get("earlier_seconds", 0.0) for t in timings]  # with the stages before
     blank = Row(
         **{key: first[key] for key in IDENTITY},
         settings=settings,

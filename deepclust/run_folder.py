@@ -1,6 +1,7 @@
 """What a run leaves behind, and how it is read again."""
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -93,6 +94,15 @@ def load_method(checkpoint: dict[str, Any]) -> tuple[DictConfig, ClusteringMetho
     return cfg, method.eval()
 
 
+def checksum(state: dict[str, Tensor]) -> str:
+    """SHA-256 of named tensors: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def pick_device(accelerator: str) -> torch.device:
     """The device that `accelerator` (auto, cpu, gpu) means on this machine."""
     use_gpu = torch.cuda.is_available() if accelerator == "auto" else accelerator in ("gpu", "cuda")
@@ -105,15 +115,22 @@ def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> Non
     Raises:
         InputError: naming the first key that differs.
     """
-    for group in ("backbone", "method", "dataset", "views", "seed", "batch_size"):
-        before, now = flatten(checkpoint["config"][group], group), flatten(config[group], group)
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                raise InputError(
-                    f"the checkpoint in this folder was made with {key}={before.get(key)}, this run has {now.get(key)}",
-                    expected="the same recipe when a run goes on",
-                    do=f"set {key}={before.get(key)}, or start in another folder (hydra.run.dir=DIR)",
-                )
+    before, now = recipe(checkpoint["config"]), recipe(config)
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            cure = "give the same start=DIR" if key.startswith("earlier") else f"set {key}={before.get(key)}"
+            raise InputError(
+                f"the checkpoint in this folder was made with {key}={before.get(key)}, this run has {now.get(key)}",
+                expected="the same recipe when a run goes on",
+                do=f"{cure}, or start in another folder (hydra.run.dir=DIR)",
+            )
+
+
+def recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides on what is learned, by dotted key."""
+    parts = {group: config[group] for group in ("backbone", "method", "dataset", "views", "seed", "batch_size")}
+    parts["earlier"] = {"sha256": config["earlier"]["sha256"]}  # wherever that run's folder lies by now
+    return {key: value for name, node in parts.items() for key, value in flatten(node, name).items()}
 
 
 def flatten(node: Any, prefix: str) -> dict[str, Any]:

@@ -11,11 +11,19 @@ from deepclust.batch import Draws, TrainBatch
 from deepclust.methods.base import ClusteringMethod
 
 
-def make_batch(views: tuple[Tensor, ...], num_images: int, *, seed: int = 0) -> TrainBatch:
-    """A batch of given views (N, ...), of images drawn from `num_images`."""
+def make_batch(
+    views: tuple[Tensor, ...],
+    num_images: int,
+    *,
+    companion_views: tuple[Tensor, ...] = (),
+    companions: Tensor | None = None,
+    seed: int = 0,
+) -> TrainBatch:
+    """A batch of given views (N, ...), and of P companions (N, P) of each, of images drawn from `num_images`."""
     size = len(views[0])
     indices = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:size]
-    return TrainBatch(views, indices, Draws(key=(seed,), first=0, total=size))
+    draws = Draws(key=(seed,), first=0, total=size)
+    return TrainBatch(views, indices, draws, companion_views=companion_views, companions=companions)
 
 
 def check_losses(method: ClusteringMethod, batch: TrainBatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepclust import distributed, launch
 from deepclust.callbacks.checkpoint import LastCheckpoint
@@ -25,9 +25,11 @@ from deepclust.run_folder import (
     ASSIGNMENTS,
     CHECKPOINT,
     check_same_recipe,
+    checksum,
     command_line,
     commit,
     load_checkpoint,
+    load_method,
     peak_memory_bytes,
     read_results,
     versions,
@@ -46,10 +48,54 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s is finished already; nothing to do", folder)
     else:
         choices = HydraConfig.get().runtime.choices  # known in this process only
-        cfg.names = {"method": choices["method"], "backbone": choices["backbone"]}
-        results = launch.run(train, cfg, folder)
+        for group in cfg.names:
+            cfg.names[group] = cfg.names[group] or choices[group]
+        results = run(cfg, folder)
     show_run(results, folder)
     return results
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """`train` on the processes that the hardware asks for, after the stage before it; the content of results.json."""
+    find_earlier(cfg, folder)
+    return launch.run(train, cfg, folder)
+
+
+def find_earlier(cfg: DictConfig, folder: Path) -> None:
+    """Write into `cfg.earlier` what this run starts from, if anything; a stage before this one is run first.
+
+    Raises:
+        InputError: where `cfg.start` is no finished run.
+    """
+    if cfg.start is None and cfg.before is None:
+        return
+    start = folder / "before" if cfg.start is None else Path(cfg.start)
+    if cfg.start is None and read_results(start) is None:
+        start.mkdir(exist_ok=True)
+        earlier = earlier_stage(cfg)
+        log.info("first the stage before: %s in %s", earlier.names.method, start)
+        run(earlier, start)
+    results = read_results(start)
+    if results is None:
+        raise InputError(f"{start} is no finished run", expected="a folder with results.json", do="set start=DIR")
+    checkpoint = load_checkpoint(start)
+    cfg.earlier = {
+        "run": str(start),
+        "method": checkpoint["config"]["method"],
+        "sha256": checksum(checkpoint["state_dict"]),
+        "train_seconds": results["timing"]["train_seconds"] + results["timing"]["earlier_seconds"],
+    }
+
+
+def earlier_stage(cfg: DictConfig) -> DictConfig:
+    """The configuration of the stage before: that of this one, with `before` laid over it."""
+    earlier = copy.deepcopy(cfg)
+    with open_dict(earlier):
+        before = earlier.pop("before")
+        earlier.before = before.pop("before", None)
+        earlier.method = before.pop("method")  # as a whole: the two methods have arguments of their own
+        earlier.merge_with(before)
+    return earlier
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -60,6 +106,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     datamodule = make_datamodule(cfg, images)
     torch.manual_seed(cfg.seed)  # initial weights; every later draw has its own key
     method: ClusteringMethod = build(cfg.method)
+    resumed = (folder / CHECKPOINT).exists()
+    if cfg.earlier.run is not None and not resumed:
+        method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
     if cfg.hardware.channels_last:
         method.to(memory_format=torch.channels_last)
     if cfg.sync_batchnorm:
@@ -67,7 +116,6 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     judge = make_judge(cfg, images)
     config = plain(cfg)
-    resumed = (folder / CHECKPOINT).exists()
     if resumed:
         check_same_recipe(load_checkpoint(folder), config)
     at_hand = {"folder": folder, "judge": judge, "config": config}
@@ -88,9 +136,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise
     train_seconds = time.monotonic() - started
 
-    # Lightning has moved the network to the CPU. The labels made before the last epoch lag the weights: renew them.
-    method.to(trainer.strategy.root_device)
-    method.renew(trainer.current_epoch)
+    method.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+    if method.e_step_every_n_epochs:
+        method.renew(trainer.current_epoch)  # what the last E-step inferred lags the weights
     started = time.monotonic()
     judgement = judge(method, datamodule)
     evaluate_seconds = time.monotonic() - started
@@ -102,6 +150,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     results = describe(cfg, images, trainer, judgement) | {
         "timing": {
             "train_seconds": train_seconds,
+            "earlier_seconds": cfg.earlier.train_seconds,
             "images_per_second": trainer.global_step * cfg.batch_size / train_seconds,
             "e_step_seconds": method.e_step_seconds,
             "evaluate_seconds": evaluate_seconds,
@@ -124,13 +173,36 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def check_dataset(cfg: DictConfig, images: ImageSet) -> None:
+    """Complete the data set's section, and see that the number of clusters is one.
+
+    Raises:
+        InputError: naming the key to change.
+    """
+    complete_dataset(cfg, images)
+    if not isinstance(cfg.dataset.num_clusters, int):
+        raise InputError(
+            f"dataset.num_clusters is {cfg.dataset.num_clusters}",
+            expected="the number of clusters to find",
+            do="set dataset.num_clusters=K",
+        )
+    if not 1 <= cfg.dataset.num_clusters <= len(images.fit):
+        raise InputError(
+            f"dataset.num_clusters is {cfg.dataset.num_clusters} and there are {len(images.fit)} images",
+            expected="between 1 cluster and one for each image",
+            do="set dataset.num_clusters",
+        )
+
+
+def complete_dataset(cfg: DictConfig, images: ImageSet) -> None:
     """Hold the configuration against the images, and write what it left open into it.
 
     Raises:
         InputError: naming the key to change.
     """
     height, _, channels = images.fit.shape
-    found = {"num_images": len(images.fit), "channels": channels}
+    found: dict[str, Any] = {"num_images": len(images.fit), "channels": channels}
+    if images.name is not None and cfg.dataset.name is None:
+        found["name"] = images.name
     if cfg.dataset.image_size is None:
         found["image_size"] = height
     if cfg.dataset.num_classes is None and images.labels is not None:
@@ -144,18 +216,6 @@ def check_dataset(cfg: DictConfig, images: ImageSet) -> None:
                 do=f"set dataset.{key}={value}",
             )
         cfg.dataset[key] = value
-    if not isinstance(cfg.dataset.num_clusters, int):
-        raise InputError(
-            f"dataset.num_clusters is {cfg.dataset.num_clusters}",
-            expected="the number of clusters to find",
-            do="set dataset.num_clusters=K",
-        )
-    if not 1 <= cfg.dataset.num_clusters <= len(images.fit):
-        raise InputError(
-            f"dataset.num_clusters is {cfg.dataset.num_clusters} and there are {len(images.fit)} images",
-            expected="between 1 cluster and one for each image",
-            do="set dataset.num_clusters",
-        )
 
 
 def make_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
@@ -213,6 +273,7 @@ def describe(cfg: DictConfig, images: ImageSet, trainer: Trainer, judgement: Jud
         "command": command_line(),
         "versions": versions(),
         "commit": commit(),
+        "earlier": {name: cfg.earlier[name] for name in ("run", "sha256")},
     }
 
 

@@ -23,18 +23,19 @@ def compose_train(*overrides: str) -> DictConfig:
         cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
         choices = cfg.hydra.runtime.choices
         cfg = compose("train", overrides=list(overrides))
-    cfg.names = {"method": choices.method, "backbone": choices.backbone}
+    for group in cfg.names:
+        cfg.names[group] = cfg.names[group] or choices[group]
     return cfg
 
 
 @pytest.fixture
 def run_small(tmp_path: Path):
     """A function that trains with SMALL and more overrides in a folder of its own; gives (results, folder)."""
-    from deepclust.train import train
+    from deepclust.train import run
 
-    def run(*overrides: str, name: str = "run") -> tuple[dict[str, Any], Path]:
+    def run_it(*overrides: str, name: str = "run") -> tuple[dict[str, Any], Path]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return train(compose_train(*SMALL, *overrides), folder), folder
+        return run(compose_train(*SMALL, *overrides), folder), folder
 
-    return run
+    return run_it

@@ -110,16 +110,38 @@ class ImageDataModule(LightningDataModule):
         source, positions = (self.extra, mine - len(self.fit)) if extra else (self.fit, mine)
         assert source is not None
         draws = Draws(key=(self.seed, epoch, number), first=first, total=len(indices))
-        return ImageBatch(source.read(positions), torch.from_numpy(mine), draws, extra)
+        companions = None if extra else self.method.companions(torch.from_numpy(indices), draws)
+        if companions is None:
+            companions = torch.empty(len(indices), 0, dtype=torch.int64)
+        companions = companions[first:stop]
+        beside = source.read(companions.T.flatten().numpy())
+        beside = beside.unflatten(0, (companions.shape[1], len(mine)))
+        return ImageBatch(source.read(positions), torch.from_numpy(mine), draws, extra, companions, beside)
+
+    @property
+    def method(self) -> Any:
+        """The method in training, of which this class knows what it wants to see: weights and companions."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> TrainBatch:
         """The views of a batch, made on the device."""
         draws = batch.draws
         rows = draws.rows(len(batch.images))
         views = self.views(batch.images, draws.generator("views"), rows=rows, total=draws.total)
-        assert self.trainer is not None
-        dtype = next(self.trainer.lightning_module.parameters()).dtype
-        return TrainBatch(tuple(v.to(dtype) for v in views), batch.indices, draws, batch.extra)
+        generator = draws.generator("views of companions")
+        beside = [
+            self.views.companion(images, generator, rows=rows, total=draws.total) for images in batch.companion_images
+        ]
+        dtype = self.method.weight_dtype
+        return TrainBatch(
+            tuple(v.to(dtype) for v in views),
+            batch.indices,
+            draws,
+            batch.extra,
+            tuple(v.to(dtype) for v in beside),
+            batch.companions,
+        )
 
     # The clean pass ---------------------------------------------------------------------------------------------------
 
@@ -149,8 +171,9 @@ class TrainLoader:
         # Runs at the first batch that is asked for: after the E-step, whose pseudo-labels may weigh the sampling.
         trainer = self.datamodule.trainer
         assert trainer is not None
+        method = self.datamodule.method
         epoch, done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        batches = self.datamodule.epoch_indices(epoch, trainer.lightning_module.sampling_weights())  # type: ignore[operator]
+        batches = self.datamodule.epoch_indices(epoch, method.sampling_weights())
         yield from read_ahead(
             lambda b=b, n=n: self.datamodule.read_batch(b, epoch, n) for n, b in enumerate(batches) if n >= done
         )

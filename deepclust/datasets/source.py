@@ -1,4 +1,4 @@
-"""Where images come from: rows of uint8 arrays, or files decoded when they are asked for."""
+"""Where images come from: rows of uint8 arrays, files decoded when they are asked for, or vectors in their place."""
 
 import os
 from collections.abc import Sequence
@@ -22,8 +22,30 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """The images at `indices` (N,) as uint8 (N, channels, H, W); memory order is N, H, W, channels."""
+        """The images at `indices` (N,) as uint8 (N, channels, H, W), memory order N, H, W, channels; vectors of D
+        numbers as float32 (N, D, 1, 1)."""
         ...
+
+
+class JoinedArrays:
+    """Arrays (m, ...) of one row shape, joined in order; each may be memory-mapped."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self.arrays = list(arrays)
+        self.starts = np.cumsum([0, *(len(a) for a in self.arrays)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, indices: np.ndarray, row_shape: tuple[int, ...]) -> np.ndarray:
+        """The rows at `indices` (N,), each broadcast to `row_shape`: (N, *row_shape)."""
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"indices {indices.min()} to {indices.max()} of {len(self)} rows")
+        rows = np.empty((len(indices), *row_shape), self.arrays[0].dtype)
+        for array, start, stop in zip(self.arrays, self.starts[:-1], self.starts[1:], strict=True):
+            inside = (indices >= start) & (indices < stop)
+            rows[inside] = array[indices[inside] - start]
+        return rows
 
 
 class ArraySource:
@@ -33,22 +55,29 @@ class ArraySource:
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], channels: int | None = None) -> None:
-        self.arrays = list(arrays)
-        height, width, stored = self.arrays[0].shape[1:]
+        self.joined = JoinedArrays(arrays)
+        height, width, stored = arrays[0].shape[1:]
         self.shape = (int(height), int(width), int(stored if channels is None else channels))
-        self.starts = np.cumsum([0, *(len(a) for a in self.arrays)])
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.joined)
 
     def read(self, indices: np.ndarray) -> Tensor:
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"indices {indices.min()} to {indices.max()} of {len(self)} images")
-        rows = np.empty((len(indices), *self.shape), np.uint8)
-        for array, start, stop in zip(self.arrays, self.starts[:-1], self.starts[1:], strict=True):
-            inside = (indices >= start) & (indices < stop)
-            rows[inside] = array[indices[inside] - start]
-        return torch.from_numpy(rows).permute(0, 3, 1, 2)
+        return torch.from_numpy(self.joined.read(indices, self.shape)).permute(0, 3, 1, 2)
+
+
+class VectorSource:
+    """Vectors in float32 arrays (m, D), joined in order, given out as images of one pixel and D channels."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self.joined = JoinedArrays(arrays)
+        self.shape = (1, 1, int(arrays[0].shape[1]))
+
+    def __len__(self) -> int:
+        return len(self.joined)
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.joined.read(indices, self.shape[2:]))[:, :, None, None]
 
 
 class FileSource:
@@ -95,3 +124,5 @@ class ImageSet:
     labels: np.ndarray | None = None  # int64, one per evaluation image; -1 where unknown
     class_names: list[str] | None = None
     paths: list[str] | None = None  # one per evaluation image, where it has a file of its own
+    pictures: ImageSource | None = None  # what evaluation vectors look like, where that is known
+    name: str | None = None  # where the configuration cannot know it

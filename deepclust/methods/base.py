@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from deepclust import distributed
-from deepclust.batch import TrainBatch
+from deepclust.batch import Draws, TrainBatch
 from deepclust.errors import InputError
 from deepclust.optim import Schedule
 
@@ -71,9 +71,41 @@ class ClusteringMethod(LightningModule):
         """How likely each image (M,) of the fit set is to be drawn in the coming epoch; None: each once, shuffled."""
         return None
 
+    def companions(self, indices: Tensor, draws: Draws) -> Tensor | None:
+        """The images (N, P) of the fit set that are wanted beside each image (N,) of a global batch; None: none.
+
+        Both are CPU tensors. A batch is read ahead of its use, so the answer may hang only on the draws
+        ("companions") and on what changes between epochs.
+        """
+        return None
+
+    def start_from(self, earlier: "ClusteringMethod") -> None:
+        """Take over what the run of an earlier stage has learned; called before the first step of a fresh run.
+
+        Raises:
+            InputError: where the two do not fit.
+        """
+        self.take_over(self.backbone, earlier.backbone)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups; beside torch's keys a group may have its own `schedule` and an `lr_factor`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    @staticmethod
+    def take_over(own: nn.Module, earlier: nn.Module) -> None:
+        """The weights and running figures of `earlier` into `own`.
+
+        Raises:
+            InputError: where they are two kinds of network.
+        """
+        try:
+            own.load_state_dict(earlier.state_dict())
+        except RuntimeError as error:
+            raise InputError(
+                "the network of the earlier run has other weights than the one of this run",
+                expected="the same network in both",
+                do="choose the backbone, and the sizes in method, as in the earlier run",
+            ) from error
 
     # What every method gets -------------------------------------------------------------------------------------------
 

@@ -44,7 +44,9 @@ class Pipeline:
 
 
 class MultiView:
-    """Turns uint8 images into V normalised float views, one per entry of `names`.
+    """Turns images into V normalised float views, one per entry of `names`.
+
+    Images are uint8, or floats that are taken as they are: vectors, say, as images of one pixel and many channels.
 
     Args:
         pipelines: lists of transforms by name; `clean` is the one without chance that evaluation uses.
@@ -92,16 +94,26 @@ class MultiView:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, generator: torch.Generator, *, rows: slice, total: int) -> tuple[Tensor, ...]:
-        """V views (N, C, h, w) of uint8 images (N, C, H, W), the `rows` of a global batch of `total` images.
+        """V views (N, C, h, w) of images (N, C, H, W), the `rows` of a global batch of `total` images.
 
         Every image meets the draw of its place in the global batch, whoever holds it.
         """
-        draws = [rows_of(self.pipelines[name].draw(total, generator), rows) for name in self.names]
-        return self._run(images, list(zip(self.names, draws, strict=True)))
+        return self._draw_and_run(images, self.names, generator, rows=rows, total=total)
+
+    @torch.no_grad()
+    def companion(self, images: Tensor, generator: torch.Generator, *, rows: slice, total: int) -> Tensor:
+        """The first view (N, C, h, w) alone: that of images which are wanted beside others."""
+        return self._draw_and_run(images, self.names[:1], generator, rows=rows, total=total)[0]
+
+    def _draw_and_run(
+        self, images: Tensor, names: Sequence[str], generator: torch.Generator, *, rows: slice, total: int
+    ) -> tuple[Tensor, ...]:
+        draws = [rows_of(self.pipelines[name].draw(total, generator), rows) for name in names]
+        return self._run(images, list(zip(names, draws, strict=True)))
 
     @torch.no_grad()
     def clean(self, images: Tensor) -> Tensor:
-        """The view (N, C, h, w) without chance of uint8 images (N, C, H, W)."""
+        """The view (N, C, h, w) without chance of images (N, C, H, W)."""
         return self._run(images, [("clean", {})])[0]
 
     def _run(self, images: Tensor, recipes: list[tuple[str, dict[str, Tensor]]]) -> tuple[Tensor, ...]:
@@ -119,7 +131,9 @@ class MultiView:
         with torch.autocast(images.device.type, enabled=False):
             for start in range(0, n, piece):
                 part = slice(start, start + piece)
-                pixels = images[part].to(torch.float32, memory_format=torch.contiguous_format) / 255
+                pixels = images[part].to(torch.float32, memory_format=torch.contiguous_format)
+                if not images.is_floating_point():
+                    pixels = pixels / 255
                 for view, (name, draw) in zip(views, recipes, strict=True):
                     view.append(self._finish(self.pipelines[name].apply(pixels, rows_of(draw, part))))
         return tuple(torch.cat(view) for view in views)

@@ -1,5 +1,7 @@
 """Batches of an epoch: every image once, whatever does not fill a batch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from deepclust.views.multiview import MultiView
 
 def make(images, batch_size, *, drop_last, extra=0):
     def source(number):
-        return ArraySource([np.zeros((number, 2, 2, 1), dtype=np.uint8)], 1)
+        return ArraySource([np.arange(number * 4, dtype=np.uint8).reshape(number, 2, 2, 1)], 1)
 
     views = MultiView(pipelines={"clean": [Resize(size=2)]}, names=["clean"], mean=None, std=None)
     return ImageDataModule(
@@ -55,15 +57,39 @@ def test_extra_images_come_first_and_count_on():
     assert sorted(batches[0].tolist()) == list(range(20, 29))
 
 
-def test_shares_of_a_batch_make_it_whole(monkeypatch):
+class Next:
+    """Wants the next one and the one after beside each image."""
+
+    weight_dtype = torch.float32
+
+    def companions(self, indices, draws):
+        return torch.stack([indices + 1, indices + 2], 1) % 21
+
+
+def test_shares_of_a_batch_make_it_whole_with_its_companions(monkeypatch):
     data = make(21, 16, drop_last=False)
+    data.trainer = SimpleNamespace(lightning_module=Next())
     indices = data.epoch_indices(0, None)[-1]
     shares = []
     for rank in range(3):
         monkeypatch.setattr("deepclust.distributed.rank", lambda rank=rank: rank)
         monkeypatch.setattr("deepclust.distributed.world_size", lambda: 3)
         batch = data.read_batch(indices, 0, 1)
-        assert len(batch.images) == len(batch.indices) and batch.draws.total == 5
-        assert torch.equal(batch.indices, torch.from_numpy(indices)[batch.draws.rows(len(batch.images))])
+        size = len(batch.images)
+        assert batch.draws.total == 5
+        assert torch.equal(batch.indices, torch.from_numpy(indices)[batch.draws.rows(size)])
+        assert torch.equal(batch.companions, Next().companions(batch.indices, None))
+        views = data.on_after_batch_transfer(batch, 0)
+        for slot, view in enumerate(views.companion_views):
+            assert torch.equal(view, data.views.clean(data.fit.read(batch.companions[:, slot].numpy())))
+        assert len(views.companion_views) == 2 and torch.equal(views.companions, batch.companions)
         shares.append(batch.indices)
     assert torch.cat(shares).tolist() == indices.tolist() and [len(s) for s in shares] == [1, 2, 2]
+
+
+def test_without_companions_there_are_none():
+    data = make(20, 8, drop_last=False)
+    alone = SimpleNamespace(weight_dtype=torch.float32, companions=lambda indices, draws: None)
+    data.trainer = SimpleNamespace(lightning_module=alone)
+    batch = data.on_after_batch_transfer(data.read_batch(np.arange(8), 0, 0), 0)
+    assert batch.companion_views == () and batch.companions.shape == (8, 0)

@@ -49,8 +49,8 @@ def test_images_are_stored_in_the_order_of_their_paths(tmp_path: Path):
     assert data.paths == [str(path) for path in files]
     assert data.labels is None and data.class_names is None and data.extra is None and data.evaluation is data.fit
     expected = np.stack([decode(path, image_size=8, channels=3) for path in files])
-    assert isinstance(data.fit, ArraySource) and isinstance(data.fit.arrays[0], np.memmap)
-    assert (data.fit.arrays[0] == expected).all()
+    assert isinstance(data.fit, ArraySource) and isinstance(data.fit.joined.arrays[0], np.memmap)
+    assert (data.fit.joined.arrays[0] == expected).all()
     (folder,) = converted(tmp_path)
     index = json.loads((folder / "files.json").read_text())
     assert [file[0] for file in index["files"]] == [str(p.relative_to(tmp_path / "images")) for p in files]

@@ -8,8 +8,9 @@ import torch
 from lightning import Callback
 
 from deepclust.config import build
-from deepclust.testing import check_assignments, check_losses, make_batch
-from deepclust.train import check_dataset, make_datamodule, train
+from deepclust.run_folder import load_checkpoint, load_method
+from deepclust.testing import check_assignments, check_losses
+from deepclust.train import check_dataset, find_earlier, make_datamodule, run
 from tests.conftest import compose_train
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
@@ -20,7 +21,13 @@ WATCHED = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluation.every_n_e
 
 
 def small(name: str, *overrides: str):
-    return compose_train(f"method={name}", "hardware=cpu", "trainer.max_epochs=2", *overrides)
+    """A run of two epochs, after two of each stage before it."""
+    cfg = compose_train(f"method={name}", "hardware=cpu", "trainer.max_epochs=2", *overrides)
+    stage = cfg
+    while (stage := stage.before) is not None:
+        stage.trainer.max_epochs = 2
+        stage.setdefault("before", None)
+    return cfg
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -32,13 +39,13 @@ def trained(tmp_path_factory):
     """A function: a run of two epochs of a method, made once; gives (results, folder)."""
     made: dict = {}
 
-    def run(name: str):
+    def once(name: str):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            made[name] = train(small(name, *WATCHED), folder), folder
+            made[name] = run(small(name, *WATCHED), folder), folder
         return made[name]
 
-    return run
+    return once
 
 
 class Keep(Callback):
@@ -53,23 +60,27 @@ class Keep(Callback):
 class Stand:
     """Stands in for the trainer where a loss is computed outside of training."""
 
-    def __init__(self, datamodule):
-        self.datamodule = datamodule
+    def __init__(self, method, datamodule):
+        self.lightning_module, self.datamodule = method, datamodule
         self.accumulate_grad_batches, self.global_step, self.log_every_n_steps = 1, 0, 1
         self.current_epoch = 1000  # past every warm-up
 
 
-def test_builds_and_every_parameter_gets_a_gradient(name):
+def test_builds_and_every_parameter_gets_a_gradient(name, tmp_path):
     cfg = small(name)
+    find_earlier(cfg, tmp_path)
     images = build(cfg.dataset.source)
     check_dataset(cfg, images)
     method, datamodule = build(cfg.method), make_datamodule(cfg, images)
-    method._trainer = Stand(datamodule)
-    pixels = images.fit.read(np.arange(64))
-    views = datamodule.views(pixels, torch.Generator().manual_seed(0), rows=slice(0, 64), total=64)
-    method.e_step(method.encode_all([datamodule.views.clean(pixels)] * 29, 64 * 29)[: len(images.fit)], ("test",))
-    check_losses(method, make_batch(views, len(images.fit)))
-    check_assignments(method, method.encode_all([datamodule.views.clean(pixels)], 64))
+    if cfg.earlier.run is not None:
+        method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
+    method._trainer = datamodule.trainer = Stand(method, datamodule)
+    method.on_train_start()
+    features = method.encode_all(datamodule.clean_batches(images.fit), len(images.fit))
+    method.e_step(features, ("test",))
+    batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, number=0), 0)
+    check_losses(method, batch)
+    check_assignments(method, features)
 
 
 def test_crosses_two_e_steps_and_fills_the_run_folder(name, trained):
@@ -89,7 +100,7 @@ def test_crosses_two_e_steps_and_fills_the_run_folder(name, trained):
 
 def test_callbacks_and_loggers_change_nothing_that_is_learned(name, trained, tmp_path):
     cfg = small(name, "callbacks=none", "logger=none", "+callbacks.keep._target_=tests.methods.test_contract.Keep")
-    train(cfg, tmp_path)
+    run(cfg, tmp_path)
     expected = state_of(trained(name)[1])
     got = Keep.method.state_dict()
     assert got.keys() == expected.keys()
@@ -108,7 +119,7 @@ def test_permuted_labels_change_nothing_that_is_learned(name, trained, tmp_path,
         return images
 
     monkeypatch.setattr(standard, "load_embedded_digits", permuted)
-    results = train(small(name, *WATCHED), tmp_path)
+    results = run(small(name, *WATCHED), tmp_path)
     expected = state_of(trained(name)[1])
     for key, value in state_of(tmp_path).items():
         assert torch.equal(value, expected[key]), key
@@ -116,8 +127,6 @@ def test_permuted_labels_change_nothing_that_is_learned(name, trained, tmp_path,
 
 
 def test_checkpoint_loads_strictly_with_its_state(name, trained):
-    from deepclust.run_folder import load_checkpoint, load_method
-
     _, folder = trained(name)
     _, method = load_method(load_checkpoint(folder))
     for key, value in method.state_dict().items():

@@ -24,6 +24,7 @@ CONTENT = {
     "digits": {"clean", "weak", "strong"},
     "secu": {"clean", "first", "second"},
     "secu_imagenet": {"clean", "first", "second", "single", "small"},
+    "vectors": {"clean", "weak", "strong", "standard", "first", "second"},
 }
 CROPS = {"small": 96}  # pixels of the views that are smaller than the images
 

@@ -1,0 +1,14 @@
+"""No network: vectors, or the pixels themselves, are the features."""
+
+from torch import Tensor, nn
+
+
+class Identity(nn.Module):
+    """(N, channels, H, W) -> (N, num_features), the same numbers; num_features = channels * H * W."""
+
+    def __init__(self, *, in_channels: int, image_size: int) -> None:
+        super().__init__()
+        self.num_features = in_channels * image_size**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)

@@ -1,0 +1,60 @@
+"""Vectors in place of images: features that `deepclust features` has kept, or a table of your own.
+
+A folder of them holds, for each split (train, test):
+
+    SPLIT_features.npy   float32 (M, D), read memory-mapped
+    SPLIT_labels.npy     int64 (M,), may be missing
+    SPLIT_images.npy     uint8 (M, H, W, 1 or 3), what the rows look like; may be missing
+    class_names.json     a list of C names; may be missing
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from deepclust.datasets.arrays import open_images, open_labels, open_npy, read_class_names
+from deepclust.datasets.source import ArraySource, ImageSet, VectorSource
+from deepclust.errors import InputError
+
+
+def load_features(*, path: str, num_classes: int | None) -> ImageSet:
+    """The vectors of a folder: fitted on train; evaluated on test where there is one, else on train.
+
+    Raises:
+        InputError: a file is missing, is not what it should be, or does not fit the others.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "train_features.npy").is_file():
+        raise InputError(
+            f"{folder} holds no train_features.npy",
+            expected="vectors, float32 (M, D)",
+            do="make them with deepclust features, or write a table there with numpy.save",
+        )
+    evaluated = "test" if (folder / "test_features.npy").is_file() else "train"
+    train = open_vectors(folder / "train_features.npy")
+    test = open_vectors(folder / f"{evaluated}_features.npy")
+    if train.shape[1] != test.shape[1]:
+        raise InputError(
+            f"the vectors of train have {train.shape[1]} numbers, those of test {test.shape[1]}",
+            expected="as many in both",
+            do="make the files anew",
+        )
+    fit = VectorSource([train])
+    labels, pictures = folder / f"{evaluated}_labels.npy", folder / f"{evaluated}_images.npy"
+    return ImageSet(
+        fit=fit,
+        evaluation=fit if evaluated == "train" else VectorSource([test]),
+        labels=open_labels(labels, len(test), num_classes) if labels.is_file() else None,
+        class_names=read_class_names(folder / "class_names.json", num_classes),
+        pictures=ArraySource([open_images(pictures)]) if pictures.is_file() else None,
+        name=folder.absolute().name,
+    )
+
+
+def open_vectors(file: Path) -> np.ndarray:
+    """Vectors float32 (M, D) of a .npy file, memory-mapped."""
+    expected = "float32 (rows, numbers)"
+    array = open_npy(file, expected)
+    if array.dtype != np.float32 or array.ndim != 2 or 0 in array.shape:
+        raise InputError(f"{file} holds {array.dtype} {array.shape}", expected=expected, do="write the file anew")
+    return array

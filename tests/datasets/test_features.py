@@ -1,0 +1,50 @@
+"""Vectors as data: kept features of real images, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from deepclust.datasets.features import load_features
+from deepclust.errors import InputError
+
+
+def write(folder, name, rows):
+    folder.mkdir(exist_ok=True)
+    np.save(folder / name, rows)
+
+
+def test_a_table_of_ones_own(tmp_path):
+    table = np.random.default_rng(0).normal(size=(30, 7)).astype(np.float32)
+    write(tmp_path, "train_features.npy", table)
+    images = load_features(path=str(tmp_path), num_classes=None)
+    assert images.labels is None and images.pictures is None and images.evaluation is images.fit
+    assert images.name == tmp_path.name
+    read = images.fit.read(np.array([4, 0, 29]))
+    assert read.shape == (3, 7, 1, 1) and images.fit.shape == (1, 1, 7)
+    assert torch.equal(read.flatten(1), torch.from_numpy(table[[4, 0, 29]]))
+
+
+def test_test_vectors_are_what_is_scored(tmp_path):
+    write(tmp_path, "train_features.npy", np.zeros((5, 3), np.float32))
+    write(tmp_path, "test_features.npy", np.ones((4, 3), np.float32))
+    write(tmp_path, "test_labels.npy", np.arange(4) % 2)
+    images = load_features(path=str(tmp_path), num_classes=None)
+    assert len(images.fit) == 5 and len(images.evaluation) == 4 and images.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(None, "holds no train_features"), (np.zeros((3, 2)), "float64"), (np.zeros((3, 2, 1), np.float32), "3, 2, 1")],
+)
+def test_refuses_what_is_no_table(tmp_path, rows, said):
+    if rows is not None:
+        write(tmp_path, "train_features.npy", rows)
+    with pytest.raises(InputError, match=said):
+        load_features(path=str(tmp_path), num_classes=None)
+
+
+def test_refuses_splits_of_two_widths(tmp_path):
+    write(tmp_path, "train_features.npy", np.zeros((3, 2), np.float32))
+    write(tmp_path, "test_features.npy", np.zeros((3, 4), np.float32))
+    with pytest.raises(InputError, match="2 numbers"):
+        load_features(path=str(tmp_path), num_classes=None)
