@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from scipy import stats
 
-from deepclust.compare import Row, Score, compare, main, published_figures, to_csv, to_markdown, to_text
+from deepclust.compare import main, published_figures
+from deepclust.comparison.formats import to_csv, to_latex, to_markdown, to_text
+from deepclust.comparison.page import to_html
+from deepclust.comparison.table import Row, Score, compare, standings
 from deepclust.errors import InputError
 
 PUBLISHED = [
@@ -204,6 +208,64 @@ def test_text_shows_every_cell_and_markup_as_it_is(runs: Path) -> None:
         assert part in text
 
 
+def test_pixels_have_one_row_per_data_set(tmp_path: Path) -> None:
+    for number, (method, seed) in enumerate([("cc", 0), ("cc", 1), ("drc", 1)]):
+        baseline = {"kmeans_on_pixels": {"acc": 0.5 + 0.2 * seed, "nmi": 0.5, "ari": 0.5}}
+        write_run(tmp_path / str(number), method=method, seed=seed, baseline=baseline)
+    first = compare(tmp_path, published=[], ignore=IGNORE).rows[0]
+    assert (first.method, first.rule, first.seeds) == ("k-means", "pixels", 2)
+    assert first.scores["acc"].mean == pytest.approx(0.6)
+
+
+def test_stages_before_count_as_time(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", timing={"train_seconds": 60.0, "earlier_seconds": 120.0})
+    assert compare(tmp_path, published=[], ignore=IGNORE).rows[0].minutes == pytest.approx(3)
+
+
+def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
+    accuracy = {
+        "cc": [0.80, 0.90, 0.85, 0.1],
+        "drc": [0.70, 0.75, 0.79],
+        "propos": [0.9, 0.9],
+        "byol": [0.7, 0.8, 0.75],
+    }
+    for method, values in accuracy.items():
+        for seed, acc in enumerate(values[:3]):
+            scores = {"method": {"acc": acc, "nmi": 0.5, "ari": 0.5}}
+            write_run(tmp_path / f"{method}{seed}", method=method, seed=seed, scores=scores)
+    rows = {row.method: row for row in compare(tmp_path, published=[], ignore=IGNORE).rows}
+    assert all(row.p_value is None for row in rows.values())  # the best, propos, has two seeds only
+    write_run(tmp_path / "propos2", method="propos", seed=2, scores={"method": {"acc": 0.95, "nmi": 0.5, "ari": 0.5}})
+    rows = {row.method: row for row in compare(tmp_path, published=[], ignore=IGNORE).rows}
+    expected = stats.ttest_rel([0.9, 0.9, 0.95], accuracy["drc"]).pvalue
+    assert rows["drc"].p_value == pytest.approx(expected) and rows["propos"].p_value is None
+    assert "paired t-test" in to_markdown(compare(tmp_path, published=[], ignore=IGNORE))
+
+
+def test_says_where_runs_stand_to_published_spreads(runs: Path) -> None:
+    said = standings(compare(runs, published=PUBLISHED, ignore=IGNORE).rows)
+    assert said[0].startswith("digits, cc by method: ACC 85.0 ± 5.0 is above the published 79.0 ± 4.0")
+    assert "cc by k-means: ACC 40.0 ± 0.0 is below" in said[1] and len(said) == 2  # NMI was published without
+
+
+def test_latex_escapes_and_balances(runs: Path) -> None:
+    write_run(runs / "odd", overrides=["a_b=50%"], seed=5)
+    text = to_latex(compare(runs, published=PUBLISHED, ignore=IGNORE))
+    assert r"a\_b=50\%" in text and r"\textbf{85.0 $\pm$ 5.0}" in text
+    body = (
+        text[text.index("Data set") : text.index(r"\bottomrule")].replace("\\toprule\n", "").replace("\\midrule\n", "")
+    )
+    assert len({line.count(" & ") for line in body.splitlines() if line != r"\toprule"}) == 1
+
+
+def test_page_links_to_reports(runs: Path) -> None:
+    (runs / "outputs" / "1" / "report.html").touch()
+    text = to_html(compare(runs, published=PUBLISHED, ignore=IGNORE), runs, beside=runs / "tables")
+    assert 'href="../outputs/1/report.html"' in text and "outputs/0/report" not in text
+    assert text.count("<svg") == 1 and "<script" not in text and "http" not in text
+    assert "85.0 ± 5.0" in text and "out of memory" in text
+
+
 def test_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run"):
         compare(tmp_path, published=[], ignore=IGNORE)
@@ -222,7 +284,13 @@ def test_main_prints_or_writes(runs: Path, capsys: pytest.CaptureFixture) -> Non
     run_main(f"runs={runs}", "format=csv")
     printed = capsys.readouterr()
     assert printed.out.startswith("dataset,method") and "stopped" in printed.err
-    for ending, start in ((".csv", "dataset,method"), (".md", "| Data set"), (".txt", "┏━")):
+    for ending, start in (
+        (".csv", "dataset,method"),
+        (".md", "| Data set"),
+        (".txt", "┏━"),
+        (".tex", "% ACC"),
+        (".html", "<!doctype"),
+    ):
         file = runs / "new" / f"table{ending}"
         run_main(f"runs={runs}", f"output={file}")
         assert file.read_text(encoding="utf-8").startswith(start)
