@@ -65,6 +65,19 @@ class DeadEpochCosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochCosine:
+    """Half a cosine from 1 to `floor`, where epoch `epochs` (from 0) would stand; held for an epoch (SCAN's pretext,
+    GCC)."""
+
+    epochs: int
+    floor: float
+
+    def __call__(self, step: int, steps_per_epoch: int) -> float:
+        epoch = (step - 1) // steps_per_epoch
+        return self.floor + (1 - self.floor) * _half_cosine(epoch / self.epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RisingCosine:
     """Half a cosine from 0 to 1 over the run: SeCu's prototypes on ImageNet under the entropy rule."""
 

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,14 +24,17 @@ log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Write one line an image, in order: index, cluster, confidence and, for files, path.
+    """Write one line an image, in order: index, cluster, confidence, distance and, for files, path.
 
-    Files that cannot be read are listed in OUTPUT.unreadable.txt and left out.
+    `distance` is the Euclidean one of the features to the mean of the training images in that cluster. Files that
+    cannot be read are listed in OUTPUT.unreadable.txt and left out. With `sort_to` every file also gets into one
+    folder per cluster there.
     """
     checkpoint = load_checkpoint(Path(cfg.run))
     run_cfg, method = load_method(checkpoint)
     method.to(pick_device(cfg.accelerator))
     multi_view = build(run_cfg.multi_view)
+    means = checkpoint["cluster_means"].to(method.device)
     output, unreadable = Path(cfg.output), []
     output.parent.mkdir(parents=True, exist_ok=True)
     beside, done = output.with_name(output.name + ".writing"), 0
@@ -39,7 +43,7 @@ def main(cfg: DictConfig) -> None:
         size, channels = stored_shape(run_cfg)
         for number, (paths, images, broken) in enumerate(read(Path(cfg.images), size, channels, cfg.batch_size)):
             if number == 0:
-                writer.writerow(["index", "cluster", "confidence", *(["path"] if paths else [])])
+                writer.writerow(["index", "cluster", "confidence", "distance", *(["path"] if paths else [])])
             unreadable += broken
             if len(images) == 0:
                 continue
@@ -48,8 +52,13 @@ def main(cfg: DictConfig) -> None:
             own = assign(method, features) or assign_to_centroids(
                 features, checkpoint["kmeans_centroids"].to(features), checkpoint["kmeans_scale"].to(features)
             )
-            for row, (cluster, confidence) in enumerate(zip(*(part.tolist() for part in own), strict=True)):
-                writer.writerow([done + row, cluster, f"{confidence:.6f}", *(paths[row : row + 1] if paths else [])])
+            distances = (features - means[own[0]]).norm(dim=1)  # nan for a cluster that held no training image
+            values = zip(*(part.tolist() for part in (*own, distances)), strict=True)
+            for row, (cluster, confidence, distance) in enumerate(values):
+                path = paths[row : row + 1] if paths else []
+                writer.writerow([done + row, cluster, f"{confidence:.6f}", f"{distance:.6g}", *path])
+                if cfg.sort_to is not None:
+                    put(path, Path(cfg.sort_to) / f"cluster_{cluster:03d}", index=done + row, link=cfg.link)
             done += len(images)
     if not done:
         beside.unlink()
@@ -64,6 +73,23 @@ def main(cfg: DictConfig) -> None:
         listed = output.with_name(output.name + ".unreadable.txt")
         listed.write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable))
         print(f"{len(unreadable)} files could not be read: {listed}")
+
+
+def put(paths: list[str], folder: Path, *, index: int, link: bool) -> None:
+    """Copy a file, or link to it, into the folder of its cluster; its name is kept behind its index.
+
+    Raises:
+        InputError: without a file, for an array holds none.
+    """
+    if not paths:
+        raise InputError("the images are rows of an array", expected="image files to sort", do="leave sort_to out")
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = Path(paths[0]).absolute(), folder / f"{index:06d}_{Path(paths[0]).name}"
+    target.unlink(missing_ok=True)
+    if link:
+        target.symlink_to(source)
+    else:
+        shutil.copy2(source, target)
 
 
 def stored_shape(run_cfg: DictConfig) -> tuple[int, int]:

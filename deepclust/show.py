@@ -10,8 +10,10 @@ from rich.table import Table
 
 from deepclust.callbacks.evaluation import Judge, Judgement
 from deepclust.clustering.restarts import dealt_kmeans
-from deepclust.datasets.source import ImageSet
-from deepclust.report import cluster_sheets, write_report
+from deepclust.datasets.source import ImageSet, ImageSource
+from deepclust.report.embedding import embedding_map
+from deepclust.report.page import write_report
+from deepclust.report.sheets import cluster_sheets
 from deepclust.run_folder import ASSIGNMENTS
 
 RULES = {
@@ -44,25 +46,27 @@ def write_run_report(
 ) -> None:
     """report.html of a run."""
     assignments, confidence = judgement.assignments.numpy(), judgement.confidence.numpy()
+    shown = {"source": pictures_of(images), "labels": images.labels, "paths": images.paths, "seed": cfg.seed}
     sheets = cluster_sheets(
-        images.evaluation,
-        assignments,
-        confidence,
-        labels=images.labels,
-        class_names=images.class_names,
-        paths=images.paths,
-        seed=cfg.seed,
-        **cfg.report,
+        assignments, confidence, class_names=images.class_names, per_cluster=cfg.report.per_cluster, **shown
     )
+    embedding = embedding_map(judgement.features, assignments, confidence, max_points=cfg.report.map_points, **shown)
     write_report(
         folder / "report.html",
         results=results,
         sheets=sheets,
+        embedding=embedding,
         table=None if judgement.table is None else judgement.table.numpy(),
         class_names=images.class_names,
         curves=folder / "metrics.csv",
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
     )
+
+
+def pictures_of(images: ImageSet) -> ImageSource | None:
+    """What the evaluation images look like; None for vectors without pictures."""
+    is_vectors = images.evaluation.shape[:2] == (1, 1)
+    return images.pictures if is_vectors else images.evaluation
 
 
 def show_run(results: dict[str, Any], folder: Path) -> None:

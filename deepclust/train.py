@@ -83,7 +83,7 @@ def find_earlier(cfg: DictConfig, folder: Path) -> None:
         "run": str(start),
         "method": checkpoint["config"]["method"],
         "sha256": checksum(checkpoint["state_dict"]),
-        "train_seconds": results["timing"]["train_seconds"] + results["timing"]["earlier_seconds"],
+        "train_seconds": results["timing"]["train_seconds"] + results["timing"].get("earlier_seconds", 0.0),
     }
 
 

@@ -14,6 +14,7 @@ SMALL = [  # ProPos on digits in about a second an epoch
     "method.embedding_size=32",
     "callbacks.checkpoint.min_seconds=0",
     "callbacks.evaluation.every_n_epochs=1",
+    "report.map_points=60",
 ]
 
 

@@ -2,10 +2,12 @@
 
 import csv
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deepclust import cli
 from deepclust.errors import InputError
@@ -91,9 +93,27 @@ def test_predict_and_evaluate_repeat_the_run(tmp_path, run_small, capsys):
     told, kept = (list(csv.DictReader(path.open())) for path in (output, folder / "assignments.csv"))
     assert [(r["index"], r["cluster"]) for r in told] == [(r["index"], r["cluster"]) for r in kept]
     assert all(abs(float(a["confidence"]) - float(b["confidence"])) < 1e-4 for a, b in zip(told, kept, strict=True))
+    assert all(0 < float(r["distance"]) < 1e3 for r in told)
     done = deepclust("evaluate", f"run={folder}")
     for rule in ("method", "kmeans"):
         assert f'"acc": {results["scores"][rule]["acc"]}' in done.stdout
+
+
+def test_predict_sorts_files_into_folders(tmp_path, run_small):
+    _, folder = run_small()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (6, 9, 11), np.uint8)):
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    (photos / "broken.png").write_bytes(b"no image")
+    output, sorted_to = tmp_path / "out.csv", tmp_path / "sorted"
+    deepclust("predict", f"run={folder}", f"images={photos}", f"output={output}", f"sort_to={sorted_to}")
+    rows = list(csv.DictReader(output.open()))
+    assert len(rows) == 6 and "broken.png" in (tmp_path / "out.csv.unreadable.txt").read_text()
+    for row in rows:
+        copy = sorted_to / f"cluster_{int(row['cluster']):03d}" / f"{int(row['index']):06d}_{Path(row['path']).name}"
+        assert copy.read_bytes() == Path(row["path"]).read_bytes()
+    assert len(list(sorted_to.rglob("*.png"))) == 6
 
 
 def test_evaluate_of_no_run(tmp_path, monkeypatch, capfd):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust.optim import DeadEpochCosine, Lars, RisingCosine
+from deepclust.optim import DeadEpochCosine, EpochCosine, Lars, RisingCosine
 
 
 def test_dead_epoch_then_warm_up_then_cosine():
@@ -23,6 +23,14 @@ def test_dead_epoch_then_warm_up_then_cosine():
 def test_short_runs_have_rates(warmup, epochs):
     rates = DeadEpochCosine(warmup_epochs=warmup, epochs=epochs)
     assert all(0 <= rates(step, 3) <= 1 for step in range(1, 3 * epochs + 2))  # the scheduler asks one step ahead
+
+
+def test_epoch_cosine_is_held_for_an_epoch():
+    rates = EpochCosine(epochs=10, floor=0.001)
+    at = [rates(step, 7) for step in range(1, 71)]
+    assert at[:7] == [1.0] * 7 and all(len(set(at[7 * e : 7 * e + 7])) == 1 for e in range(10))
+    assert at[35] == pytest.approx(0.5005) and rates(71, 7) == pytest.approx(0.001)
+    assert all(a > b for a, b in zip(at[::7], at[7::7], strict=False))
 
 
 def test_rising_cosine():

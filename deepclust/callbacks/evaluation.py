@@ -22,7 +22,7 @@ class Judgement:
     assignments: Tensor  # (M,) int64, by the method's own rule, else by k-means
     confidence: Tensor  # (M,) in [0, 1]
     features: Tensor  # (M, D)
-    rule: dict[str, Tensor]  # what assigns new images by k-means
+    rule: dict[str, Tensor]  # what new images are held against
     table: Tensor | None  # (C, K) counts, without labels None
 
 
@@ -70,7 +70,11 @@ class Judge:
             assignments.cpu(),
             confidence.cpu(),
             features,
-            {"kmeans_centroids": fitted.centroids, "kmeans_scale": scale},
+            {
+                "kmeans_centroids": fitted.centroids,
+                "kmeans_scale": scale,
+                "cluster_means": cluster_means(features, assignments, self.num_clusters),
+            },
             table,
         )
 
@@ -96,6 +100,12 @@ def assign(method: ClusteringMethod, features: Tensor, rows: int = 65536) -> tup
                 return None
             parts.append((logits.argmax(1), logits.softmax(1).amax(1)))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def cluster_means(features: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:
+    """Mean features (K, D) of the clusters of features (M, D); nan where a cluster is empty."""
+    sums = features.new_zeros(num_clusters, features.shape[1]).index_add_(0, assignments, features)
+    return sums / torch.bincount(assignments, minlength=num_clusters)[:, None]
 
 
 def spread(features: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:

@@ -39,13 +39,15 @@ def nearest_neighbors(
         origin = keys.mean(0) if euclidean else torch.zeros_like(keys[0])
         queries, keys = queries - origin, keys - origin
         biases = keys.square().sum(1) / -2 if euclidean else keys.new_zeros(1)
-        values, indices = [], []
+        values = queries.new_empty(len(queries), k)  # in one piece: many small ones would break up the memory
+        indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         step = max((CPU_ELEMENTS if keys.device.type == "cpu" else GPU_ELEMENTS) // len(keys), 64)
         for start in range(0, len(queries), step):
-            rows = queries[start : start + step]
+            part = slice(start, start + step)
+            rows = queries[part]
             scores = torch.addmm(biases, rows, keys.T)
             if exclude is not None:
-                scores.scatter_(1, exclude[start : start + step, None], -torch.inf)
+                scores.scatter_(1, exclude[part, None], -torch.inf)
             top, found = scores.topk(min(k + 1, len(keys)))
             if top.shape[1] > k:
                 tied = top[:, k - 1] == top[:, k]  # topk takes any of equal keys
@@ -54,7 +56,6 @@ def nearest_neighbors(
             # One by one, equal keys have equal values, and a row has distance zero from itself.
             others = keys[found]
             near = (rows[:, None] - others).norm(dim=2) if euclidean else (rows[:, None] * others).sum(2)
-            near, order = near.sort(dim=1, descending=not euclidean, stable=True)
-            values.append(near)
-            indices.append(found.gather(1, order))
-        return torch.cat(values), torch.cat(indices)
+            values[part], order = near.sort(dim=1, descending=not euclidean, stable=True)
+            indices[part] = found.gather(1, order)
+        return values, indices

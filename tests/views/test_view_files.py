@@ -21,6 +21,7 @@ CONTENT = {
     "cc_strong_blur": {"clean", "weak"},
     "simclr": {"clean", "weak", "strong", "standard"},
     "gcc": {"clean", "weak", "strong", "standard"},
+    "scan": {"clean", "weak", "strong", "standard"},
     "digits": {"clean", "weak", "strong"},
     "secu": {"clean", "first", "second"},
     "secu_imagenet": {"clean", "first", "second", "single", "small"},

@@ -1,0 +1,303 @@
+"""SCAN's first two stages: losses against slow versions, the neighbours, the choice of a head, and how stages join."""
+
+import math
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from deepclust import distributed
+from deepclust.batch import Draws, TrainBatch
+from deepclust.errors import InputError
+from deepclust.methods import scan
+from deepclust.methods.scan import SCAN, Pretext, entropy, pretext_loss, scan_losses, selection_losses
+from deepclust.optim import Constant
+from deepclust.run_folder import CHECKPOINT, RESULTS, load_checkpoint, load_method
+from deepclust.train import run
+from tests.conftest import compose_train
+from tests.methods.test_secu import Stop  # noqa: F401  (named in an override)
+
+IMAGES, CLUSTERS = 30, 4
+
+
+def backbone():
+    net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))
+    net.num_features = 6
+    return net
+
+
+COMMON = {"num_clusters": CLUSTERS, "optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant()}
+
+
+def make(*, mine_on="projection", heads=2, train_backbone=True, neighbors=3):
+    torch.manual_seed(0)
+    return SCAN(
+        backbone=backbone(),
+        num_images=IMAGES,
+        num_heads=heads,
+        num_neighbors=neighbors,
+        mine_on=mine_on,
+        embedding_size=3,
+        train_backbone=train_backbone,
+        entropy_weight=5.0,
+        e_step_every_n_epochs=1,
+        **COMMON,
+    )
+
+
+def make_pretext(seed=1):
+    torch.manual_seed(seed)
+    return Pretext(backbone=backbone(), embedding_size=3, temperature=0.1, **COMMON)
+
+
+def stand_in(images):
+    """A trainer whose data module gives the clean images (M, 5) in two batches."""
+    datamodule = SimpleNamespace(fit=images, clean_batches=lambda source, device: iter(source.split(17)))
+    return SimpleNamespace(datamodule=datamodule, lightning_module=None)
+
+
+def started(images, **options):
+    method = make(**options)
+    method.start_from(make_pretext().eval())
+    method._trainer = stand_in(images)
+    method.on_train_start()
+    return method
+
+
+def batch_of(size, extra=False):
+    views = torch.randn(2, size, 5)
+    draws = Draws(key=(0,), first=0, total=size)
+    return TrainBatch((views[0],), torch.arange(size), draws, extra, (views[1],), torch.arange(size)[:, None])
+
+
+# Losses
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_pretext_is_its_equation(size):
+    a, b = nn.functional.normalize(torch.randn(2, size, 4, dtype=torch.float64), dim=2)
+    rows, total = [*a, *b], 0.0
+    for i in range(size):
+        others = [math.exp(float(a[i] @ row) / 0.1) for j, row in enumerate(rows) if j != i]
+        total -= math.log(math.exp(float(a[i] @ b[i]) / 0.1) / sum(others))
+    assert float(pretext_loss(a, b, temperature=0.1)) == pytest.approx(total / size, rel=1e-9, abs=1e-12)
+
+
+def test_pretext_sees_both_views_at_once():
+    method, seen = make_pretext(), []
+    method.backbone.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    views = tuple(torch.randn(2, 8, 5))
+    terms = method.losses(TrainBatch(views, torch.arange(8), Draws(key=(0,), first=0, total=8)))
+    assert seen == [16] and 0 < float(terms["contrast"]) < 20
+
+
+def slow_scan(anchors, neighbors):
+    """Row by row."""
+    p = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in anchors.tolist()]
+    q = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in neighbors.tolist()]
+    agree = [-math.log(sum(a * b for a, b in zip(x, y, strict=True))) for x, y in zip(p, q, strict=True)]
+    shares = [max(sum(row[k] for row in p) / len(p), 1e-8) for k in range(len(p[0]))]
+    return sum(agree) / len(agree), -sum(s * math.log(s) for s in shares)
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_clustering_is_its_equation_for_each_head(size):
+    anchors, neighbors = 3 * torch.randn(2, 3, size, 5, dtype=torch.float64)
+    consistency, entropies = scan_losses(anchors, neighbors)
+    for head in range(3):
+        expected = slow_scan(anchors[head], neighbors[head])
+        assert (float(consistency[head]), float(entropies[head])) == pytest.approx(expected, rel=1e-9)
+
+
+def test_certain_and_empty_clusters_have_finite_losses_and_gradients():
+    logits = torch.zeros(6, 4)
+    logits[:, 0] = 200  # the others' softmax is exactly 0
+    against = torch.zeros(6, 4)
+    against[:, 1] = 200
+    logits.requires_grad_()
+    consistency, entropies = scan_losses(logits, against)
+    (consistency - 5 * entropies).backward()
+    assert float(consistency) == 100 and float(entropies) == pytest.approx(3e-8 * math.log(1e8), rel=1e-4)
+    assert torch.isfinite(logits.grad).all()
+    consistency, _ = scan_losses(logits, logits)
+    assert float(consistency) == 0
+    assert float(scan.disagreements(torch.tensor([1.0, 1e-3]), torch.tensor([1.0, 1e-3]))) == 0  # above 1 by rounding
+
+
+def test_losses_are_full_precision_under_autocast():
+    anchors, neighbors = torch.randn(2, 3, 16, 5)
+    exact = scan_losses(anchors, neighbors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = scan_losses(anchors, neighbors)
+        assert scan_losses(anchors.bfloat16(), neighbors)[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
+
+
+def test_a_step_meets_images_and_neighbours_apart_and_sums_the_heads():
+    method, batch, seen = make(), batch_of(8), []
+    method.backbone.register_forward_hook(lambda module, args, output: seen.append((len(output), output)))
+    terms = method.losses(batch)
+    (size, a), (also, n) = seen
+    assert size == also == 8
+    expected = [slow_scan(head(a), head(n)) for head in method.heads]
+    assert float(terms["consistency"]) == pytest.approx(sum(c for c, _ in expected), rel=1e-5)
+    assert float(terms["entropy"]) == pytest.approx(-5 * sum(e for _, e in expected), rel=1e-5)
+
+
+def test_extra_images_are_refused_in_words():
+    with pytest.raises(InputError, match=r"dataset\.source\.extra=\[\]"):
+        make().losses(batch_of(4, extra=True))
+
+
+# Neighbours
+
+
+@pytest.mark.parametrize("mine_on", ["projection", "backbone"])
+def test_neighbours_are_the_nearest_by_cosine_of_what_the_earlier_run_learned(mine_on):
+    images, pretext = torch.randn(IMAGES, 5), make_pretext().eval()
+    method = started(images, mine_on=mine_on)
+    rows = pretext.backbone(images)
+    rows = nn.functional.normalize(pretext.projector(rows) if mine_on == "projection" else rows, dim=1)
+    for image, found in enumerate(method.neighbors.tolist()):
+        near = sorted(range(IMAGES), key=lambda j, i=image: -float(rows[i] @ rows[j]))
+        assert found == [image, *[j for j in near if j != image][:3]]
+    assert method.training and not any(p.requires_grad for p in (method.projector or nn.Identity()).parameters())
+
+
+def test_shares_of_the_search_join_to_the_whole(monkeypatch):
+    method, features = make(), torch.randn(IMAGES, 6)
+    whole, parts = method.mine(features), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "gather", lambda rows: rows)
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(method.mine(features))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_table_from_a_checkpoint_is_kept():
+    images = torch.randn(IMAGES, 5)
+    method, resumed = started(images), make()
+    resumed.load_state_dict(method.state_dict())
+    resumed.on_train_start()  # without a trainer, hence without mining
+    assert torch.equal(resumed.table, method.neighbors)
+
+
+def test_companions_are_the_image_or_a_neighbour_with_equal_chances():
+    method = started(torch.randn(IMAGES, 5))
+    indices = torch.arange(IMAGES).repeat(400)
+    chosen = method.companions(indices, Draws(key=(7,), first=0, total=len(indices)))
+    assert chosen.shape == (len(indices), 1)
+    hits = chosen == method.neighbors[indices]
+    assert (hits.sum(1) == 1).all()
+    assert (hits.float().mean(0) - 0.25).abs().max() < 0.015
+    again = method.companions(indices, Draws(key=(7,), first=5, total=len(indices)))
+    assert torch.equal(chosen, again), "the whole global batch is drawn on every process"
+    assert not torch.equal(chosen, method.companions(indices, Draws(key=(8,), first=0, total=len(indices))))
+
+
+def test_what_is_missing_is_told():
+    method = make()
+    method._trainer = stand_in(torch.randn(IMAGES, 5))
+    with pytest.raises(InputError, match="start=DIR"):
+        method.on_train_start()
+    with pytest.raises(InputError, match="mine_on=backbone"):
+        make().start_from(make(mine_on="backbone"))
+    make(mine_on="backbone").start_from(make())
+    other = make_pretext()
+    other.projector = nn.Linear(6, 9)
+    with pytest.raises(InputError, match="other weights"):
+        make().start_from(other)
+
+
+def test_heads_alone_leave_the_backbone_as_it_is():
+    method = started(torch.randn(IMAGES, 5), train_backbone=False)
+    assert method.training and not method.backbone.training
+    assert [p.shape for group in method.parameter_groups() for p in group["params"]] == [(4, 6), (4,)] * 2
+    before = {name: value.clone() for name, value in method.backbone.state_dict().items()}
+    method.eval().train()
+    sum(method.losses(batch_of(8)).values()).backward()
+    assert all(p.grad is None for p in method.backbone.parameters())
+    assert all(p.grad.any() for p in method.heads.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in method.backbone.state_dict().items())
+
+
+# The choice of a head
+
+
+def test_selection_is_its_equation_in_any_chunks(monkeypatch):
+    p = (2 * torch.randn(3, IMAGES, CLUSTERS, dtype=torch.float64)).softmax(2)
+    table = torch.randint(IMAGES, (IMAGES, 4))
+    consistency, entropies = selection_losses(p, table)
+    for head in range(3):
+        agreements = [float(p[head, i] @ p[head, j]) for i in range(IMAGES) for j in table[i].tolist()]
+        assert float(consistency[head]) == pytest.approx(-sum(map(math.log, agreements)) / len(agreements), rel=1e-9)
+        assert float(entropies[head]) == pytest.approx(float(entropy(p[head].mean(0))), rel=1e-12)
+    monkeypatch.setattr(scan, "PAIRS_AT_A_TIME", 50)
+    torch.testing.assert_close(selection_losses(p, table), (consistency, entropies))
+
+
+def test_the_head_that_agrees_with_the_neighbours_gives_the_clusters():
+    """Features in four tight groups: one head knows them, one puts all into one cluster, one knows nothing."""
+    features = 10 * nn.functional.one_hot(torch.arange(IMAGES) % CLUSTERS, 6).float()
+    method = make(heads=3, mine_on="backbone")
+    method.neighbors.copy_(method.mine(features))
+    with torch.no_grad():
+        for head in method.heads:
+            head.weight.zero_(), head.bias.zero_()
+        method.heads[0].bias[1] = 20
+        method.heads[2].weight.copy_(torch.eye(CLUSTERS, 6))
+    method.e_step(features, ("test",))
+    assert int(method.best_head) == 2
+    shares = torch.bincount(torch.arange(IMAGES) % CLUSTERS).double() / IMAGES
+    assert float(method.selection_loss) == pytest.approx(float((shares * shares.log()).sum()), abs=2e-3)
+    assert torch.equal(method.cluster_logits(features), method.heads[2](features))
+
+
+# Whole runs
+
+RUN = ["method=scan", "dataset=digits", "hardware=cpu", "logger=none", "batch_size=450", "before.batch_size=450"]
+RUN += ["trainer.max_epochs=2", "before.trainer.max_epochs=1", "evaluation.kmeans_restarts=1"]
+RUN += ["pixel_baseline_max_values=0", "callbacks.checkpoint.min_seconds=0", "callbacks.checkpoint.every_n_steps=1"]
+STOP = ["+callbacks.stop._target_=tests.methods.test_scan.Stop"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scan")
+    return run(compose_train(*RUN), folder), folder
+
+
+def test_stages_join(finished):
+    results, folder = finished
+    assert results["earlier"]["run"] == str(folder / "before") and len(results["earlier"]["sha256"]) == 64
+    _, pretext = load_method(load_checkpoint(folder / "before"))
+    _, clustering = load_method(load_checkpoint(folder))
+    assert isinstance(pretext, Pretext) and isinstance(clustering, SCAN)
+    for name, value in pretext.projector.state_dict().items():
+        assert torch.equal(clustering.projector.state_dict()[name], value)
+    assert torch.equal(clustering.neighbors[:, 0], torch.arange(1797))
+    others = clustering.neighbors[:, 1:]
+    assert others.min() >= 0 and others.max() < 1797 and not (others == torch.arange(1797)[:, None]).any()
+
+
+def test_a_run_stopped_in_an_epoch_ends_the_same(finished, tmp_path):
+    """From the first stage's folder alone; then a changed first stage is refused."""
+    start = f"start={finished[1] / 'before'}"
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(compose_train(*RUN, start, *STOP, "+callbacks.stop.step=5"), tmp_path / "run")
+    run(compose_train(*RUN, start), tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run")["state_dict"]
+    for name, value in load_checkpoint(finished[1])["state_dict"].items():
+        assert torch.equal(state[name], value), name
+
+    shutil.copytree(finished[1] / "before", tmp_path / "other")
+    checkpoint = load_checkpoint(tmp_path / "other")
+    checkpoint["state_dict"]["projector.0.bias"] += 1e-3
+    torch.save(checkpoint, tmp_path / "other" / CHECKPOINT)
+    (tmp_path / "run" / RESULTS).unlink()
+    with pytest.raises(InputError, match=r"earlier\.sha256"):
+        run(compose_train(*RUN, f"start={tmp_path / 'other'}"), tmp_path / "run")

@@ -1,0 +1,292 @@
+"""Self-labelling: its loss against a slow version, what is trained, the average of the weights, and whole runs."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from deepclust.batch import Draws, TrainBatch
+from deepclust.errors import InputError
+from deepclust.methods.base import ClusteringMethod
+from deepclust.methods.scan import SCAN
+from deepclust.methods.self_label import SelfLabel, self_label_loss
+from deepclust.optim import Constant
+from deepclust.run_folder import load_checkpoint, load_method
+from deepclust.train import run
+from tests.conftest import compose_train
+
+COMMON = {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant()}
+
+
+class Toy(ClusteringMethod):
+    """A backbone, a cluster head that gives the clusters, and a projector that does not."""
+
+    def __init__(self, *, num_clusters=3, rule=True, blind=False, seed=0):
+        torch.manual_seed(seed)
+        backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6))
+        super().__init__(backbone=backbone, num_clusters=num_clusters, e_step_every_n_epochs=0, **COMMON)
+        self.projector = nn.Linear(6, 2)
+        self.head = nn.Linear(6, num_clusters)
+        self.rule, self.blind = rule, blind
+
+    def encode(self, images):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.blind):
+            return self.backbone(images)
+
+    def cluster_logits(self, features):
+        if self.blind:
+            return features[:, :3]
+        return self.head(features) if self.rule else None
+
+
+def make(model=None, *, threshold=0.5, ema_mode="none", ema_decay=0.9, num_clusters=3, balanced=True):
+    return SelfLabel(
+        model=model or Toy(),
+        num_clusters=num_clusters,
+        image_size=2,
+        channels=1,
+        threshold=threshold,
+        balanced=balanced,
+        ema_mode=ema_mode,
+        ema_decay=ema_decay,
+        **COMMON,
+    )
+
+
+def batch_of(size, *, seed=0, extra=False):
+    views = torch.randn(2, size, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return TrainBatch(tuple(views), torch.arange(size), Draws(key=(0,), first=0, total=size), extra)
+
+
+# The loss
+
+
+def slow(weak, strong, threshold, balanced):
+    """Row by row; the loss and how many are kept."""
+
+    def softmax(row):
+        return [math.exp(x) / sum(map(math.exp, row)) for x in row]
+
+    kept = [(softmax(w), softmax(s)) for w, s in zip(weak.tolist(), strong.tolist(), strict=True)]
+    kept = [(w.index(max(w)), s) for w, s in kept if max(w) > threshold]
+    counts = [sum(y == k for y, _ in kept) for k in range(weak.shape[1])]
+    weights = [len(kept) / counts[y] if balanced else 1.0 for y, _ in kept]
+    total = sum(w * -math.log(s[y]) for w, (y, s) in zip(weights, kept, strict=True))
+    return (total / sum(weights) if kept else 0.0), len(kept)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize(("size", "threshold"), [(40, 0.8), (40, 0.0), (1, 0.1), (7, 0.999999)])
+def test_loss_is_its_equation(size, threshold, balanced):
+    weak, strong = 3 * torch.randn(2, size, 5, dtype=torch.float64)
+    loss, share = self_label_loss(weak, strong, threshold=threshold, balanced=balanced)
+    expected, kept = slow(weak, strong, threshold, balanced)
+    assert float(loss) == pytest.approx(expected, rel=1e-9) and float(share) == pytest.approx(kept / size)
+
+
+def test_gradient_reaches_kept_rows_of_the_strong_view_only():
+    weak, strong = (2 * torch.randn(2, 20, 4, dtype=torch.float64)).unbind(0)
+    weak, strong = weak.requires_grad_(), strong.requires_grad_()
+    self_label_loss(weak, strong, threshold=0.7, balanced=True)[0].backward()
+    assert weak.grad is None
+    assert torch.equal(strong.grad.abs().sum(1) > 0, weak.softmax(1).amax(1) > 0.7)
+
+
+def test_a_batch_without_a_sure_image_has_loss_zero_and_a_gradient_of_zero():
+    weak = torch.zeros(6, 2)  # the probability is the threshold, not above it
+    strong = torch.randn(6, 2, requires_grad=True)
+    loss, share = self_label_loss(weak, strong, threshold=0.5, balanced=True)
+    loss.backward()
+    assert loss.detach() == share == 0 and not strong.grad.any()
+
+
+def test_loss_is_full_precision_under_autocast():
+    weak, strong = 4 * torch.randn(2, 16, 4)
+    exact = self_label_loss(weak, strong, threshold=0.6, balanced=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = self_label_loss(weak, strong, threshold=0.6, balanced=True)
+        assert self_label_loss(weak, strong.bfloat16(), threshold=0.6, balanced=True)[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
+
+
+# What is trained
+
+
+def trained(method):
+    return {name for name, p in method.model.named_parameters() if p.requires_grad}
+
+
+def test_only_what_gives_the_clusters_is_trained():
+    model = Toy()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    method = make(model)
+    assert trained(method) == {n for n, _ in model.named_parameters() if not n.startswith("projector")}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "it was only asked"
+    assert {id(p) for p in method.parameter_groups()[0]["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+
+
+def make_scan(*, train_backbone=True):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6))
+    backbone.num_features = 6
+    return SCAN(
+        backbone=backbone,
+        num_images=9,
+        num_clusters=3,
+        num_heads=3,
+        num_neighbors=2,
+        mine_on="projection",
+        embedding_size=2,
+        train_backbone=train_backbone,
+        entropy_weight=5.0,
+        e_step_every_n_epochs=1,
+        **COMMON,
+    )
+
+
+def test_of_several_heads_the_chosen_one_is_trained():
+    earlier = make_scan()
+    earlier.best_head.fill_(2)
+    method, resumed = make(make_scan()), make(make_scan())
+    method.start_from(earlier.eval())
+    resumed.load_state_dict(method.state_dict())
+    for each in (method, resumed):
+        assert {name for name in trained(each) if not name.startswith("backbone")} == {"heads.2.weight", "heads.2.bias"}
+        images = torch.randn(5, 1, 2, 2)
+        each.eval()
+        assert torch.equal(each.cluster_logits(each.encode(images)), earlier.cluster_logits(earlier.encode(images)))
+
+
+def test_a_backbone_that_stood_still_is_trained_now():
+    method = make(make_scan(train_backbone=False))
+    assert any(name.startswith("backbone") for name in trained(method))
+    assert method.model.backbone.training
+    assert not method.eval().model.backbone.training and method.train().model.backbone.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": Toy(rule=False)}, "no trained weights"),
+        ({"model": Toy(blind=True)}, "no trained weights"),
+        ({"num_clusters": 4}, r"dataset\.num_clusters=3"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_words(options, message):
+    with pytest.raises(InputError, match=message):
+        make(**options)
+
+
+def test_without_an_earlier_run_it_is_told_which_is_needed():
+    with pytest.raises(InputError, match="start=DIR"):
+        SelfLabel(model=None, num_clusters=3, image_size=2, channels=1, threshold=0.9, balanced=True, ema_mode="none",
+                  ema_decay=0.9, **COMMON)  # fmt: skip
+
+
+def test_extra_images_are_refused_in_words():
+    with pytest.raises(InputError, match=r"dataset\.source\.extra=\[\]"):
+        make().losses(batch_of(4, extra=True))
+
+
+# A step
+
+
+def test_a_step_is_the_loss_of_both_views_in_training_mode():
+    method, batch = make(threshold=0.4), batch_of(16)
+    twin = Toy()
+    expected, kept = slow(*(twin.cluster_logits(twin.encode(view)).detach() for view in batch.views), 0.4, True)
+    terms = method.losses(batch)
+    assert float(terms["self_label"]) == pytest.approx(expected, rel=1e-5) and 0 < kept < 16
+    assert int(method.kept) == kept and float(method.kept_share) == pytest.approx(kept / 16)
+    for own, other in zip(method.model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(own, other), "the weak view moves the running statistics too"
+    terms["self_label"].backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+def test_an_epoch_without_a_sure_image_ends_the_run():
+    method = make(threshold=1.0)
+    method.losses(batch_of(8))
+    with pytest.raises(InputError, match=r"lower method\.threshold"):
+        method.on_train_epoch_end()
+    sure = make(threshold=0.0)
+    sure.losses(batch_of(8))
+    sure.on_train_epoch_end()
+    again = make(threshold=1.0)
+    again.load_state_dict(sure.state_dict())
+    again.on_train_epoch_end()  # what a resumed epoch kept before counts
+    again._trainer = SimpleNamespace(current_epoch=1)
+    again.on_train_epoch_start()
+    assert int(again.kept) == 0
+
+
+# The average of the weights
+
+
+def step(method, seed):
+    """What an optimiser does, by hand; gives the weights it leaves."""
+    method.zero_grad()
+    method.losses(batch_of(16, seed=seed))["self_label"].backward()
+    with torch.no_grad():
+        for p in method.parameters():
+            if p.grad is not None:
+                p -= 0.5 * p.grad
+    weights = [p.detach().clone() for p in method.model.parameters()]
+    method.average()
+    return weights
+
+
+@pytest.mark.parametrize("mode", ["shadow", "replace"])
+def test_average_of_the_weights(mode):
+    method = make(Toy(), ema_mode=mode, threshold=0.3)
+    expected = [p.detach().clone() for p in method.model.parameters()]
+    first = [b.clone() for b in method.model.backbone[2].buffers()]
+    for seed in range(3):
+        stepped = step(method, seed)
+        expected = [0.9 * e + 0.1 * s for e, s in zip(expected, stepped, strict=True)]
+        for average, live, e, s in zip(
+            method.shadow.parameters(), method.model.parameters(), expected, stepped, strict=True
+        ):
+            torch.testing.assert_close(average, e)
+            torch.testing.assert_close(live, e if mode == "replace" else s)
+    means = [net.backbone[2].running_mean for net in (method.model, method.shadow)]
+    assert torch.equal(*means), "the average is judged with the running statistics of the network in training"
+    assert torch.equal(means[0], first[0]) == (mode == "replace")
+    method.eval()
+    images = torch.randn(5, 1, 2, 2)
+    assert torch.equal(method.encode(images), method.shadow.encode(images))
+    assert not any(p.requires_grad for p in method.shadow.parameters()) and not method.train().shadow.training
+
+
+def test_without_an_average_there_is_none():
+    method = make()
+    step(method, 0)
+    assert method.shadow is None and method.judged is method.model
+
+
+def test_every_weight_is_saved_once():
+    names = make().state_dict().keys()
+    assert names == {*(f"backbone.{name}" for name in Toy().state_dict()), "kept"}
+
+
+# Whole runs
+
+RUN = ["dataset=digits", "hardware=cpu", "logger=none", "batch_size=450", "trainer.max_epochs=1"]
+RUN += ["evaluation.kmeans_restarts=1", "pixel_baseline_max_values=0", "callbacks.checkpoint.min_seconds=0"]
+
+
+def test_another_methods_clusters_are_gone_on_with(tmp_path):
+    run(compose_train("method=cc", *RUN), tmp_path / "cc")
+    stage = ["method=self_label", "method.threshold=0.11", "method.ema_mode=shadow", f"start={tmp_path / 'cc'}"]
+    results = run(compose_train(*stage, *RUN), tmp_path / "run")
+    assert results["earlier"]["run"] == str(tmp_path / "cc")
+    _, before = load_method(load_checkpoint(tmp_path / "cc"))
+    _, method = load_method(load_checkpoint(tmp_path / "run"))
+    for name, value in before.named_parameters():
+        moved = not torch.equal(method.model.get_parameter(name), value)
+        assert moved == (not name.startswith("instance_head")), name
