@@ -13,7 +13,7 @@ from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.datasets.source import ImageSet, ImageSource
 from deepclust.report.embedding import embedding_map
 from deepclust.report.page import write_report
-from deepclust.report.sheets import cluster_sheets
+from deepclust.report.sheets import Sheet, cluster_sheets
 from deepclust.run_folder import ASSIGNMENTS
 
 RULES = {
@@ -43,8 +43,8 @@ def judge_pixels(images: ImageSet, judge: Judge, *, max_values: int) -> dict[str
 
 def write_run_report(
     folder: Path, results: dict[str, Any], judgement: Judgement, images: ImageSet, cfg: DictConfig
-) -> None:
-    """report.html of a run."""
+) -> list[Sheet]:
+    """report.html of a run; what it shows of each cluster."""
     assignments, confidence = judgement.assignments.numpy(), judgement.confidence.numpy()
     shown = {"source": pictures_of(images), "labels": images.labels, "paths": images.paths, "seed": cfg.seed}
     sheets = cluster_sheets(
@@ -61,6 +61,7 @@ def write_run_report(
         curves=folder / "metrics.csv",
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
     )
+    return sheets
 
 
 def pictures_of(images: ImageSet) -> ImageSource | None:

@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deepclust import distributed, launch
+from deepclust import dashboards, distributed, launch
 from deepclust.callbacks.checkpoint import LastCheckpoint
 from deepclust.callbacks.evaluation import Judge, Judgement
 from deepclust.config import build, plain
@@ -167,8 +167,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             labels=images.labels,
             paths=images.paths,
         )
-        write_run_report(folder, results, judgement, images, cfg)
+        sheets = write_run_report(folder, results, judgement, images, cfg)
         write_results(folder, results)
+        table = None if judgement.table is None else judgement.table.numpy()
+        dashboards.send(trainer.loggers, results, sheets, table, images.class_names)
     return results
 
 

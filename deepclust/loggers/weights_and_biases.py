@@ -39,7 +39,8 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if mode == "online":
         try:
-            logger = WandbLogger(**settings, mode="online", settings=wandb.Settings(init_timeout=30))
+            patience = wandb.Settings(init_timeout=30, finish_timeout=60, finish_timeout_raises=False)  # seconds
+            logger = WandbLogger(**settings, mode="online", settings=patience)
             _ = logger.experiment  # connects now, or fails now
             return logger
         except Exception as error:

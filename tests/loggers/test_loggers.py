@@ -37,19 +37,68 @@ def test_wandb_works_without_an_account(tmp_path, run_small, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    _, folder = run_small("logger=wandb", "trainer.max_epochs=1")
+    results, folder = run_small("logger=wandb", "trainer.max_epochs=1")
     runs = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(runs) == 1 and runs[0].stat().st_size > 0
+    assert len(runs) == 1
     identity = (folder / "wandb_id.txt").read_text()
     assert identity in runs[0].name
     assert rows(folder), "metrics.csv is written beside"
+    kinds, said = read_wandb(runs[0])
+    assert {"run", "history", "summary", "exit"} <= kinds
+    for part in ("final/kmeans/acc", "clusters/000", "contingency", "eval/cluster_size_entropy", '"propos"'):
+        assert part in said, part
+    assert f"{results['scores']['kmeans']['acc']}" in said
+    assert len(list((folder / "wandb").rglob("clusters/*.png"))) == 10 - results["health"]["empty_clusters"]
+    _, other = run_small("logger=wandb", "trainer.max_epochs=1", name="next")  # as in a sweep, in the same process
+    assert len(list((other / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def read_wandb(file):
+    """The kinds of records in an offline run's file, and all that they say as one text.
+
+    The file is a LevelDB log: blocks of 32 kB that hold pieces of records, each with a checksum (4 bytes), its length
+    (2) and whether it is whole, first, middle or last (1); the file begins with 7 bytes of its own.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, kinds, texts, pieces = file.read_bytes(), 7, set(), [], b""
+    while place + 7 < len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        pieces += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pieces)
+            kinds.add(record.WhichOneof("record_type"))
+            texts.append(str(record).replace('\\"', '"'))
+            pieces = b""
+    return kinds, "\n".join(texts)
 
 
 def test_tensorboard_reads_back(run_small):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, folder = run_small("logger=tensorboard", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    results, folder = run_small("logger=tensorboard", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert {"train/loss", "eval/kmeans/acc"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "eval/kmeans/acc", "final/kmeans/acc"} <= set(events.Tags()["scalars"])
+    assert {"clusters/000", "contingency"} <= set(events.Tags()["images"])
+    assert events.Scalars("final/kmeans/acc")[0].value == pytest.approx(results["scores"]["kmeans"]["acc"])
+
+
+def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    def broken(*args, **kwargs):
+        raise OSError("no space left\nmore")
+
+    monkeypatch.setattr(TensorBoardLogger, "experiment", property(broken))
+    from deepclust.dashboards import send
+
+    logger = TensorBoardLogger(save_dir="/nowhere")
+    send([logger], {"scores": {}, "health": {}, "steps": 1}, [], None, None)
+    assert "no space left" in caplog.text
