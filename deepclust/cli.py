@@ -23,9 +23,11 @@ from deepclust import __version__
 from deepclust.errors import InputError
 
 VERBS = {
+    "cluster": "a folder of images to clusters, pictures and a model: images=DIR num_clusters=K (or auto)",
     "train": "fit, cluster, score, write the run folder",
     "evaluate": "the same scores from a finished run: run=DIR",
     "predict": "clusters for new images with a trained run: run=DIR images=FOLDER_OR_ARRAY output=FILE.csv",
+    "export": "a trained run for use without this package: run=DIR format=torchscript|onnx|safetensors output=FILE",
     "features": "features of a data set, kept as data: run=DIR, or dataset=NAME backbone=NAME",
     "compare": "many runs -> one table: runs=DIR",
 }

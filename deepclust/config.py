@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import types
@@ -45,6 +46,9 @@ VERSION_BASE = "1.3"  # whose behaviour of Hydra the configurations are written 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
 _NOT_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+# ${last_part:PATH}: the name of a file or folder, without those above it.
+OmegaConf.register_new_resolver("last_part", lambda path: Path(os.path.abspath(path)).name, replace=True)
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:

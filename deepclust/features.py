@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> Path:
     made_by = {
         "dataset": plain(described)["dataset"],
         "images_sha256": fingerprint(images.fit),
+        "paths_sha256": None if images.paths is None else sha256(json.dumps(images.paths).encode()).hexdigest(),
         "views": plain(described)["views"]["clean"],
         "weights_sha256": checksum(network.state_dict()),
     }
@@ -60,6 +61,8 @@ def main(cfg: DictConfig) -> Path:
             )
     if images.labels is not None:
         np.save(folder / f"{list(splits)[-1]}_labels.npy", images.labels)
+    if images.paths is not None:
+        (folder / f"{list(splits)[-1]}_paths.json").write_text(json.dumps(images.paths))
     if images.class_names is not None:
         (folder / "class_names.json").write_text(json.dumps(images.class_names))
     beside = folder / f"{MADE_BY}.writing"

@@ -95,7 +95,8 @@ def put(paths: list[str], folder: Path, *, index: int, link: bool) -> None:
 def stored_shape(run_cfg: DictConfig) -> tuple[int, int]:
     """Side in pixels and channels in which the run's own images are stored."""
     source = run_cfg.dataset.source
-    return source.get("stored_size") or source.get("image_size") or run_cfg.dataset.image_size, run_cfg.dataset.channels
+    stored = source.get("image_size") or (source.get("make") or {}).get("image_size")
+    return stored or run_cfg.dataset.image_size, run_cfg.dataset.channels
 
 
 def read(

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from deepclust import dashboards, distributed, launch
 from deepclust.callbacks.checkpoint import LastCheckpoint
 from deepclust.callbacks.evaluation import Judge, Judgement
+from deepclust.clustering.number import Estimate, estimate_number, sample_rows
 from deepclust.config import build, plain
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.source import ImageSet
@@ -102,7 +104,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fit, cluster, score, write the run folder; the content of results.json. Runs on every process of the run."""
     quiet_lightning()
     images: ImageSet = build(cfg.dataset.source)
-    check_dataset(cfg, images)
+    estimate = check_dataset(cfg, images)
     datamodule = make_datamodule(cfg, images)
     torch.manual_seed(cfg.seed)  # initial weights; every later draw has its own key
     method: ClusteringMethod = build(cfg.method)
@@ -159,6 +161,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     }
     if (pixels := judge_pixels(images, judge, max_values=cfg.pixel_baseline_max_values)) is not None:
         results["baseline"] = {"kmeans_on_pixels": pixels}
+    if estimate is not None:
+        results["number"] = asdict(estimate) | {"says": estimate.says()}
     if trainer.is_global_zero:
         write_assignments(
             folder / ASSIGNMENTS,
@@ -174,13 +178,19 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return results
 
 
-def check_dataset(cfg: DictConfig, images: ImageSet) -> None:
-    """Complete the data set's section, and see that the number of clusters is one.
+def check_dataset(cfg: DictConfig, images: ImageSet) -> Estimate | None:
+    """Complete the data set's section, and see that the number of clusters is one; the estimate where that was asked
+    for (auto).
 
     Raises:
         InputError: naming the key to change.
     """
     complete_dataset(cfg, images)
+    estimate = None
+    if cfg.dataset.num_clusters == "auto":
+        estimate = count_clusters(images, seed=cfg.seed)
+        log.info(estimate.says())
+        cfg.dataset.num_clusters = estimate.require_several("dataset.num_clusters")
     if not isinstance(cfg.dataset.num_clusters, int):
         raise InputError(
             f"dataset.num_clusters is {cfg.dataset.num_clusters}",
@@ -193,6 +203,23 @@ def check_dataset(cfg: DictConfig, images: ImageSet) -> None:
             expected="between 1 cluster and one for each image",
             do="set dataset.num_clusters",
         )
+    return estimate
+
+
+def count_clusters(images: ImageSet, *, seed: int) -> Estimate:
+    """How many clusters the vectors of a data set hold; labels are not looked at.
+
+    Raises:
+        InputError: where it holds pictures, which say little before a network has seen them, or too few vectors.
+    """
+    if images.fit.shape[:2] != (1, 1):
+        raise InputError(
+            "the number of clusters can be told from features, and these are pictures",
+            expected="dataset=features, or a number",
+            do="run deepclust cluster images=DIR num_clusters=auto, or set dataset.num_clusters=K",
+        )
+    rows = images.fit.read(sample_rows(len(images.fit), seed)).flatten(1)
+    return estimate_number(rows, seed=seed)
 
 
 def complete_dataset(cfg: DictConfig, images: ImageSet) -> None:

@@ -78,3 +78,17 @@ def test_head_methods_run_on_vectors(pixels, tmp_path, method):
 def test_says_what_is_missing():
     with pytest.raises(InputError, match="neither a run nor"):
         make()
+
+
+def test_number_of_clusters_told_from_the_features(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(6, 5)) * 20
+    np.save(tmp_path / "train_features.npy", (centres[np.arange(120) % 6] + rng.normal(size=(120, 5))).astype("f4"))
+    (tmp_path / "train_paths.json").write_text(json.dumps([f"{i}.png" for i in range(120)]))
+    asked = ["dataset=features", f"dataset.path={tmp_path}", "method=kmeans", "hardware=cpu", "batch_size=60"]
+    results = run(compose_train(*asked, "dataset.num_clusters=auto", "report.map_points=0"), tmp_path)
+    assert results["num_clusters"] == 6 and "all three agree" in results["number"]["says"]
+    assert results["number"]["says"] in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "assignments.csv").read_text().splitlines()[1].endswith(",0.png")
+    with pytest.raises(InputError, match="these are pictures"):
+        run(compose_train("dataset.num_clusters=auto", "hardware=cpu"), tmp_path / "new")

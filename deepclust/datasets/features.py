@@ -5,9 +5,11 @@ A folder of them holds, for each split (train, test):
     SPLIT_features.npy   float32 (M, D), read memory-mapped
     SPLIT_labels.npy     int64 (M,), may be missing
     SPLIT_images.npy     uint8 (M, H, W, 1 or 3), what the rows look like; may be missing
+    SPLIT_paths.json     a list of M files that the rows come from; may be missing
     class_names.json     a list of C names; may be missing
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ def load_features(*, path: str, num_classes: int | None) -> ImageSet:
         evaluation=fit if evaluated == "train" else VectorSource([test]),
         labels=open_labels(labels, len(test), num_classes) if labels.is_file() else None,
         class_names=read_class_names(folder / "class_names.json", num_classes),
+        paths=read_paths(folder / f"{evaluated}_paths.json", len(test)),
         pictures=ArraySource([open_images(pictures)]) if pictures.is_file() else None,
         name=folder.absolute().name,
     )
@@ -58,3 +61,17 @@ def open_vectors(file: Path) -> np.ndarray:
     if array.dtype != np.float32 or array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{file} holds {array.dtype} {array.shape}", expected=expected, do="write the file anew")
     return array
+
+
+def read_paths(file: Path, count: int) -> list[str] | None:
+    """The paths in a JSON file; None where there is no such file.
+
+    Raises:
+        InputError: unless they are `count`.
+    """
+    if not file.is_file():
+        return None
+    paths = json.loads(file.read_text())
+    if len(paths) != count:
+        raise InputError(f"{file} names {len(paths)} files", expected=f"{count}, one a row", do="make it anew")
+    return paths

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepclust.report.markup import number, words
+from deepclust.report.markup import line, number, words
 
 POINTS = 300  # of a curve; more are averaged
 DECADES = 3  # a curve of positive values that spans more has a logarithmic axis
@@ -34,6 +34,22 @@ def curves(file: Path | None, *, rules: Mapping[str, str], steps: int, epochs: i
     rest = sorted(lines, key=lambda name: (name != HEALTH, not name.endswith("/loss")))
     plots += [_plot(words(name), {"": lines[name]}, unit) for name in rest]
     return f'<div class="plots">{"".join(plots)}</div>' if plots else ""
+
+
+def number_of_clusters(told: Mapping | None) -> str:
+    """How the number of clusters was told: what was said, and one small plot a measure; empty without."""
+    if told is None:
+        return ""
+    titles = {
+        "silhouette": "silhouette: lead over one cloud",
+        "stability": "stability: share of what one cloud leaves open",
+        "eigengap": "eigengap of the neighbour graph",
+    }
+    plots = []
+    for name, title in titles.items():
+        x, y = np.array(told["curves"][name], dtype=float).T
+        plots.append(_plot(f"{title}; names {told['named'][name]}", {"at last": (x, y)}, "clusters"))
+    return f'{line([told["says"]])}<div class="plots">{"".join(plots)}</div>'
 
 
 def _read(file: Path) -> dict[str, Line]:

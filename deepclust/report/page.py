@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deepclust.report.curves import curves as draw_curves
+from deepclust.report.curves import number_of_clusters
 from deepclust.report.embedding import EmbeddingMap
 from deepclust.report.heatmap import heat_map
 from deepclust.report.markup import line, number, words
@@ -67,6 +68,7 @@ def write_report(
         "Clusters": clusters(sheets, num_full=num_full),
         "Map": scatter(embedding, table, class_names),
         "Classes": heat_map(table, class_names),
+        "Number": number_of_clusters(results.get("number")),
         "Curves": draw_curves(curves, rules=RULES, steps=results["steps"], epochs=results["epochs"]),
         "Run": _run(results, config_text),
     }
@@ -115,6 +117,8 @@ def _head(results: Mapping, sheets: Sequence[Sheet]) -> str:
             share = f"{100 * sheets[0]['share']:.1f}"
             tiles.append((share, "largest", "percent of the images are in the largest cluster"))
         below = [["without labels nothing can be said about right or wrong"]]
+    if "trust" in results:
+        below.append([results["trust"]["says"]])
     if health:
         below.append([f"{words(key)} {number(value)}" for key, value in health.items()])
     cards = "".join(f"<div><b>{value}</b> {name}<p>{meaning}</p></div>" for value, name, meaning in tiles)

@@ -156,7 +156,7 @@ class CenterCrop:
         return {}
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        height, width = images.shape[-2:]
+        height, width = map(int, images.shape[-2:])  # plain numbers also where `deepclust export` traces this
         if min(height, width) < self.size:
             raise InputError(
                 f"a central crop of {self.size} pixels does not fit in images of {height} x {width}",

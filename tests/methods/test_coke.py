@@ -20,8 +20,6 @@ from tests.methods.test_secu import (
     at_epoch,
     batch_of,
     check_epochs,
-    check_resumed_run_is_the_same,
-    check_two_processes_learn_what_one_learns,
     nothing,
 )
 
@@ -261,14 +259,5 @@ def test_extra_images_are_refused_in_words():
         make().losses(batch)
 
 
-def test_a_run_stopped_in_an_epoch_ends_the_same(tmp_path):
-    check_resumed_run_is_the_same("coke", tmp_path)
-
-
 def test_first_epoch_is_dead_and_centroids_are_frozen_within_each(tmp_path):
     check_epochs("coke", tmp_path)
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path):
-    check_two_processes_learn_what_one_learns("coke", tmp_path)

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
+from omegaconf import OmegaConf
 
 from deepclust.config import build
 from deepclust.run_folder import load_checkpoint, load_method
 from deepclust.testing import check_assignments, check_losses
 from deepclust.train import check_dataset, find_earlier, make_datamodule, run
 from tests.conftest import compose_train
+from tests.test_launch import TWO, deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
-QUICK = ["report.map_points=60"]
+QUICK = ["report.map_points=60", "+trainer.limit_train_batches=4"]
 WATCHED = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluation.every_n_epochs=1"]
 
 
@@ -27,6 +29,7 @@ def small(name: str, *overrides: str):
     stage, epochs = cfg, 10
     while (stage := stage.get("before")) is not None:
         stage.trainer.max_epochs, epochs = epochs, 2
+        OmegaConf.update(stage, "trainer.limit_train_batches", 1.0, force_add=True)
     return cfg
 
 
@@ -81,6 +84,10 @@ def test_builds_and_every_parameter_gets_a_gradient(name, tmp_path):
     batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, number=0), 0)
     check_losses(method, batch)
     check_assignments(method, features)
+    twice = datamodule.on_after_batch_transfer(datamodule.read_batch(np.array([7, 7]), epoch=0, number=0), 0)
+    check_losses(method, twice)
+    gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in gradients.values()), "of one image, twice"
 
 
 def test_crosses_two_e_steps_and_fills_the_run_folder(name, trained):
@@ -109,6 +116,47 @@ def test_callbacks_and_loggers_change_nothing_that_is_learned(name, trained, tmp
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(got[key], value), key
+
+
+class Stop(Callback):
+    """Ends a run as Ctrl-C would, in the middle of its second epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(name, trained, tmp_path):
+    _, watched = trained(name)
+    start = str(watched / "before") if (watched / "before").exists() else None
+    stop = "+callbacks.stop._target_=tests.methods.test_contract.Stop"
+    for more in ([stop], []):
+        cfg = small(name, *WATCHED, "callbacks.checkpoint.every_n_steps=1", *more)
+        cfg.start = start
+        if more:
+            with pytest.raises(KeyboardInterrupt):
+                run(cfg, tmp_path)
+            assert not (tmp_path / "results.json").exists()
+        else:
+            assert run(cfg, tmp_path)["scores"] == trained(name)[0]["scores"]
+    for key, value in state_of(watched).items():
+        assert torch.equal(state_of(tmp_path)[key], value), key
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(name, trained, tmp_path):
+    """In float64 with batch statistics over all."""
+    _, watched = trained(name)
+    start = [f"start={watched / 'before'}"] if (watched / "before").exists() else []
+    told = [f"method={name}", *QUICK, *WATCHED, *start, "trainer.max_epochs=2"]
+    told += ["hardware.precision=64-true", "sync_batchnorm=true"]
+    deepclust("train", *told, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
+    deepclust("train", *told, *TWO, f"hydra.run.dir={tmp_path / 'two'}")
+    for key, value in state_of(tmp_path / "one").items():
+        told = state_of(tmp_path / "two")[key]
+        torch.testing.assert_close(told, value, rtol=1e-6, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")
+    one, two = (tmp_path / n / "assignments.csv" for n in ("one", "two"))
+    assert one.read_text() == two.read_text()
 
 
 def test_permuted_labels_change_nothing_that_is_learned(name, trained, tmp_path, monkeypatch):

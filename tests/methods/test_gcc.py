@@ -323,6 +323,7 @@ class Stop(Callback):
             raise InterruptedError
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_goes_on_with_its_graph(tmp_path):
     settings = ["method=gcc", "hardware=cpu", "trainer.max_epochs=3", "method.warmup_epochs=1"]
     settings += ["callbacks.checkpoint.min_seconds=0", "callbacks.checkpoint.every_n_steps=1"]

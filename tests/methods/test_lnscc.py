@@ -262,6 +262,7 @@ def _share(rank):
     return {name: float(term) for name, term in terms.items()}, [p.grad for p in method.parameters()]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     method = at_epoch(make().double(), 4)
     batch = batch_of(12)
@@ -274,6 +275,7 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     def run(folder, epochs):
         cfg = compose_train(

@@ -1,13 +1,8 @@
 """SeCu against a slow version of its step, and what it remembers between steps, epochs, processes and starts."""
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -255,17 +250,6 @@ RUN += ["hardware=cpu", "pixel_baseline_max_values=0", "logger=none", "callbacks
 RUN += ["callbacks.checkpoint.every_n_steps=1", "method.schedule.warmup_epochs=2"]
 
 
-class Stop(Callback):
-    """Ends the run after a step as a kill would: what is not in the checkpoint is lost."""
-
-    def __init__(self, *, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("stopped")
-
-
 class Watch(Callback):
     """Rates and frozen state at every step; and that the network stands still in the first epoch."""
 
@@ -278,27 +262,6 @@ class Watch(Callback):
         frozen = torch.cat([head.frozen.flatten() for head in pl_module.each_head()])
         weights = torch.cat([p.detach().flatten() for p in pl_module.backbone.parameters()])
         Watch.seen.append((trainer.current_epoch, frozen.clone(), weights.clone(), self.rates))
-
-
-def check_resumed_run_is_the_same(name, folder):
-    """Stopped in the middle of the second epoch, and once more in the third."""
-    runs = {}
-    for run, stops in (("whole", []), ("stopped", [6, 9])):
-        place = folder / run
-        place.mkdir()
-        for step in stops:
-            stop = [f"+callbacks.stop._target_={__name__}.Stop", f"+callbacks.stop.step={step}"]
-            with pytest.raises(RuntimeError, match="stopped"):
-                train(compose_train(f"method={name}", *RUN, *stop), place)
-        train(compose_train(f"method={name}", *RUN), place)
-        runs[run] = torch.load(place / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert runs["whole"].keys() == runs["stopped"].keys()
-    for key, value in runs["whole"].items():
-        assert torch.equal(runs["stopped"][key], value), key
-
-
-def test_a_run_stopped_in_an_epoch_ends_the_same(tmp_path):
-    check_resumed_run_is_the_same("secu", tmp_path)
 
 
 def check_epochs(name, folder):
@@ -317,36 +280,3 @@ def test_first_epoch_is_dead_and_prototypes_are_frozen_within_each(tmp_path):
     assert [rates for *_, rates in seen[::4]] == [[0.0, 1.2], [pytest.approx(0.05), 1.2], [pytest.approx(0.2), 1.2]]
     state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert (state["pseudo_labels"] >= 0).all() and state["pseudo_labels"].shape == (10, 1797)
-
-
-def check_two_processes_learn_what_one_learns(name, folder):
-    """In float64, batch statistics over both; in the second epoch most images are on the other process."""
-    exact = [*RUN, "hardware.precision=64-true", f"method={name}"]
-    for run, more in (("one", []), ("two", ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"])):
-        arguments = [a for a in exact if a != "hardware=cpu" or not more] + more
-        command = [
-            sys.executable,
-            "-c",
-            "from deepclust.cli import main; raise SystemExit(main())",
-            "train",
-            *arguments,
-        ]
-        done = subprocess.run(
-            [*command, f"hydra.run.dir={folder / run}"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (
-        torch.load(folder / r / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for r in ("one", "two")
-    )
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-6, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
-    scores = [json.loads((Path(folder) / run / "results.json").read_text())["scores"] for run in ("one", "two")]
-    assert scores[0] == scores[1]
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path):
-    check_two_processes_learn_what_one_learns("secu", tmp_path)

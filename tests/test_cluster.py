@@ -1,0 +1,127 @@
+"""`deepclust cluster` on files: whole runs with few steps, and what calling it again does."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from deepclust.backbones.resnet import ResNet
+from deepclust.cluster import cluster
+from deepclust.errors import InputError
+from deepclust.evaluate import main as evaluate
+from deepclust.predict import main as predict
+from deepclust.run_folder import load_checkpoint, load_method
+
+SHORT = [
+    *("hardware=cpu", "images_seen=120", "min_epochs=1", "min_steps=9", "max_steps=9"),
+    *("num_seeds=2", "report.map_points=0"),
+]
+SMALL = ["network.backbone.widths=[8,16]", "network.backbone.pool_after=[1,2]", "dataset.image_size=16"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """120 digits as image files of many sizes and kinds in two folders, and two files that are none."""
+    root = tmp_path_factory.mktemp("my photos")
+    digits = load_digits()
+    for i, (pixels, label) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
+        grey = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((24 + i % 13, 20 + i % 7))
+        picture = grey if i % 3 == 0 else grey.convert("RGB")
+        place = root / f"{'low' if label < 5 else 'high'}" / f"{i:03d}, digit.{('png', 'bmp', 'webp')[i % 3]}"
+        place.parent.mkdir(exist_ok=True)
+        picture.save(place)
+    (root / "broken.jpg").write_bytes(b"\xff\xd8 no more")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def call(folder: Path, photos: Path, *overrides: str) -> dict:
+    folder.mkdir(exist_ok=True, parents=True)
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        cfg = compose("cluster", overrides=[*SHORT, "num_clusters=10", "images=x", *overrides])
+        cfg.images = str(photos)
+        return cluster(cfg, folder)
+
+
+def say(verb, name: str, *overrides: str):
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        return verb(compose(name, overrides=list(overrides)))
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    folder = tmp_path / "run"
+    results = call(folder, photos, *SMALL)
+    assert results["num_images"] == 120 and results["num_clusters"] == 10 and results["method"] == "lnscc"
+    assert results["dataset"] == photos.name and results["backbone"] == "conv_small" and results["epochs"] == 9
+    assert {"ari_between_seeds", "ari_with_kmeans", "largest_share"} < results["trust"].keys()
+    assert "2 seeds agree to" in results["trust"]["says"]
+    assert results["trust"]["says"] in (folder / "report.html").read_text()
+    assert json.loads((folder / "results.json").read_text()) == results
+    found = rows(folder / "assignments.csv")
+    assert [row["path"] for row in found] == sorted(str(p) for p in photos.rglob("*, digit.*"))
+
+    say(predict, "predict", f"run={folder}", f"images='{photos}'", f"output={tmp_path}/new.csv", "accelerator=cpu")
+    again = rows(tmp_path / "new.csv")
+    assert [(r["path"], r["cluster"]) for r in again] == [(r["path"], r["cluster"]) for r in found]
+    for a, b in zip(again, found, strict=True):
+        assert float(a["confidence"]) == pytest.approx(float(b["confidence"]), abs=1e-3)
+    assert say(evaluate, "evaluate", f"run={folder}", "accelerator=cpu")["health"] == results["health"]
+
+    # What is there serves again.
+    made = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert call(folder, photos, *SMALL) == results
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == made
+    fewer = call(folder, photos, *SMALL, "num_clusters=4", "rule=kmeans", "dataset.labelled=true")
+    assert fewer["num_clusters"] == 4 and fewer["scores"]["method"]["acc"] > 0 and fewer["num_classes"] == 2
+    assert len(list(folder.glob("network-*"))) == 1
+    (network,) = folder.glob("network-*/checkpoints/last.ckpt")
+    assert network.stat().st_mtime_ns == made[network]
+    assert {row["label"] for row in rows(folder / "assignments.csv")} == {"0", "1"}
+    with pytest.raises(InputError, match=r"holds the clusters of .*set hydra.run.dir"):
+        call(folder, photos / "low")
+
+
+def test_weights_of_a_file_and_a_number_told_from_the_features(photos, tmp_path):
+    torch.manual_seed(0)
+    made = ResNet(depth=18, stem="imagenet", in_channels=3)
+    torch.save(made.network.state_dict(), tmp_path / "weights.pth")
+    backbone = ["backbone=resnet18", f"backbone.weights={tmp_path}/weights.pth", "dataset.image_size=32"]
+    auto = ["num_clusters=auto", "rule=kmeans"]
+    try:
+        results = call(tmp_path / "run", photos, *backbone, *auto)
+        assert results["number"]["num_clusters"] == results["num_clusters"] > 1
+        assert results["number"]["says"] in (tmp_path / "run" / "report.html").read_text()
+    except InputError as error:
+        assert "no number of clusters stands out" in str(error)
+        results = call(tmp_path / "run", photos, *backbone, "num_clusters=3")
+    assert results["backbone"] == "resnet18" and not list((tmp_path / "run").glob("network-*"))
+    checkpoint = load_checkpoint(tmp_path / "run")
+    (tmp_path / "weights.pth").unlink()  # the model needs it no more
+    _, method = load_method(checkpoint)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(method.backbone.first(images), made.eval()(images))
+
+
+def test_few_images_are_clustered_by_k_means_and_too_few_are_refused(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    with pytest.raises(InputError, match="121 images at least"):
+        call(tmp_path / "run", photos, "num_clusters=121")
+    for said, why in (("num_clusters=some", "num_clusters is some"), ("rule=cc", "rule is cc")):
+        with pytest.raises(InputError, match=why):
+            call(tmp_path / "run", photos, said)
+    results = call(tmp_path / "run", photos, *SMALL, "num_clusters=13", "num_seeds=1")
+    assert results["method"] == "kmeans" and "ari_with_kmeans" not in results["trust"]
+    assert results["trust"]["says"].startswith("how far to trust the clusters: no cluster is empty")
