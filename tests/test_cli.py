@@ -126,7 +126,7 @@ def run_with(monkeypatch, *arguments: str) -> int:
 def test_unknown_verb(word, do, monkeypatch, capsys):
     assert run_with(monkeypatch, word) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"deepclust: error: there is no verb '{word}'; expected one of train, ")
+    assert err.startswith(f"deepclust: error: there is no verb '{word}'; expected one of {', '.join(cli.VERBS)}")
     assert f"; {do}" in err and err.count("\n") == 1
 
 

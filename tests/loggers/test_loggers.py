@@ -1,6 +1,7 @@
 """What loggers leave behind."""
 
 import csv
+import time
 
 import pytest
 
@@ -44,6 +45,10 @@ def test_wandb_works_without_an_account(tmp_path, run_small, monkeypatch):
     assert identity in runs[0].name
     assert rows(folder), "metrics.csv is written beside"
     kinds, said = read_wandb(runs[0])
+    patience = time.monotonic() + 60
+    while "exit" not in kinds and time.monotonic() < patience:  # wandb's own process writes when it comes to it
+        time.sleep(0.5)
+        kinds, said = read_wandb(runs[0])
     assert {"run", "history", "summary", "exit"} <= kinds
     for part in ("final/kmeans/acc", "clusters/000", "contingency", "eval/cluster_size_entropy", '"propos"'):
         assert part in said, part

@@ -15,7 +15,7 @@ class Data:
 def test_only_the_alignment_is_left():
     cfg = compose_train("method=byol", "dataset=digits", "dataset.num_images=32")
     method = build(cfg.method)
-    method._trainer = Stand(Data())
+    method._trainer = Stand(method, Data())
     views = torch.randn(2, 16, 1, 8, 8)
     terms = method.losses(make_batch(tuple(views), 32))
     assert float(terms["scattering"].detach()) == 0
