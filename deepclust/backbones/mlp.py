@@ -9,7 +9,7 @@ class Mlp(nn.Module):
     """Linear layers with ReLU between them; (N, channels, image_size, image_size) -> (N, num_features).
 
     Starts He-normal with biases 0. (With torch's smaller default LNSCC's embeddings of the digits began as one clump,
-    and two of nine seeds left a class in pieces.)
+    and some seeds left a class in pieces.)
     """
 
     def __init__(self, *, channels: int, image_size: int, hidden_sizes: Sequence[int], num_features: int) -> None:
