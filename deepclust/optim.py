@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any, Literal, Protocol
 
 import torch
@@ -89,6 +91,11 @@ class RisingCosine:
 
 def _half_cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
+
+
+def fused(make: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """`make` with torch's step in one kernel, where the optimiser that it makes has one; the same but for rounding."""
+    return partial(make, fused=True) if "fused" in signature(make).parameters else make
 
 
 class Lars(Optimizer):

@@ -23,6 +23,7 @@ from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.source import ImageSet
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
+from deepclust.optim import fused
 from deepclust.run_folder import (
     ASSIGNMENTS,
     CHECKPOINT,
@@ -115,6 +116,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         method.to(memory_format=torch.channels_last)
     if cfg.sync_batchnorm:
         distributed.synchronise_batch_norm(method)
+    if cfg.hardware.compile is not None:
+        method.compile_networks(cfg.hardware.compile)
+    if cfg.hardware.fused_optimizer:
+        method.make_optimizer = fused(method.make_optimizer)
 
     judge = make_judge(cfg, images)
     config = plain(cfg)
@@ -256,6 +261,7 @@ def make_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
         batch_size=cfg.batch_size,
         clean_batch_size=cfg.clean_batch_size,
         drop_last=cfg.drop_last,
+        resident_bytes=cfg.hardware.resident_bytes,
         seed=cfg.seed,
     )
 

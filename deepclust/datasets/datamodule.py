@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepclust import distributed
 from deepclust.batch import Draws, ImageBatch, TrainBatch
-from deepclust.datasets.source import ImageSource
+from deepclust.datasets.source import ImageSource, ResidentSource
 from deepclust.errors import InputError
 from deepclust.randomness import generator
 from deepclust.views.multiview import MultiView
@@ -24,7 +24,7 @@ class ImageDataModule(LightningDataModule):
     that depends on the seed and the epoch only, or drawn with the method's `sampling_weights`. `batch_size` counts
     the images of all processes together; each takes its share of every batch, so a batch is the same on any number of
     them. `drop_last` leaves out what does not fill a batch; else that makes a batch of its own or, below an eighth of
-    one, joins the batch before it.
+    one, joins the batch before it. Images of up to `resident_bytes` are held on the device while a trainer is at work.
 
     Raises:
         InputError: where the batch is larger than the set or does not divide among the processes.
@@ -39,6 +39,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int,
         clean_batch_size: int,
         drop_last: bool,
+        resident_bytes: float,
         seed: int,
     ) -> None:
         super().__init__()
@@ -48,7 +49,10 @@ class ImageDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.clean_batch_size = clean_batch_size
         self.drop_last = drop_last
+        self.resident_bytes = resident_bytes
         self.seed = seed
+        self.resident: dict[ImageSource, ResidentSource] = {}
+        self.pins = False  # whether what is read waits in memory from which a GPU can fetch it by itself
         if batch_size > len(fit) and drop_last:
             raise InputError(
                 f"batch_size is {batch_size} and the data set holds {len(fit)} images",
@@ -78,6 +82,22 @@ class ImageDataModule(LightningDataModule):
                 expected="a global batch that divides among the processes",
                 do=f"set batch_size={self.batch_size // processes * processes or processes}",
             )
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device
+        self.pins = device.type == "cuda"
+        left = self.resident_bytes
+        for source in (self.fit, self.extra):
+            if source is not None and (size := source.read(np.arange(1)).nbytes * len(source)) <= left:
+                self.resident[source] = ResidentSource(source, device)
+                left -= size
+
+    def teardown(self, stage: str) -> None:
+        self.resident.clear()
+
+    def read(self, source: ImageSource, indices: np.ndarray) -> Tensor:
+        """Images (N, channels, H, W) of a source, from the device where it is held there."""
+        images = self.resident.get(source, source).read(indices)
+        return images.pin_memory() if self.pins and images.is_cpu else images
 
     def train_dataloader(self) -> "TrainLoader":
         return TrainLoader(self)
@@ -114,9 +134,9 @@ class ImageDataModule(LightningDataModule):
         if companions is None:
             companions = torch.empty(len(indices), 0, dtype=torch.int64)
         companions = companions[first:stop]
-        beside = source.read(companions.T.flatten().numpy())
+        beside = self.read(source, companions.T.flatten().numpy())
         beside = beside.unflatten(0, (companions.shape[1], len(mine)))
-        return ImageBatch(source.read(positions), torch.from_numpy(mine), draws, extra, companions, beside)
+        return ImageBatch(self.read(source, positions), torch.from_numpy(mine), draws, extra, companions, beside)
 
     @property
     def method(self) -> Any:
@@ -153,7 +173,7 @@ class ImageDataModule(LightningDataModule):
         rank, processes = distributed.rank(), distributed.world_size()
         first, stop = (len(source) * r // processes for r in (rank, rank + 1))
         starts = range(first, stop, self.clean_batch_size)
-        reads = (lambda a=a: source.read(np.arange(a, min(a + self.clean_batch_size, stop))) for a in starts)
+        reads = (lambda a=a: self.read(source, np.arange(a, min(a + self.clean_batch_size, stop))) for a in starts)
         for images in read_ahead(reads):
             yield self.views.clean(images.to(device, non_blocking=True))
 

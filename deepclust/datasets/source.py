@@ -114,6 +114,24 @@ class FileSource:
             ) from error
 
 
+class ResidentSource:
+    """The images of another source, all of them held on a device: what is read is there already."""
+
+    def __init__(self, source: ImageSource, device: torch.device) -> None:
+        self.shape = source.shape
+        first = source.read(np.arange(1))
+        self.images = torch.empty((len(source), *self.shape), dtype=first.dtype, device=device)
+        for rows in np.array_split(np.arange(len(source)), -(-len(source) // 4096)):
+            self.images[rows[0] : rows[-1] + 1] = source.read(rows).permute(0, 2, 3, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        at = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+        return self.images[at].permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """A data set as a run needs it. Training sees `fit` and `extra` only; the rest is for evaluation."""

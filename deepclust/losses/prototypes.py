@@ -39,7 +39,7 @@ def prototype_scattering(online: Tensor, target: Tensor, present: Tensor, *, tem
 @full_precision
 def prototype_scattering_loss(q: Tensor, k: Tensor, labels: Tensor, num_clusters: int, *, temperature: float) -> Tensor:
     """Prototype scattering of raw online rows q (N, D) against target rows k (N, D) with `labels` (N,); a scalar."""
-    present = F.one_hot(labels.clamp(min=0), num_clusters)[labels >= 0].any(0)
+    present = (F.one_hot(labels.clamp(min=0), num_clusters).bool() & (labels >= 0).unsqueeze(1)).any(0)
     online = batch_prototypes(q, labels, num_clusters)
     target = batch_prototypes(k, labels, num_clusters)
     return prototype_scattering(online, target, present, temperature=temperature)

@@ -146,7 +146,8 @@ class ClusteringMethod(LightningModule):
         """The E-step on the present weights, as it stands before `epoch` (from 0)."""
         started = time.perf_counter()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        features = self.encode_all(datamodule.clean_batches(datamodule.fit, self.device), len(datamodule.fit))
+        with self.trainer.precision_plugin.forward_context():
+            features = self.encode_all(datamodule.clean_batches(datamodule.fit, self.device), len(datamodule.fit))
         self.e_step(features, (datamodule.seed, "e_step", epoch))
         self.e_step_seconds += time.perf_counter() - started
 
@@ -168,6 +169,15 @@ class ClusteringMethod(LightningModule):
         features = distributed.gather(torch.cat(rows))
         assert len(features) == num_images, f"{len(features)} features of {num_images} images"
         return features
+
+    def compile_networks(self, mode: str) -> None:
+        """Have torch compile the backbone, and the copies of it that a method holds; names of weights stay.
+
+        `mode` is torch.compile's. Sizes of batches are taken as fixed: there are few.
+        """
+        for module in self.modules():
+            if type(module) is type(self.backbone):
+                module.compile(mode=mode, dynamic=False)
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -30,7 +30,6 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.kmeans import nearest
 from deepclust.clustering.pseudo_labels import PseudoLabels
 from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.ema import Target, decay_at
@@ -212,7 +211,10 @@ class MomentumGroups(nn.Module):
 
     def assign(self, rows: Tensor) -> Tensor:
         """The group (N,) of the largest cosine with each row (N, D), the first of equal ones."""
-        return nearest(rows.detach(), self.vectors, metric="cosine")[0]
+        cosines = F.normalize(rows.detach().double(), dim=1) @ F.normalize(self.vectors.double(), dim=1).T
+        ties = cosines >= cosines.amax(1, keepdim=True) - 1e-12  # what float64 may be off by
+        ids = torch.arange(len(self.vectors), device=rows.device)
+        return torch.where(ties, ids, len(self.vectors) - 1).amin(1)
 
     @full_precision
     def moved(self, rows: Tensor) -> Tensor:
@@ -247,7 +249,9 @@ class FeatureBank(nn.Module):
         """Write rows (N, D)."""
         slots = self.position + torch.arange(len(rows), device=rows.device)
         kept = slots < len(self.rows)
-        self.rows[slots[kept]] = rows[kept].to(self.rows.dtype)
+        # Those that are dropped write the first row once more, so that no device is asked how many they are.
+        written = torch.where(kept.unsqueeze(1), rows, rows[0])
+        self.rows[torch.where(kept, slots, slots[0])] = written.to(self.rows.dtype)
         self.position.copy_(torch.where(slots[-1] + 1 < len(self.rows), slots[-1] + 1, 0))
 
 

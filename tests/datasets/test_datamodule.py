@@ -24,6 +24,7 @@ def make(images, batch_size, *, drop_last, extra=0):
         batch_size=batch_size,
         clean_batch_size=4,
         drop_last=drop_last,
+        resident_bytes=0,
         seed=0,
     )
 

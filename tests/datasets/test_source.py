@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from deepclust.datasets.files import decode
-from deepclust.datasets.source import ArraySource, FileSource
+from deepclust.datasets.source import ArraySource, FileSource, ResidentSource, VectorSource
 from deepclust.errors import InputError
 
 
@@ -82,3 +82,18 @@ def test_unreadable_file_is_named_when_read(tmp_path: Path):
     source.read(np.array([0, 2]))
     with pytest.raises(InputError, match=r"ü 1\.png cannot be read"):
         source.read(np.arange(3))
+
+
+@pytest.mark.parametrize("kind", ["pixels", "vectors"])
+def test_resident_images_are_those_of_their_source(kind):
+    draws = np.random.default_rng(0)
+    if kind == "pixels":
+        source = ArraySource([draws.integers(0, 256, (5000, 4, 3, 3), dtype=np.uint8)])
+    else:
+        source = VectorSource([draws.normal(size=(5000, 7)).astype(np.float32)])
+    resident = ResidentSource(source, torch.device("cpu"))
+    indices = draws.permutation(5000)[:100]
+    read, expected = resident.read(indices), source.read(indices)
+    assert torch.equal(read, expected) and read.dtype == expected.dtype
+    assert read.is_contiguous(memory_format=torch.channels_last)
+    assert len(resident) == 5000 and resident.shape == source.shape

@@ -13,6 +13,7 @@ from deepclust.run_folder import load_checkpoint, load_method
 from deepclust.testing import check_assignments, check_losses
 from deepclust.train import check_dataset, find_earlier, make_datamodule, run
 from tests.conftest import compose_train
+from tests.host_waits import HostWaits
 from tests.test_launch import TWO, deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
@@ -69,9 +70,12 @@ class Stand:
         self.current_epoch = 1000  # past every warm-up
 
 
-def test_builds_and_every_parameter_gets_a_gradient(name, tmp_path):
+def at_work(name: str, trained):
+    """A method as it stands after its first E-step, and its datamodule."""
     cfg = small(name)
-    find_earlier(cfg, tmp_path)
+    if cfg.before is not None:
+        cfg.start = str(trained(name)[1] / "before")
+    find_earlier(cfg, Path())
     images = build(cfg.dataset.source)
     check_dataset(cfg, images)
     method, datamodule = build(cfg.method), make_datamodule(cfg, images)
@@ -79,11 +83,15 @@ def test_builds_and_every_parameter_gets_a_gradient(name, tmp_path):
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
     method._trainer = datamodule.trainer = Stand(method, datamodule)
     method.on_train_start()
-    features = method.encode_all(datamodule.clean_batches(images.fit), len(images.fit))
-    method.e_step(features, ("test",))
+    method.e_step(method.encode_all(datamodule.clean_batches(images.fit), len(images.fit)), ("test",))
+    return method, datamodule
+
+
+def test_builds_and_every_parameter_gets_a_gradient(name, trained):
+    method, datamodule = at_work(name, trained)
     batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, number=0), 0)
     check_losses(method, batch)
-    check_assignments(method, features)
+    check_assignments(method, method.encode_all(datamodule.clean_batches(datamodule.fit), len(datamodule.fit)))
     twice = datamodule.on_after_batch_transfer(datamodule.read_batch(np.array([7, 7]), epoch=0, number=0), 0)
     check_losses(method, twice)
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
@@ -182,3 +190,19 @@ def test_checkpoint_loads_strictly_with_its_state(name, trained):
     _, method = load_method(load_checkpoint(folder))
     for key, value in method.state_dict().items():
         assert torch.equal(value, state_of(folder)[key]), key
+
+
+WAITS = {"self_label": {"scan.py: return self.heads[int(self.best_head)](features)"}}  # chosen once, a buffer
+
+
+def test_a_step_waits_for_no_device(name, trained):
+    method, datamodule = at_work(name, trained)
+    optimizer = method.configure_optimizers()["optimizer"]
+    raw = datamodule.read_batch(np.arange(64), epoch=0, number=0)
+    moved = [raw.images, raw.indices, raw.companions, raw.companion_images]
+    with HostWaits([*method.parameters(), *method.buffers(), *moved]) as waits:
+        batch = datamodule.on_after_batch_transfer(raw, 0)
+        torch.stack(list(method.losses(batch).values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert waits.found <= WAITS.get(name, set())

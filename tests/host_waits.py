@@ -1,0 +1,48 @@
+"""Finds where a step would wait for a GPU, on the CPU: values of device tensors that the program asks for."""
+
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deepclust
+
+PACKAGE = Path(deepclust.__file__).parent
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "repeat_interleave"}
+NOT_ON_A_GPU = {"one_hot"}  # torch looks at the labels on a CPU only
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes in `found` the lines that ask for values which hang on `tensors`, as if those lay on a device."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.device: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+        self.found: set[str] = set()
+        self.put_on_device(tensors)
+
+    def put_on_device(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.device[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        on_device = any(t.untyped_storage()._cdata in self.device for t in given)
+        if on_device and asks(func.overloadpacket.__name__, args):
+            lines = [f for f in traceback.extract_stack() if PACKAGE in Path(f.filename).parents]
+            if lines and not any(name in str(lines[-1].line) for name in NOT_ON_A_GPU):
+                self.found.add(f"{Path(lines[-1].filename).name}: {lines[-1].line}")
+        out = func(*args, **(kwargs or {}))
+        if on_device:
+            self.put_on_device([t for t in tree_leaves(out) if isinstance(t, Tensor)])
+        return out
+
+
+def asks(name: str, args: tuple) -> bool:
+    """Whether an operation tells the host something: a value, or how many rows a mask picks."""
+    masks = name in ("index", "index_put", "index_put_", "_index_put_impl_")
+    return name in ASKING or (masks and any(i is not None and i.dtype == torch.bool for i in args[1]))

@@ -1,0 +1,57 @@
+"""Switches of conf/hardware: faster, and what is learned stays the same."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepclust.config import build
+from deepclust.train import check_dataset, make_datamodule
+from tests.conftest import compose_train
+
+WATCHED = ["trainer.log_every_n_steps=1", "trainer.max_epochs=1", "report.map_points=0"]
+
+
+def losses(folder):
+    with open(folder / "metrics.csv") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_resident_images_change_nothing(run_small):
+    (plain, first), (resident, second) = (
+        run_small(*WATCHED, f"hardware.resident_bytes={size}", name=f"resident-{size}") for size in (0, 1e6)
+    )
+    assert plain["scores"] == resident["scores"] and losses(first) == losses(second)
+
+
+def test_images_that_do_not_fit_are_not_held():
+    def held(size):
+        cfg = compose_train("dataset=digits", f"hardware.resident_bytes={size}")
+        images = build(cfg.dataset.source)
+        check_dataset(cfg, images)
+        datamodule = make_datamodule(cfg, images)
+        datamodule.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+        datamodule.setup("fit")
+        return len(datamodule.resident)
+
+    assert (held(1797 * 64 - 1), held(1797 * 64)) == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_fused_optimiser_learns_the_same_but_for_rounding(run_small, name):
+    chosen = [] if name == "SGD" else ["method.optimizer._target_=torch.optim.Adam", "~method.optimizer.momentum"]
+    plain, fused = (
+        losses(run_small(*WATCHED, *chosen, f"hardware.fused_optimizer={on}", name=f"fused-{on}")[1])
+        for on in ("false", "true")
+    )
+    assert len(plain) == 7 and fused == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_in_bfloat16_and_resident_it_learns_like_the_plain_run(run_small):
+    fast = ["compile=default", "precision=bf16-mixed", "fused_optimizer=true", "resident_bytes=1e9", "benchmark=true"]
+    plain, first = run_small(*WATCHED, "trainer.max_epochs=4")
+    quick, second = run_small(*WATCHED, "trainer.max_epochs=4", *(f"hardware.{switch}" for switch in fast), name="fast")
+    assert losses(second) == pytest.approx(losses(first), rel=0.02)
+    assert quick["scores"]["kmeans"]["acc"] == pytest.approx(plain["scores"]["kmeans"]["acc"], abs=0.05)
