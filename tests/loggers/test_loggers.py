@@ -2,9 +2,13 @@
 
 import csv
 import time
+from typing import ClassVar
 
+import numpy as np
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from deepclust.dashboards import send
 from deepclust.loggers import weights_and_biases
 from deepclust.loggers.metrics_csv import MetricsCsv
 
@@ -117,15 +121,32 @@ def test_tensorboard_reads_back(run_small):
     assert events.Scalars("final/kmeans/acc")[0].value == pytest.approx(results["scores"]["kmeans"]["acc"])
 
 
-def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
-    from lightning.pytorch.loggers import TensorBoardLogger
+def test_a_run_on_the_service_is_closed_where_its_table_cannot_be_sent(monkeypatch, caplog):
+    pytest.importorskip("wandb")
+    said = []
 
+    class Run:
+        summary: ClassVar = {}
+
+        def log(self, values):
+            if "contingency" in values:
+                raise OSError("no network")
+            said.append("log")
+
+        def finish(self):
+            said.append("finish")
+
+    monkeypatch.setattr(WandbLogger, "experiment", Run())
+    results = {"scores": {"kmeans": {"acc": 0.5}}, "health": {}}
+    send([WandbLogger()], results, [], np.ones((2, 2)), None)
+    assert said == ["log", "finish"] and Run.summary == {"final/kmeans/acc": 0.5} and "no network" in caplog.text
+
+
+def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise OSError("no space left\nmore")
 
     monkeypatch.setattr(TensorBoardLogger, "experiment", property(broken))
-    from deepclust.dashboards import send
-
     logger = TensorBoardLogger(save_dir="/nowhere")
     send([logger], {"scores": {}, "health": {}, "steps": 1}, [], None, None)
     assert "no space left" in caplog.text
