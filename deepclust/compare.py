@@ -1,7 +1,8 @@
 """`deepclust compare`: many runs -> one table of means and spreads over seeds, beside published figures.
 
 Runs are grouped by what was run: data set, method, backbone, number of clusters, epochs, and every other
-override that is not ignored. The spread is the sample standard deviation over seeds.
+override that is not ignored. A run inside of another's folder, such as the stage before it, is part of that one.
+The spread is the sample standard deviation over seeds.
 """
 
 import sys

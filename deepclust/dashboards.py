@@ -43,7 +43,7 @@ def send(
             elif isinstance(logger, TensorBoardLogger):
                 _send_to_tensorboard(logger.experiment, scores, pictures, table, results["steps"])
         except Exception as error:
-            log.warning("the dashboard lacks the end of this run (%s)", str(error).partition("\n")[0])
+            log.warning("the dashboard lacks some of the end of this run (%s)", str(error).partition("\n")[0])
 
 
 def _send_to_wandb(
@@ -55,13 +55,15 @@ def _send_to_wandb(
 ) -> None:
     import wandb
 
-    run.summary.update(scores)
-    run.log({name: wandb.Image(picture, caption=caption) for name, (picture, caption) in pictures.items()})
-    if table is not None:
-        names = [class_name(c, class_names) for c in range(len(table))]
-        rows = [[cluster, *counts] for cluster, counts in enumerate(table.T.tolist())]
-        run.log({"contingency": wandb.Table(columns=["cluster", *names], data=rows)})
-    run.finish()
+    try:
+        run.summary.update(scores)
+        run.log({name: wandb.Image(picture, caption=caption) for name, (picture, caption) in pictures.items()})
+        if table is not None:  # last, for it asks the service and fails where the network went during the run
+            names = [class_name(c, class_names) for c in range(len(table))]
+            rows = [[cluster, *counts] for cluster, counts in enumerate(table.T.tolist())]
+            run.log({"contingency": wandb.Table(columns=["cluster", *names], data=rows)})
+    finally:
+        run.finish()
 
 
 def _send_to_tensorboard(

@@ -1,6 +1,8 @@
 """`deepclust evaluate run=DIR`: the scores of a finished run, made anew from its checkpoint."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         for name, value in run_cfg.dataset.source.items():
             if isinstance(value, str) and value.startswith(before):
                 run_cfg.dataset.source[name] = now + value.removeprefix(before)
-    images: ImageSet = build(run_cfg.dataset.source)
-    judge = make_judge(run_cfg, images)
-    judgement = judge(method.to(pick_device(cfg.accelerator)), make_datamodule(run_cfg, images))
+    with redirect_stdout(sys.stderr):  # how far it is; standard output is for the JSON alone
+        images: ImageSet = build(run_cfg.dataset.source)
+        judge = make_judge(run_cfg, images)
+        judgement = judge(method.to(pick_device(cfg.accelerator)), make_datamodule(run_cfg, images))
     said = {"run": cfg.run, "scores": judgement.scores, "health": judgement.health}
     print(json.dumps(said, indent=2))
     return said

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 from torch import Tensor, nn
 
 from deepclust.config import build, plain
 from deepclust.datasets.source import ImageSet, ImageSource
 from deepclust.errors import InputError
+from deepclust.progress import track
 from deepclust.run_folder import checksum, load_checkpoint, load_method, pick_device
 from deepclust.train import complete_dataset
 from deepclust.views.multiview import MultiView
@@ -109,7 +109,7 @@ def fingerprint(source: ImageSource, rows: int = 1000) -> str:
 def write_rows(file: Path, source: ImageSource, of: Callable[[Tensor], Tensor], batch_size: int) -> None:
     """`of` all images of `source`, in order, as the rows of a .npy file."""
     rows: Any = None
-    for start in track(range(0, len(source), batch_size), description=file.name):
+    for start in track(range(0, len(source), batch_size), f"writing {file.name}"):
         made = of(source.read(np.arange(start, min(start + batch_size, len(source))))).cpu().numpy()
         if rows is None:
             rows = np.lib.format.open_memmap(file, mode="w+", dtype=made.dtype, shape=(len(source), *made.shape[1:]))

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.progress import track
 
 from deepclust.callbacks.evaluation import assign, assign_to_centroids
 from deepclust.config import build
@@ -18,6 +17,7 @@ from deepclust.datasets.arrays import open_array_file
 from deepclust.datasets.files import FORMATS, read_images, scan
 from deepclust.datasets.source import ArraySource
 from deepclust.errors import InputError
+from deepclust.progress import track
 from deepclust.run_folder import load_checkpoint, load_method, pick_device
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def read(
     if images.suffix in (".npy", ".npz"):
         array, _ = open_array_file(str(images))
         source = ArraySource([array], channels)
-        for start in track(range(0, len(source), batch_size), description="predicting"):
+        for start in track(range(0, len(source), batch_size), "predicting"):
             rows = source.read(np.arange(start, min(start + batch_size, len(source))))
             yield None, rows.permute(0, 2, 3, 1).numpy(), []
         return
@@ -125,5 +125,5 @@ def read(
     if not files:
         raise InputError(f"{images} holds no image file", expected="images", do="name another folder with images=DIR")
     starts = range(0, len(files), batch_size)
-    for start in track(starts, description="predicting"):
+    for start in track(starts, "predicting"):
         yield from read_images(files[start : start + batch_size], image_size=size, channels=channels)

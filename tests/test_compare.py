@@ -89,6 +89,22 @@ def test_means_and_spreads_are_exact(runs: Path) -> None:
     assert own.best == {"acc", "nmi", "ari"} and not rows[1].best and not rows[3].best
 
 
+def test_stages_are_part_of_their_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "sweep" / "0", overrides=["method=scan"], method="scan")
+    write_run(tmp_path / "sweep" / "0" / "before", method="scan_pretext")
+    write_run(tmp_path / "sweep" / "0" / "clusters" / "kmeans-10-seed0", method="kmeans")
+    (tmp_path / "sweep" / "1" / ".hydra").mkdir(parents=True)
+    (tmp_path / "sweep" / "1" / ".hydra" / "config.yaml").touch()
+    write_run(tmp_path / "sweep" / "1" / "before", method="scan_pretext")
+    (tmp_path / "sweep" / "multirun.yaml").touch()
+
+    found = compare(tmp_path / "sweep", published=[], ignore=IGNORE)
+    assert [(row.method, row.folders) for row in found.rows] == [("scan", ("0",))]
+    assert found.left_out == [("1", "unfinished: no results.json")]
+    (named,) = compare(tmp_path / "sweep" / "1" / "before", published=[], ignore=IGNORE).rows
+    assert named.method == "scan_pretext"
+
+
 def test_published_figures_stand_beside_the_same_method_and_data_set(runs: Path) -> None:
     (found,) = (r for r in compare(runs, published=PUBLISHED, ignore=IGNORE).rows if r.rule == "published")
     assert found == Row(

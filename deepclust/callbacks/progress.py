@@ -1,50 +1,28 @@
-"""How far training is, how fast, and how long it will take."""
+"""How far training is, and how long it will take."""
 
-import sys
-import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deepclust.progress import Work
+
+NOTED = ("train/loss", "eval/method/acc", "eval/cluster_size_entropy")
 
 
 class TrainingProgress(Callback):
-    """One bar over the whole run on a terminal; elsewhere a line every `line_every_seconds`. Writes to standard
-    output."""
+    """One bar over the whole run on a terminal; elsewhere a line every `line_every_seconds` at most."""
 
     def __init__(self, *, line_every_seconds: float) -> None:
         self.line_every_seconds = line_every_seconds
-        self.shown_at = 0.0
-        self.bar: Progress | None = None
+        self.work: Work | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started_at, self.first_step = time.monotonic(), trainer.global_step
-        self.steps = trainer.estimated_stepping_batches
-        if sys.stdout.isatty() and trainer.is_global_zero:
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[what]}"),
-            )  # fmt: skip
-            self.bar.start()
-            self.task = self.bar.add_task("training", total=self.steps, completed=trainer.global_step, what="")
+        steps = int(trainer.estimated_stepping_batches)
+        self.work = Work("training", steps, done=trainer.global_step, line_every=self.line_every_seconds)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.monotonic()
-        if now - self.shown_at < (0.2 if self.bar else self.line_every_seconds) or not trainer.is_global_zero:
-            return
-        self.shown_at = now
-        what = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        what += "".join(
-            f"  {name.removeprefix('eval/').replace('/', ' ')} {float(value):.3f}"
-            for name, value in trainer.callback_metrics.items()
-            if name in ("train/loss", "eval/method/acc", "eval/cluster_size_entropy")
-        )
-        if self.bar:
-            self.bar.update(self.task, completed=trainer.global_step, what=what)
-            return
-        done = trainer.global_step - self.first_step
-        left = (now - self.started_at) / max(done, 1) * (self.steps - trainer.global_step)
-        print(f"training {trainer.global_step / self.steps:4.0%}  {what}  {left / 60:.1f} min left", flush=True)
+        assert self.work is not None
+        self.work.reach(trainer.global_step, lambda: note(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop()
@@ -53,6 +31,15 @@ class TrainingProgress(Callback):
         self.stop()
 
     def stop(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        if self.work is not None:
+            self.work.close()
+
+
+def note(trainer: Trainer) -> str:
+    """The epoch, and the latest of the figures that say most."""
+    figures = [
+        f"{name.removeprefix('eval/').replace('/', ' ')} {float(value):.3f}"
+        for name, value in trainer.callback_metrics.items()
+        if name in NOTED
+    ]
+    return "  ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *figures])

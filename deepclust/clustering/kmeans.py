@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from deepclust.errors import InputError
+from deepclust.progress import track
 from deepclust.randomness import generator
 
 Metric = Literal["cosine", "euclidean"]
@@ -196,7 +197,7 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
     candidates = first.to(data.rows.device)[:, None]
     potential = data.rows.new_full((len(uniforms), len(data.rows)), math.inf)
     chosen: list[Tensor] = []
-    while True:
+    for _ in track(range(uniforms.shape[1] + 1), "k-means, centroids to begin with"):
         left = potential.new_empty(*candidates.shape, len(data.rows))
         totals = torch.zeros_like(candidates, dtype=torch.float64)
         # A product for each restart: in a common one, the last bits would depend on what other restarts there are.
@@ -208,12 +209,13 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
         best = totals.argmin(1)
         chosen.append(candidates[every, best])
         if len(chosen) > uniforms.shape[1]:
-            return torch.stack(chosen, 1)
+            break
         potential = left[every, best]
         potential[every, chosen[-1]] = 0  # not a rounding error, by which the row could be drawn again
         sums = potential.cumsum(1, dtype=torch.float64)
         candidates = torch.searchsorted(sums, uniforms[:, len(chosen) - 1] * sums[:, -1:])
         candidates.clamp_(max=len(data.rows) - 1)
+    return torch.stack(chosen, 1)
 
 
 def _lloyd(
@@ -229,7 +231,7 @@ def _lloyd(
     best_centroids, best_assignments = centroids.clone(), assignments.clone()
     iterations = torch.zeros_like(counts[:, 0])
     running = torch.arange(len(restarts), device=sums.device)  # the restarts that the first dimension still holds
-    for _ in range(max_iterations):
+    for _ in track(range(max_iterations), f"k-means, {max_iterations} iterations at most"):
         centroids = _means(data, sums, counts, centroids, assignments)
         old_weights, (weights, biases) = weights, data.linear(centroids)
         renewed = _assign(data, weights, biases)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deepclust.clustering.kmeans import exact_products, require_finite
 from deepclust.errors import InputError
+from deepclust.progress import track
 
 CPU_ELEMENTS, GPU_ELEMENTS = 2**23, 2**27  # products held at a time
 
@@ -42,7 +43,7 @@ def nearest_neighbors(
         values = queries.new_empty(len(queries), k)  # in one piece: many small ones would break up the memory
         indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         step = max((CPU_ELEMENTS if keys.device.type == "cpu" else GPU_ELEMENTS) // len(keys), 64)
-        for start in range(0, len(queries), step):
+        for start in track(range(0, len(queries), step), "nearest neighbours"):
             part = slice(start, start + step)
             rows = queries[part]
             scores = torch.addmm(biases, rows, keys.T)

@@ -21,10 +21,13 @@ class Run:
 
 
 def run_folders(top: Path) -> Iterator[Path]:
+    """The run folders below `top`, itself included. What lies in a run folder, such as the stage before it, is part of
+    that run and no run of its own."""
     for path, folders, files in os.walk(top):
         folder = Path(path)
         if "results.json" in files or (folder / ".hydra" / "config.yaml").is_file():
             yield folder
+            folders.clear()
         folders[:] = sorted(f for f in folders if not f.startswith("."))
 
 

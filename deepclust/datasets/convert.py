@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deepclust.datasets.files import CHUNK, read_images, scan
 from deepclust.errors import InputError
+from deepclust.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +60,14 @@ def make_once(folder: Path, make: Callable[[Path], None], *, ready: Callable[[Pa
 def write_images(file: Path, chunks: Iterable[np.ndarray], *, shape: tuple[int, int, int], total: int) -> int:
     """Write chunks (n, H, W, C) of uint8, each as it comes, as one .npy array (M, H, W, C); return M.
 
-    `shape` is (H, W, C); `total` images are expected, for the progress bar only.
+    `shape` is (H, W, C); `total` images are expected, for the show of progress only.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console, count = Console(stderr=True), 0
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with open(file, "wb") as out, progress:
-        bar = progress.add_task(f"writing {file.name}", total=total)
+    count = 0
+    with open(file, "wb") as out:
         write_header(out, (0, *shape))
-        for chunk in chunks:
+        for chunk in track(chunks, f"writing {file.name}", total, size=len):
             out.write(chunk.tobytes())
             count += len(chunk)
-            progress.advance(bar, len(chunk))
         out.seek(0)
         write_header(out, (count, *shape))
     return count

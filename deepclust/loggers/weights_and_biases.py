@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 log = logging.getLogger(__name__)
 
+INIT_TIMEOUT, FINISH_TIMEOUT = 30, 60  # seconds that a run waits for the network, at its start and at its end
+
 
 def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> WandbLogger:
     """A logger that goes online only where a key is at hand, and offline where that fails.
@@ -39,12 +41,15 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if mode == "online":
         try:
-            patience = wandb.Settings(init_timeout=30, finish_timeout=60, finish_timeout_raises=False)  # seconds
+            patience = wandb.Settings(
+                init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=False
+            )
             logger = WandbLogger(**settings, mode="online", settings=patience)
             _ = logger.experiment  # connects now, or fails now
             return logger
         except Exception as error:
             log.warning("wandb could not go online (%s); this run is logged offline", str(error).splitlines()[0])
+            wandb.teardown()  # its own process still holds the failed run, and would refuse another one of that id
             mode = "offline"
     if mode == "offline":
         log.info("wandb works offline; send the run later with: wandb sync %s", folder / "wandb" / "offline-run-*")

@@ -15,6 +15,7 @@ from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
 from deepclust.errors import InputError
 from deepclust.optim import Schedule
+from deepclust.progress import track
 
 
 class ClusteringMethod(LightningModule):
@@ -159,10 +160,12 @@ class ClusteringMethod(LightningModule):
         are rank 0's on every process, for one network is meant.
         """
         distributed.broadcast_buffers(self)
-        training = self.training
+        training, rows = self.training, []
         self.eval()
         try:
-            rows = [self.encode(images.to(self.device, self.weight_dtype)) for images in batches]
+            share = num_images // distributed.world_size()
+            for images in track(batches, "features of all images", share, size=len):
+                rows.append(self.encode(images.to(self.device, self.weight_dtype)))
         finally:
             self.train(training)
         rows = [r.float() if r.dtype in (torch.float16, torch.bfloat16) else r for r in rows]

@@ -2,9 +2,14 @@
 
 import csv
 import time
+from typing import ClassVar
 
+import numpy as np
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from deepclust.dashboards import send
+from deepclust.loggers import weights_and_biases
 from deepclust.loggers.metrics_csv import MetricsCsv
 
 
@@ -45,10 +50,6 @@ def test_wandb_works_without_an_account(tmp_path, run_small, monkeypatch):
     assert identity in runs[0].name
     assert rows(folder), "metrics.csv is written beside"
     kinds, said = read_wandb(runs[0])
-    patience = time.monotonic() + 60
-    while "exit" not in kinds and time.monotonic() < patience:  # wandb's own process writes when it comes to it
-        time.sleep(0.5)
-        kinds, said = read_wandb(runs[0])
     assert {"run", "history", "summary", "exit"} <= kinds
     for part in ("final/kmeans/acc", "clusters/000", "contingency", "eval/cluster_size_entropy", '"propos"'):
         assert part in said, part
@@ -58,12 +59,37 @@ def test_wandb_works_without_an_account(tmp_path, run_small, monkeypatch):
     assert len(list((other / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
 
+def test_wandb_goes_offline_where_the_network_is_gone(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT", 2)
+    config = {"names": {"method": "propos", "backbone": "mlp"}, "dataset": {"name": "digits"}}
+    logger = weights_and_biases.wandb_logger(folder=tmp_path, config=config, project="test")
+    logger.log_metrics({"eval/kmeans/acc": 0.5}, 1)
+    logger.experiment.finish()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    kinds, said = read_wandb(file)
+    assert {"run", "history"} <= kinds and "eval/kmeans/acc" in said
+
+
 def read_wandb(file):
     """The kinds of records in an offline run's file, and all that they say as one text.
 
-    The file is a LevelDB log: blocks of 32 kB that hold pieces of records, each with a checksum (4 bytes), its length
-    (2) and whether it is whole, first, middle or last (1); the file begins with 7 bytes of its own.
+    Waits for its end, as wandb's own process writes when it comes to it. The file is a LevelDB log: blocks of 32 kB
+    that hold pieces of records, each with a checksum (4 bytes), its length (2) and whether it is whole, first, middle
+    or last (1); the file begins with 7 bytes of its own.
     """
+    patience = time.monotonic() + 60
+    kinds, said = parse_wandb(file)
+    while "exit" not in kinds and time.monotonic() < patience:
+        time.sleep(0.5)
+        kinds, said = parse_wandb(file)
+    return kinds, said
+
+
+def parse_wandb(file):
     from wandb.proto import wandb_internal_pb2
 
     data, place, kinds, texts, pieces = file.read_bytes(), 7, set(), [], b""
@@ -95,15 +121,32 @@ def test_tensorboard_reads_back(run_small):
     assert events.Scalars("final/kmeans/acc")[0].value == pytest.approx(results["scores"]["kmeans"]["acc"])
 
 
-def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
-    from lightning.pytorch.loggers import TensorBoardLogger
+def test_a_run_on_the_service_is_closed_where_its_table_cannot_be_sent(monkeypatch, caplog):
+    pytest.importorskip("wandb")
+    said = []
 
+    class Run:
+        summary: ClassVar = {}
+
+        def log(self, values):
+            if "contingency" in values:
+                raise OSError("no network")
+            said.append("log")
+
+        def finish(self):
+            said.append("finish")
+
+    monkeypatch.setattr(WandbLogger, "experiment", Run())
+    results = {"scores": {"kmeans": {"acc": 0.5}}, "health": {}}
+    send([WandbLogger()], results, [], np.ones((2, 2)), None)
+    assert said == ["log", "finish"] and Run.summary == {"final/kmeans/acc": 0.5} and "no network" in caplog.text
+
+
+def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise OSError("no space left\nmore")
 
     monkeypatch.setattr(TensorBoardLogger, "experiment", property(broken))
-    from deepclust.dashboards import send
-
     logger = TensorBoardLogger(save_dir="/nowhere")
     send([logger], {"scores": {}, "health": {}, "steps": 1}, [], None, None)
     assert "no space left" in caplog.text
