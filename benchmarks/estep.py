@@ -1,28 +1,25 @@
-"""k-means and nearest neighbours on the CPU, ours against faiss.
+"""k-means and nearest neighbours, ours against faiss and scikit-learn.
 
-    python benchmarks/estep.py [--threads 1] [--rounds 5] [--out estep.json]
+    python benchmarks/estep.py [--threads 1] [--rounds 5] [--large]
 
-Both in turns on the same rows in one process; medians over the rounds of the wall clock and of the processor time of
-all threads. k-means does the same number of iterations on both sides, on clusters so close that no restart is done
-before, with restarts and with all rows (faiss takes 256 a cluster unless told otherwise). Ours seeds by greedy
-k-means++, which its time includes and the column "seeding" shows; faiss starts from random rows.
+Both in turns on the same rows in one process; medians over the rounds. k-means does the same number of iterations on
+both sides, on clusters so close that no restart is done before, with restarts and with all rows (faiss takes 256 a
+cluster unless told otherwise). Ours seeds by greedy k-means++, which its time includes and the column "seeding" shows;
+the others start from random rows. On a GPU ours runs there, the others on the CPU.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import faiss
 import torch
+from measure import in_turns, options, ratio, save, table
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import deepclust
 from deepclust.clustering.kmeans import kmeans, seed_kmeans_plus_plus
 from deepclust.clustering.neighbors import nearest_neighbors
 
@@ -32,6 +29,7 @@ CASES = [  # rows, features, clusters, restarts
     (60_000, 256, 10, 10),
     (60_000, 256, 200, 1),
 ]
+LARGE = [(1_281_167, 256, 1000, 1)]  # ImageNet
 Work = Callable[[], object]
 
 
@@ -43,7 +41,7 @@ def close_clusters(size: int, features: int, clusters: int) -> Tensor:
     return normalize(noise + centres[torch.randint(clusters, (size,), generator=draws)], dim=1)
 
 
-def cluster(rows: Tensor, clusters: int, restarts: int, metric: str) -> dict[str, Work]:
+def cluster(rows: Tensor, on_cpu: Tensor, clusters: int, restarts: int, metric: str) -> dict[str, Work]:
     def ours() -> object:
         return kmeans(
             rows,
@@ -71,16 +69,22 @@ def cluster(rows: Tensor, clusters: int, restarts: int, metric: str) -> dict[str
             spherical=metric == "cosine",
             max_points_per_centroid=10**9,
             early_stop_threshold=-1.0,
-        ).train(rows.numpy())
+        ).train(on_cpu.numpy())
 
-    return {"ours": ours, "seeding": seeding, "faiss": theirs}
+    def scikit() -> object:
+        return KMeans(clusters, init="random", n_init=restarts, max_iter=ITERATIONS, tol=0, algorithm="lloyd").fit(
+            on_cpu.numpy()
+        )
+
+    works: dict[str, Work] = {"ours": ours, "seeding": seeding, "faiss": theirs}
+    return works | ({"scikit-learn": scikit} if metric == "euclidean" and len(rows) < 10**6 else {})
 
 
-def search(rows: Tensor, neighbours: int) -> dict[str, Work]:
+def search(rows: Tensor, on_cpu: Tensor, neighbours: int) -> dict[str, Work]:
     def theirs() -> object:
         index = faiss.IndexFlatIP(rows.shape[1])
-        index.add(rows.numpy())
-        return index.search(rows.numpy(), neighbours)
+        index.add(on_cpu.numpy())
+        return index.search(on_cpu.numpy(), neighbours)
 
     return {
         "ours": lambda: nearest_neighbors(rows, rows, neighbours, metric="inner_product", exclude=None),
@@ -88,55 +92,40 @@ def search(rows: Tensor, neighbours: int) -> dict[str, Work]:
     }
 
 
-def measure(works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median seconds of each work, by the wall clock and (ending in `_cpu`) of the processor."""
-    taken: dict[str, list[float]] = {name + kind: [] for name in works for kind in ("", "_cpu")}
-    for work in works.values():
-        work()  # the first call sets up buffers
-    for _ in range(rounds):
-        for name, work in works.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            work()
-            taken[name].append(time.perf_counter() - wall)
-            taken[name + "_cpu"].append(time.process_time() - processor)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    faiss.omp_set_num_threads(options.threads)
-
-    cases: list[tuple[str, dict[str, Work]]] = []
-    for size, features, clusters, restarts in CASES:
+    parser = options(__doc__, rounds=5)
+    parser.add_argument("--large", action="store_true", help="with ImageNet's size; on a GPU always")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    faiss.omp_set_num_threads(given.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases: dict[str, dict[str, Work]] = {}
+    for size, features, clusters, restarts in [*CASES, *(LARGE if given.large or device.type == "cuda" else [])]:
         rows = close_clusters(size, features, clusters)
         for metric in ("cosine", "euclidean"):
             name = f"k-means, {metric}, {size:,} x {features}, K = {clusters}, {restarts} restart(s)"
-            cases.append((name, cluster(rows, clusters, restarts, metric)))
-    cases.append(("20 nearest of 20,000 x 128", search(close_clusters(20_000, 128, 10), 20)))
+            cases[name] = cluster(rows.to(device), rows, clusters, restarts, metric)
+    rows = close_clusters(20_000, 128, 10)
+    cases["20 nearest of 20,000 x 128"] = search(rows.to(device), rows, 20)
 
-    result: dict[str, Any] = {
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "iterations": ITERATIONS,
-        "processor": platform.processor() or platform.machine(),
-        "versions": {"deepclust": deepclust.__version__, "torch": torch.__version__, "faiss": faiss.__version__},
-        "cases": {},
-    }
-    print(f"{options.threads} thread(s), {result['versions']}, medians of {options.rounds}; seconds, in brackets CPU")
-    print(f"{'':<66}{'ours':>16}{'seeding':>9}{'faiss':>16}{'ours / faiss':>14}")
-    for name, works in cases:
-        seconds = measure(works, options.rounds)
-        result["cases"][name] = seconds
-        ours, theirs = (f"{seconds[who]:.3f} ({seconds[who + '_cpu']:.3f})" for who in ("ours", "faiss"))
-        seeding = f"{seconds['seeding']:.3f}" if "seeding" in seconds else ""
-        print(f"{name:<66}{ours:>16}{seeding:>9}{theirs:>16}{seconds['ours'] / seconds['faiss']:>14.2f}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    figures: dict[str, Any] = {}
+    lines = []
+    for name, works in cases.items():
+        with threadpool_limits(given.threads):
+            seconds = in_turns(works, rounds=given.rounds, device=device)
+        medians = {who: statistics.median(taken) for who, taken in seconds.items()}
+        times = ratio(seconds["ours"], seconds["faiss"])
+        figures[name] = {"seconds": medians, "ours_over_faiss": times, "rounds": seconds}
+        over = ratio(seconds["ours"], seconds["scikit-learn"]) if "scikit-learn" in seconds else ""
+        columns = [medians.get(who, "") for who in ("ours", "seeding", "faiss", "scikit-learn")]
+        lines.append([name, *columns, times, over])
+        print(f"{name}: {times:.2f} times faiss's time", flush=True)
+    save(
+        {"iterations": ITERATIONS, "faiss": faiss.__version__, "device": str(device), "cases": figures},
+        __file__,
+        given.out,
+    )
+    table(["seconds", "ours", "seeding", "faiss", "scikit-learn", "ours / faiss", "ours / scikit-learn"], lines)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,20 @@
 """ProPos's two views, images a second and core: batched (ours) against torchvision, image after image.
 
-    python benchmarks/views.py [--images 256] [--size 32] [--rounds 9] [--out views.json]
+    python benchmarks/views.py [--images 256] [--size 32] [--rounds 9]
 
 Both do the recipe of conf/views/propos.yaml and normalise, on one thread, in turns; medians over the rounds.
 Ours starts from a uint8 tensor, torchvision from PIL images that are decoded already; both end with a float
-tensor per view. kornia takes part where it is installed.
+tensor per view. kornia takes part where it is installed; on a GPU, ours and kornia's are timed there as well.
 """
 
-import argparse
-import importlib.metadata
 import importlib.util
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torchvision.transforms as T
 from hydra import compose, initialize_config_module
+from measure import in_turns, options, ratio, save, table
 from torch import Tensor
 
 from deepclust.config import build
@@ -72,66 +66,27 @@ def kornia_batched(images: Tensor) -> Views:
     return lambda: tuple(transform(images.float() / 255) for _ in range(2))
 
 
-def timed(views: Views) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    views()
-    return time.perf_counter() - start
-
-
-def processor() -> str:
-    """The name of this machine's processor, as far as the system tells."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__, rounds=9)
     parser.add_argument("--images", type=int, default=256, help="in a batch")
     parser.add_argument("--size", type=int, default=32, help="pixels")
-    parser.add_argument("--rounds", type=int, default=9, help="of which the median is taken")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    options = parser.parse_args()
-
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    shape = (options.images, options.size, options.size, 3)
+    shape = (given.images, given.size, given.size, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator("pixels")).permute(0, 3, 1, 2)
-    peers = {"deepclust": ours(images), "torchvision": torchvision_on_pil(images)}
-    packages = ["torch", "torchvision", "pillow"]
-    if importlib.util.find_spec("kornia"):
-        peers["kornia"] = kornia_batched(images)
-        packages.append("kornia")
-
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for views in peers.values():  # once unmeasured
-        views()
-    for _ in range(options.rounds):
-        for name, views in peers.items():
-            seconds[name].append(timed(views))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    figures = {
-        "images": options.images,
-        "size": options.size,
-        "views": 2,
-        "rounds": options.rounds,
-        "seconds_per_batch": median,
-        "images_per_second": {name: options.images / value for name, value in median.items()},
-        "times_torchvision": {name: median["torchvision"] / value for name, value in median.items()},
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-    }
-    for name, value in median.items():
-        print(
-            f"{name:12s} {1e3 * value:8.1f} ms a batch of {options.images}, "
-            f"{options.images / value:8.0f} images/s, {median['torchvision'] / value:5.1f} times torchvision"
-        )
-    if options.out:
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+    works: dict[str, Views] = {"deepclust": ours(images), "torchvision": torchvision_on_pil(images)}
+    peers = {"kornia": kornia_batched} if importlib.util.find_spec("kornia") else {}
+    if torch.cuda.is_available():
+        there = images.cuda()
+        works["deepclust on the GPU"] = ours(there)
+        works |= {f"{name} on the GPU": peer(there) for name, peer in peers.items()}
+    works |= {name: peer(images) for name, peer in peers.items()}
+    seconds = in_turns(works, rounds=given.rounds, device=there.device if torch.cuda.is_available() else "cpu")
+    speed = {name: given.images / statistics.median(taken) for name, taken in seconds.items()}
+    times = {name: ratio(seconds["torchvision"], taken) for name, taken in seconds.items()}
+    figures = {"images": given.images, "size": given.size, "views": 2, "images_per_second": speed}
+    save(figures | {"times_torchvision": times, "rounds": seconds}, __file__, given.out)
+    table(["two views, one thread", "images/s", "times torchvision"], [[n, speed[n], times[n]] for n in works])
 
 
 if __name__ == "__main__":

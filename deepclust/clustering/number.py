@@ -25,12 +25,12 @@ from statistics import mean, median
 
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
 from deepclust.clustering.graph import neighbor_graph
 from deepclust.clustering.kmeans import KMeansResult, kmeans, nearest
 from deepclust.errors import InputError
+from deepclust.progress import track
 from deepclust.randomness import generator
 
 ROWS, COMPONENTS, MOST = 2000, 50, 50
@@ -134,13 +134,15 @@ def principal_components(features: Tensor) -> Tensor:
 
 def try_sizes(rows: Tensor, sizes: Sequence[int], seed: int) -> dict[str, list[float]]:
     """Silhouette and stability of k-means on rows (M, D), for each number of clusters."""
+    from sklearn.metrics import adjusted_rand_score, silhouette_score  # half a second, which most runs need not wait
+
     distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").numpy()
     parts = [
         torch.randperm(len(rows), generator=generator(seed, "part of the rows", part))[: int(PART * len(rows))]
         for part in range(SPLITS)
     ]
     silhouettes, stabilities = [], []
-    for k in sizes:
+    for k in track(sizes, "trying numbers of clusters"):
         whole = fit(rows, k, seed)
         several = whole.assignments.unique().numel() > 1  # rows may all be alike
         silhouettes.append(
