@@ -16,10 +16,13 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -63,10 +66,29 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     results = cluster(cfg, folder)
     show_run(results, folder)
-    print(results["trust"]["says"])
+    print(f"{results['trust']['says']}; whether they are what you look for, only a look at report.html tells")
     return results
 
 
+@contextmanager
+def each_said_once(name: str) -> Iterator[None]:
+    """No message of that logger twice: the steps open the same images again, and the files that are broken stay so."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in said
+        said.add(record.getMessage())
+        return new
+
+    logger = logging.getLogger(name)
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+@each_said_once("deepclust.datasets.folder")
 def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fill the run folder; the content of results.json."""
     root = Path(os.path.abspath(Path(cfg.images).expanduser()))
@@ -159,7 +181,7 @@ def tell_number(cfg: DictConfig, kept: Path) -> tuple[int, Estimate]:
 
 def clusters_of(kept: Path, cfg: DictConfig, rule: str, number: int, seed: int, *, name: str, folder: Path) -> Path:
     """The run folder of one clustering of the features."""
-    made_of = [features_key(kept), rule, number, seed, plain(cfg.evaluation)]
+    made_of = [features_key(kept), rule, number, seed, plain(cfg.evaluation), cfg.min_steps, cfg.max_steps]
     place = folder / "clusters" / f"{rule}-{number}-seed{seed}-{key(made_of)}"
     if read_results(place) is not None:
         return place
@@ -227,7 +249,7 @@ def write_model(
         "command": command_line(),
         "images": whole.dataset.path,
         "run": str(first),
-        "trust": trust(cfg, vectors, judgement.health, runs),
+        "trust": trust(cfg, vectors, judgement.health, runs, own_network=place is not None),
     }
     results.pop("baseline", None)  # the features'
     if (pixels := judge_pixels(images, judge, max_values=vectors_cfg.pixel_baseline_max_values)) is not None:
@@ -241,7 +263,9 @@ def write_model(
     write_assignments(
         folder / ASSIGNMENTS, judgement.assignments, judgement.confidence, labels=images.labels, paths=images.paths
     )
-    write_run_report(folder, results, judgement, images, whole)
+    # On the map of lnscc's own features clusters are apart, whatever the images: it trains them to be.
+    rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
+    write_run_report(folder, results, replace(judgement, features=rows), images, whole)
     write_results(folder, results)
     return results
 
