@@ -1,6 +1,6 @@
 """`deepclust cluster images=DIR num_clusters=K`: a folder of images to clusters, pictures and a model.
 
-What exists, in order: a network that turns images into features (`choose_network`, `train_network`), the features, kept
+What exists, in order: a network that turns images into features (`network.py`), the features, kept
 (`deepclust features`), clusters of the features (`deepclust train dataset=features`), each by several seeds; and last
 one run folder in which network and clusters are one model. Every step leaves a folder of its own in there, and what is
 complete is not made again:
@@ -12,32 +12,35 @@ complete is not made again:
     report.html, assignments.csv, results.json, checkpoints/last.ckpt   the result of the latest call
 """
 
-import csv
 import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from itertools import combinations
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
-from sklearn.metrics import adjusted_rand_score
+from omegaconf import DictConfig, OmegaConf
 
-from deepclust import features as features_verb
-from deepclust.backbones.pretrained import ENDINGS, cached_resnet, read_state
 from deepclust.clustering.number import Estimate
-from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.config import build, plain
 from deepclust.datasets.source import ImageSet
 from deepclust.errors import InputError
+from deepclust.network import (
+    choose_network,
+    composed,
+    describe_images,
+    describe_network,
+    features_key,
+    keep_features,
+    key,
+    train_network,
+)
 from deepclust.run_folder import (
     ASSIGNMENTS,
     CHECKPOINT,
@@ -46,20 +49,15 @@ from deepclust.run_folder import (
     load_method,
     pick_device,
     read_results,
-    recipe,
     write_assignments,
     write_results,
 )
 from deepclust.show import judge_pixels, show_run, write_run_report
-from deepclust.train import complete_dataset, count_clusters, make_datamodule, make_judge, run
+from deepclust.train import count_clusters, make_datamodule, make_judge, run
+from deepclust.trust import trust
 
 log = logging.getLogger(__name__)
 
-KEPT = 96  # pixels at least in which images are kept, so that the report shows something
-PRETRAINED, OWN = 224, 32  # pixels that networks see
-LEVELS = {0.8: "well", 0.5: "fairly"}  # mean ARI between seeds from which on; below: little
-DOWN = {"well": "fairly", "fairly": "little", "little": "little"}
-GIANT = 4.0  # times the mean size
 METRICS = "metrics.csv"
 
 
@@ -68,10 +66,29 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     results = cluster(cfg, folder)
     show_run(results, folder)
-    print(results["trust"]["says"])
+    print(f"{results['trust']['says']}; whether they are what you look for, only a look at report.html tells")
     return results
 
 
+@contextmanager
+def each_said_once(name: str) -> Iterator[None]:
+    """No message of that logger twice: the steps open the same images again, and the files that are broken stay so."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in said
+        said.add(record.getMessage())
+        return new
+
+    logger = logging.getLogger(name)
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+@each_said_once("deepclust.datasets.folder")
 def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fill the run folder; the content of results.json."""
     root = Path(os.path.abspath(Path(cfg.images).expanduser()))
@@ -143,155 +160,6 @@ def check_enough(cfg: DictConfig, images: ImageSet) -> None:
         )
 
 
-# The network
-
-
-@dataclass(frozen=True)
-class Network:
-    """What turns images into features."""
-
-    name: str
-    backbone: DictConfig | None  # null: the small network of conf/cluster.yaml
-    trained: bool  # by others, before
-    image_size: int
-    scale: dict[str, list[float]]  # mean and std, where the network asks for its own
-    says: str
-
-
-def choose_network(cfg: DictConfig) -> Network:
-    """The first that there is: the one asked for, one whose weights are at hand or may be fetched, one of our own."""
-    backbone = cfg.get("backbone")
-    if backbone is not None:
-        if str(backbone.get("weights")).endswith(ENDINGS):
-            read_state(backbone.weights)  # what is wrong with the file is said now, not after the images are decoded
-        name = backbone.get("model_name") or f"{backbone._target_.rpartition('.')[2]}{backbone.get('depth', '')}"
-        trained = bool(backbone.get("weights") or backbone.get("pretrained"))
-        size, scale = preferred(backbone) if trained else (OWN, {})
-        says = "with weights, as asked for" if trained else "as asked for, trained on these images without labels"
-        return Network(name.lower(), backbone, trained, size, scale, f"features: {name.lower()} {says}")
-    found = cached_resnet() or ((18, "IMAGENET1K_V1") if cfg.download else None)
-    if found is not None:
-        depth, weights = found
-        composed = compose("train", overrides=[f"backbone=resnet{depth}", f"backbone.weights={weights}"]).backbone
-        why = "whose weights are on this machine" if cached_resnet() else "whose weights are fetched"
-        says = f"features: resnet{depth}, {why} (trained on ImageNet with its labels)"
-        return Network(f"resnet{depth}", composed, True, PRETRAINED, {}, says)
-    says = (
-        "features: a small network trained on these images without labels, for no weights are on this machine "
-        "(better ones: download=true, or backbone=resnet18 backbone.weights=FILE)"
-    )
-    return Network("conv_small", None, False, OWN, {}, says)
-
-
-def preferred(backbone: DictConfig) -> tuple[int, dict[str, list[float]]]:
-    """The image size that a pretrained network wants, and mean and std where they are not the usual ones."""
-    if "model_name" not in backbone:
-        return PRETRAINED, {}
-    from timm.models import get_pretrained_cfg
-
-    wanted = get_pretrained_cfg(backbone.model_name)
-    if wanted is None:
-        return PRETRAINED, {}
-    return wanted.input_size[-1], {"mean": list(wanted.mean), "std": list(wanted.std)}
-
-
-def describe_images(cfg: DictConfig, network: Network, root: Path, folder: Path) -> dict[str, Any]:
-    """The section `dataset` for the images as that network wants them."""
-    dataset = plain(cfg)["dataset"] | network.scale
-    size = dataset["image_size"] or network.image_size
-    kept = dataset["source"]["image_size"] or max(size, KEPT)
-    stem = dataset["stem"] or (
-        "imagenet" if network.trained or size >= 128 else "cifar" if size <= 32 else "cifar_pool"
-    )
-    source = dataset["source"] | {"path": str(root), "image_size": kept, "data_dir": cfg.data_dir or f"{folder}/data"}
-    return dataset | {
-        "name": root.name,
-        "path": str(root),
-        "image_size": size,
-        "stem": stem,
-        "source": source,
-        "num_clusters": 1,  # a network knows of none
-    }
-
-
-def composed(cfg: DictConfig, verb: str, *overrides: str, dataset: dict[str, Any] | None = None) -> DictConfig:
-    """The configuration of another verb, on the hardware and with the seed of this one."""
-    made = compose(verb, overrides=list(overrides))
-    made.seed = cfg.seed
-    if verb == "train":
-        made.hardware = cfg.hardware
-    if dataset is not None:
-        with open_dict(made):
-            made.dataset = dataset
-    return made
-
-
-def train_network(cfg: DictConfig, network: Network, dataset: dict[str, Any], images: ImageSet, folder: Path) -> Path:
-    """The run folder of a network trained on these images and no others."""
-    chosen = ["method=scan_pretext", "views=simclr", "backbone=conv_small", "dataset=folder", "~callbacks.evaluation"]
-    unlabelled = dataset | {"labelled": False, "source": dataset["source"] | {"labelled": False}}
-    own = composed(cfg, "train", *chosen, dataset=unlabelled)
-    changes = cfg.network.copy()
-    if network.backbone is not None:
-        own.backbone = network.backbone
-        with open_dict(changes):
-            del changes.backbone
-    own.merge_with(changes)
-    count = len(images.fit)
-    batch = min(own.batch_size, count)
-    own.method.optimizer.lr *= batch / own.batch_size
-    own.batch_size = batch
-    own.trainer.max_epochs = own.trainer.max_epochs or max(cfg.min_epochs, round(cfg.images_seen / count))
-    own.report.map_points = 0
-    own.names.method, own.names.backbone = "scan_pretext", network.name
-    made_of = recipe(plain(own)) | {"epochs": own.trainer.max_epochs, "images": features_verb.fingerprint(images.fit)}
-    place = folder / f"network-{key(made_of)}"
-    if read_results(place) is None:
-        log.info("training it for %d epochs of %d images", own.trainer.max_epochs, count)
-        place.mkdir(parents=True, exist_ok=True)
-        run(own, place)
-    return place
-
-
-def describe_network(
-    cfg: DictConfig, network: Network, dataset: dict[str, Any], images: ImageSet, place: Path | None
-) -> DictConfig:
-    """The configuration (train's) of the network on these images; `place` is its run folder where it is our own."""
-    if place is None:
-        whole = composed(cfg, "train", "dataset=folder", "views=propos", "backbone=identity", dataset=dataset)
-        whole.backbone = network.backbone
-        whole.names.backbone = network.name
-    else:
-        whole = OmegaConf.create(load_checkpoint(place)["config"])
-        whole.dataset = dataset
-    complete_dataset(whole, images)
-    return whole
-
-
-def keep_features(cfg: DictConfig, source: DictConfig, place: Path | None, folder: Path) -> Path:
-    """The folder with the features of all images."""
-    if place is None:
-        asked = composed(cfg, "features", "views=propos", "backbone=identity", dataset=plain(source)["dataset"])
-        asked.backbone = source.backbone
-    else:
-        asked = composed(cfg, "features", "run=place", dataset=plain(source)["dataset"])
-        asked.run = str(place)
-    asked.output = str(folder / "features")
-    asked.batch_size = cfg.batch_size
-    asked.accelerator = cfg.hardware.accelerator
-    return features_verb.main(asked)
-
-
-def key(made_of: Any) -> str:
-    """A name for what is made of that."""
-    return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def features_key(kept: Path) -> str:
-    """What the features were made of."""
-    return json.loads((kept / features_verb.MADE_BY).read_text())["sha256"]
-
-
 # The clusters
 
 
@@ -313,7 +181,7 @@ def tell_number(cfg: DictConfig, kept: Path) -> tuple[int, Estimate]:
 
 def clusters_of(kept: Path, cfg: DictConfig, rule: str, number: int, seed: int, *, name: str, folder: Path) -> Path:
     """The run folder of one clustering of the features."""
-    made_of = [features_key(kept), rule, number, seed, plain(cfg.evaluation)]
+    made_of = [features_key(kept), rule, number, seed, plain(cfg.evaluation), cfg.min_steps, cfg.max_steps]
     place = folder / "clusters" / f"{rule}-{number}-seed{seed}-{key(made_of)}"
     if read_results(place) is not None:
         return place
@@ -381,7 +249,7 @@ def write_model(
         "command": command_line(),
         "images": whole.dataset.path,
         "run": str(first),
-        "trust": trust(cfg, vectors, judgement.health, runs),
+        "trust": trust(cfg, vectors, judgement.health, runs, own_network=place is not None),
     }
     results.pop("baseline", None)  # the features'
     if (pixels := judge_pixels(images, judge, max_values=vectors_cfg.pixel_baseline_max_values)) is not None:
@@ -395,7 +263,9 @@ def write_model(
     write_assignments(
         folder / ASSIGNMENTS, judgement.assignments, judgement.confidence, labels=images.labels, paths=images.paths
     )
-    write_run_report(folder, results, judgement, images, whole)
+    # On the map of lnscc's own features clusters are apart, whatever the images: it trains them to be.
+    rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
+    write_run_report(folder, results, replace(judgement, features=rows), images, whole)
     write_results(folder, results)
     return results
 
@@ -424,48 +294,3 @@ def stack(source: DictConfig, vectors: DictConfig) -> DictConfig:
 def rename(name: str) -> str:
     """A weight's name in the stacked model."""
     return name.replace("backbone.", "backbone.then.", 1) if name.startswith("backbone.") else name
-
-
-def trust(cfg: DictConfig, vectors: ImageSet, health: dict[str, float], runs: dict[int, Path]) -> dict[str, Any]:
-    """How far to trust the clusters: whether seeds, and plain k-means on the same features, come to the same ones.
-
-    That is about what can be repeated. Whether it is what one was looking for, no number without labels can say.
-    """
-    found = {seed: read_clusters(place) for seed, place in runs.items()}
-    sizes = np.bincount(found[cfg.seed])
-    results = read_results(runs[cfg.seed]) or {}
-    number, largest = results["num_clusters"], float(sizes.max() / sizes.sum())
-    said: dict[str, Any] = {"seeds": list(runs), "empty_clusters": health["empty_clusters"], "largest_share": largest}
-    giant = largest > min(0.9, GIANT / number) and number > 1
-    words = []
-    level = None
-    if len(found) > 1:
-        said["ari_between_seeds"] = mean(float(adjusted_rand_score(a, b)) for a, b in combinations(found.values(), 2))
-        level = next((name for least, name in LEVELS.items() if said["ari_between_seeds"] >= least), "little")
-        level = DOWN[level] if giant or health["empty_clusters"] else level
-        words.append(f"{len(found)} seeds agree to {said['ari_between_seeds']:.2f} (ARI; 1 is the same)")
-    if results["method"] != "kmeans":
-        rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
-        plain_kmeans = dealt_kmeans(
-            rows,
-            num_clusters=number,
-            metric="euclidean",
-            num_restarts=cfg.evaluation.kmeans_restarts,
-            max_iterations=cfg.evaluation.kmeans_max_iterations,
-            tolerance=cfg.evaluation.kmeans_tolerance,
-            key=(cfg.seed, "k-means beside the clusters"),
-        )
-        said["ari_with_kmeans"] = float(adjusted_rand_score(found[cfg.seed], plain_kmeans.assignments.cpu().numpy()))
-        words.append(f"plain k-means on the same features to {said['ari_with_kmeans']:.2f}")
-    empty = int(health["empty_clusters"])
-    words.append(f"{empty or 'no'} cluster{'s are' if empty > 1 else ' is'} empty")
-    words.append(f"the largest holds {100 * largest:.1f} % of the images{', far more than its part' if giant else ''}")
-    begin = f"how far to trust the clusters: {level}; " if level else "how far to trust the clusters: "
-    said["says"] = begin + ", ".join(words) + "; whether they are what you look for, see report.html"
-    return said
-
-
-def read_clusters(place: Path) -> np.ndarray:
-    """The cluster of each image (M,) in a run folder."""
-    with (place / ASSIGNMENTS).open(newline="") as file:
-        return np.array([int(row["cluster"]) for row in csv.DictReader(file)])

@@ -83,10 +83,13 @@ def show_run(results: dict[str, Any], folder: Path) -> None:
     if table.row_count:
         console.print(table)
     health, timing = results["health"], results["timing"]
+    earlier = timing.get("earlier_seconds", 0.0)
+    trained = f"trained {(timing['train_seconds'] + earlier) / 60:.1f} min"
+    trained += f", {earlier / 60:.1f} of them before its last stage" if earlier else ""
     console.print(
         f"clusters: {results['num_clusters']}, {health['empty_clusters']:.0f} empty, "
         f"evenness {health['cluster_size_entropy']:.3f} of 1; "
-        f"trained {timing['train_seconds'] / 60:.1f} min, {timing['images_per_second']:.0f} images/s"
+        f"{trained}, {timing['images_per_second']:.0f} images/s"
     )
     for what, name in (("pictures", "report.html"), ("clusters", ASSIGNMENTS), ("scores", "results.json")):
         console.print(f"{what}: {folder / name}", soft_wrap=True, highlight=False)

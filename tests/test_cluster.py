@@ -17,6 +17,7 @@ from deepclust.errors import InputError
 from deepclust.evaluate import main as evaluate
 from deepclust.predict import main as predict
 from deepclust.run_folder import load_checkpoint, load_method
+from deepclust.show import write_run_report
 
 SHORT = [
     *("hardware=cpu", "images_seen=120", "min_epochs=1", "min_steps=9", "max_steps=9"),
@@ -59,14 +60,25 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path, monkeypatch):
+def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
-    folder = tmp_path / "run"
+    shown, folder = [], tmp_path / "run"
+
+    def write(*given):
+        shown.append(given[2].features)
+        return write_run_report(*given)
+
+    monkeypatch.setattr("deepclust.cluster.write_run_report", write)
+    caplog.set_level("INFO")
     results = call(folder, photos, *SMALL)
     assert results["num_images"] == 120 and results["num_clusters"] == 10 and results["method"] == "lnscc"
     assert results["dataset"] == photos.name and results["backbone"] == "conv_small" and results["epochs"] == 9
     assert {"ari_between_seeds", "ari_with_kmeans", "largest_share"} < results["trust"].keys()
-    assert "2 seeds agree to" in results["trust"]["says"]
+    assert "2 seeds agree to" in results["trust"]["says"] and "first look" in results["trust"]["says"]
+    said = [r.getMessage() for r in caplog.records if r.name == "deepclust.datasets.folder"]
+    assert len(said) == len(set(said)) and sum("1 of 121 image files" in text for text in said) == 1
+    features = torch.from_numpy(np.load(folder / "features" / "train_features.npy"))
+    assert shown[0].equal(features)  # not lnscc's, which are apart by its training
     assert results["trust"]["says"] in (folder / "report.html").read_text()
     assert json.loads((folder / "results.json").read_text()) == results
     found = rows(folder / "assignments.csv")

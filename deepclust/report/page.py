@@ -126,7 +126,7 @@ def _head(results: Mapping, sheets: Sequence[Sheet]) -> str:
 
 
 def _run(results: Mapping, config_text: str) -> str:
-    timing = {words(k.removesuffix("_seconds")): _timing(k, v) for k, v in results["timing"].items()}
+    timing = {words(k.removesuffix("_seconds")): _timing(k, v) for k, v in results["timing"].items() if v != 0}
     memory = results["peak_memory_bytes"]
     facts = {
         **timing,

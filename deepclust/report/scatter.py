@@ -153,7 +153,7 @@ def _drawing(
         strokes = "".join(f"M{x} {y}h0" for x, y in points.tolist())
         kinds = f"k{cluster_slots[cluster]} l{label_slots[label]}"
         paths.append(f'<path class="{kinds}" data-k="{cluster}" data-l="{label}" d="{strokes}"/>')
-    dot = round(float(np.clip(450 / np.sqrt(len(places)), 9, 22)))
+    dot = round(float(np.clip(340 / np.sqrt(len(places)), 8, 16)))
     numbers = {cluster: str(cluster) for cluster in cluster_slots}
     said = _texts("k", _centres(places, clusters), numbers) + _texts("l", _centres(places, labels), names)
     size = f"{WIDTH} {places[:, 1].max() + MARGIN}"

@@ -81,7 +81,7 @@ summary{cursor:pointer}
 @media print{*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
  body{max-width:none;padding:0;font-size:12px}
  nav,.tip,.embedding input,.embedding label{display:none}
- article,figure,.tiles div,.heat tr{break-inside:avoid}h2,h3{break-after:avoid}
+ article,figure,.tiles div,.heat tr,#Map{break-inside:avoid}h2,h3{break-after:avoid}
  .cards{grid-template-columns:repeat(auto-fill,min(100%,44px*var(--most) + 1.6rem))}
  .strip{grid-template-columns:repeat(var(--most),1fr)}
  .embedding{break-inside:avoid;max-width:16cm}.legend{max-height:none}.scroll{overflow:visible}
