@@ -42,6 +42,10 @@ deepclust VERB --help        groups and keys that can be overridden
 deepclust VERB --cfg job     the configuration that would run
 deepclust VERB -m KEY=A,B    one job for each value
 deepclust --version          the version"""
+PATHS = {
+    *("images", "run", "runs", "output", "sort_to", "start", "data_dir", "dataset.path", "dataset.root"),
+    *("backbone.weights", "hydra.run.dir", "hydra.sweep.dir"),
+}  # keys whose values are taken as they are typed
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: Hydra raises instead of printing, and we show a traceback to the user
 
 
@@ -115,6 +119,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     from deepclust.config import COMPOSITION_ERRORS, CONFIGS, VERSION_BASE, explain
 
+    arguments = [quote_path(a, sweeps=bool({"-m", "--multirun"} & {*arguments})) for a in arguments]
     flags = _flags(verb, arguments)
     composed_from = {
         "config_name": flags.config_name or verb,
@@ -216,6 +221,17 @@ def _account(jobs: _Jobs) -> int:
     )
     _say(f"error: {text}")
     return min(_code(error) for _, error in jobs.failures)
+
+
+def quote_path(argument: str, *, sweeps: bool) -> str:
+    """KEY=PATH as Hydra's grammar takes it for one text; what is no path, or says more than one, stays as it is."""
+    key, _, value = argument.partition("=")
+    plain = re.fullmatch(r"[A-Za-z0-9_/.-]*", value)
+    own_words = value.startswith(("'", '"', "[")) or "${" in value or (sweeps and "," in value)
+    if key.lstrip("+") not in PATHS or plain or own_words:
+        return argument
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)  # a backslash counts before a quote only
+    return f"{key}='{escaped}'"
 
 
 def _flags(verb: str, arguments: list[str]) -> Any:

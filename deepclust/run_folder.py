@@ -165,7 +165,7 @@ def commit() -> str | None:
 
 def command_line() -> str:
     """What was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([*Path(sys.argv[0]).name.split(), *sys.argv[1:]])  # the first is "deepclust VERB"
 
 
 def peak_memory_bytes() -> int:

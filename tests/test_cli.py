@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepclust import __version__, cli
+from deepclust.cli import quote_path
 from deepclust.errors import InputError
 
 SCRIPT = Path(sys.executable).with_name("deepclust")
@@ -350,3 +351,19 @@ def test_failure_of_a_distant_job_reaches_the_launching_process(toy, capsys, mon
     assert "1 of 2 jobs failed" in capsys.readouterr().err
     sent = pickle.loads(pickle.dumps(cli.JobFailed("job 1 (seed=1): bad", 2, "")))
     assert sent.args == ("job 1 (seed=1): bad", 2, "")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["Süd, 2019", "a (1)", "it's", "[x] {y}: z=1; 100%", "c:\\photos\\it's", "~/photos", "plain/path-1.0", "日本"],
+)
+def test_paths_are_taken_as_they_are_typed(path):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(quote_path(f"images={path}", sweeps=False))
+    assert override.key_or_group == "images" and override.value() == path and not override.is_sweep_override()
+
+
+@pytest.mark.parametrize("argument", ["images='a, b'", "run=${start}", "runs=[a,b]", "method.spread=a, b", "run=a b,c"])
+def test_what_says_more_than_a_path_is_left_to_hydra(argument):
+    assert quote_path(argument, sweeps=True) == argument
