@@ -65,18 +65,18 @@ class ProPosByHand:
                 loss
                 + like.scattering_weight * (self.scattering(q_a, k_b, labels) + self.scattering(q_b, k_a, labels)) / 2
             )
+        if like.step_order == "two_pass":
+            self.follow()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if like.step_order == "two_pass":
-            self.follow()
 
     def scattering(self, q: Tensor, k: Tensor, labels: Tensor) -> Tensor:
-        members = F.one_hot(labels, self.like.num_clusters).float()
+        q, k = (x.float() if x.dtype == torch.bfloat16 else x for x in (q, k))
+        members = F.one_hot(labels, self.like.num_clusters).to(q.dtype)
         present = members.sum(0) > 0
         online, target = (
-            F.normalize(members.T @ F.normalize(x.float(), dim=1) / members.sum(0).clamp(min=1)[:, None], dim=1)
-            for x in (q, k)
+            F.normalize(members.T @ F.normalize(x, dim=1) / members.sum(0).clamp(min=1)[:, None], dim=1) for x in (q, k)
         )
         positive = (online * target).sum(1) / self.like.temperature
         logits = online @ online.T / self.like.temperature

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from by_hand import ProPosByHand
 from lightning import Callback
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.profilers import Profiler
 from measure import composed, here, in_turns, options, ratio, save, table, wait
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +37,7 @@ from deepclust.run_folder import load_checkpoint, load_method, peak_memory_bytes
 from deepclust.train import build_each, check_dataset, find_earlier, make_datamodule, make_judge, quiet_lightning
 
 METHODS = "propos,byol,cc,drc,digpro,secu,coke,gcc,lnscc,scan_pretext,scan"
-PARTS = ["reading", "views", "forward", "loss", "backward", "optimiser", "other", "E-step"]
+PARTS = ["reading", "views", "forward", "loss", "backward", "optimiser", "other"]
 
 
 class Work:
@@ -69,6 +70,8 @@ class Bare:
 
     def __init__(self, work: Work, device: torch.device, batches: int) -> None:
         self.method, self.datamodule, self.device = work.method.to(device), work.datamodule, device
+        if "64" in str(work.cfg.hardware.precision):
+            self.method.double()
         self.low = "bf16" in str(work.cfg.hardware.precision)
         self.trainer = SimpleNamespace(
             lightning_module=self.method,
@@ -90,6 +93,8 @@ class Bare:
         self.method.train()
 
     def context(self) -> Any:
+        if self.method.weight_dtype == torch.float64:
+            return DoublePrecision().forward_context()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low)
 
     def epoch(self) -> float:
@@ -131,7 +136,8 @@ class ByHand(Bare):
         epoch, method = self.trainer.current_epoch, self.method
         clean = list(self.datamodule.clean_batches(self.datamodule.fit, self.device))
         with self.context():
-            features = self.plain.features(clean).float()
+            features = self.plain.features([images.to(method.weight_dtype) for images in clean])
+            features = features.float() if features.dtype == torch.bfloat16 else features
         method.e_step(features, (self.datamodule.seed, "e_step", epoch))
         labels, on = method.pseudo_labels.assignments, epoch >= method.warmup_epochs  # type: ignore[attr-defined, operator]
         indices = self.datamodule.epoch_indices(epoch, None)[: self.batches]
@@ -141,12 +147,13 @@ class ByHand(Bare):
             draws, total = raw.draws, raw.draws.total
             rows = slice(0, len(raw.images))
             images = raw.images.to(self.device, non_blocking=True)
-            a, b = self.datamodule.views(images, draws.generator("views"), rows=rows, total=total)
-            noise = None
-            if on and method.noise_std:  # type: ignore[attr-defined]
-                like = torch.empty(len(images), self.plain.like.pseudo_labels.centroids.shape[1], device=self.device)
-                noise = tuple(method.noise_std * draws.normal_like(like, f"noise of {v}") for v in "ab")  # type: ignore
+            views = self.datamodule.views(images, draws.generator("views"), rows=rows, total=total)
+            a, b = (view.to(method.weight_dtype) for view in views)
             with self.context():
+                noise = None
+                if on and method.noise_std:  # type: ignore[attr-defined]
+                    like = a.new_empty(len(a), method.pseudo_labels.centroids.shape[1])  # type: ignore[attr-defined]
+                    noise = tuple(method.noise_std * draws.normal_like(like, f"noise of {v}") for v in "ab")  # type: ignore
                 self.plain.step(a, b, labels[raw.indices.to(self.device)], noise, scatter=on)
         wait(self.device)
         self.trainer.current_epoch += 1
@@ -223,7 +230,6 @@ class Split(Profiler):
     def parts(self, steps: int) -> dict[str, float]:
         """Seconds a step."""
         s = {name: seconds / steps for name, seconds in self.seconds.items()}
-        e_step = s.get("on_train_epoch_start", 0.0)
         views = s.get("on_after_batch_transfer", 0.0) + s.get("transfer_batch_to_device", 0.0)
         parts = {
             "reading": s.get("train_dataloader_next", 0.0),
@@ -233,7 +239,7 @@ class Split(Profiler):
             "backward": s["backward"],
             "optimiser": s["optimizer_step"] - s["training_step"] - s["backward"],
         }
-        return parts | {"other": s["run_training_epoch"] - sum(parts.values()), "E-step": e_step}
+        return parts | {"other": s["run_training_epoch"] - sum(parts.values())}
 
 
 class Traffic(TorchDispatchMode):

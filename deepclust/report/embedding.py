@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -75,6 +73,8 @@ def project(points: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
 
     One thread: what threads add up in an order of their own ends in another map each time.
     """
+    from sklearn.manifold import TSNE  # half a second, which a run need not wait before its first step
+
     with threadpool_limits(limits=1):
         reduced = _principal(points, seed=seed)
         flat = np.zeros((len(points), 2), np.float32)
@@ -93,6 +93,8 @@ def project(points: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
 
 def _principal(points: np.ndarray, *, seed: int) -> np.ndarray:
     """The first COMPONENTS principal components (P, at most COMPONENTS) of points (P, D), those that vary."""
+    from sklearn.decomposition import PCA
+
     points = points - points.mean(0)
     scale = np.abs(points).max()
     if not scale > 0:
