@@ -35,4 +35,4 @@ go 90 baseline benchmarks/baseline.py --batches 20 --rounds 3 --out "$out/baseli
 go 60 estep benchmarks/estep.py --rounds 3 --threads 16 --out "$out/estep_gpu.json"
 # One run of as many epochs as fit; the score of every epoch is in the JSON file.
 go 150 "time to score" benchmarks/time_to_score.py --acc 0.85 --rule kmeans --out "$out/time_to_score_gpu.json" \
-  experiment=propos_cifar10 hardware=gpu trainer.max_epochs=60 trainer.max_time=00:00:02:00
+  experiment=propos_cifar10 hardware=gpu trainer.max_epochs=60 "+trainer.max_time='00:00:02:00'"
