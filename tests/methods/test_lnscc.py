@@ -1,6 +1,7 @@
 """LNSCC: its costs against slow versions, its three phases, its pairs, and several processes."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -66,7 +67,8 @@ def blobs(size=30):
 def at_epoch(method, epoch, images=None):
     images = blobs() if images is None else images
     data = SimpleNamespace(fit=images, seed=0, clean_batches=lambda source, device="cpu": source.split(8))
-    method._trainer = SimpleNamespace(current_epoch=epoch, datamodule=data)
+    precision = SimpleNamespace(forward_context=nullcontext)
+    method._trainer = SimpleNamespace(current_epoch=epoch, datamodule=data, precision_plugin=precision)
     return method
 
 
