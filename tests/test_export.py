@@ -90,7 +90,10 @@ def make(*overrides: str) -> Path:
         return main(compose("export", overrides=list(overrides)))
 
 
-@pytest.mark.parametrize("name, rule", [("propos", "cluster_logits"), ("scan_pretext", "kmeans_centroids")])
+@pytest.mark.parametrize(
+    "name, rule",
+    [("propos", "cluster_logits"), pytest.param("scan_pretext", "kmeans_centroids", marks=pytest.mark.slow)],
+)
 def test_a_stranger_gets_the_assignments_of_the_run(name, rule, tmp_path):
     small = ["hardware=cpu", "trainer.max_epochs=1", "report.map_points=60"]
     results = run(compose_train(f"method={name}", *small), tmp_path)

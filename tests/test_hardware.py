@@ -38,7 +38,7 @@ def test_images_that_do_not_fit_are_not_held():
     assert (held(1797 * 64 - 1), held(1797 * 64)) == (0, 1)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", ["SGD", pytest.param("Adam", marks=pytest.mark.slow)])
 def test_a_fused_optimiser_learns_the_same_but_for_rounding(run_small, name):
     chosen = [] if name == "SGD" else ["method.optimizer._target_=torch.optim.Adam", "~method.optimizer.momentum"]
     plain, fused = (

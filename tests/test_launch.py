@@ -50,7 +50,7 @@ def losses(folder: Path) -> list[list[float]]:
     return [[float(row[f"train/{name}"]) for name in ("alignment", "scattering", "loss")] for row in rows]
 
 
-@pytest.mark.parametrize("order", ["joint", "two_pass"])
+@pytest.mark.parametrize("order", [pytest.param("joint", marks=pytest.mark.slow), "two_pass"])
 def test_two_processes_learn_what_one_learns(tmp_path, order):
     """In float64, batch statistics over all: losses, weights, the E-step and the scores agree."""
     exact = [*SHORT, "hardware.precision=64-true", "sync_batchnorm=true", f"method.step_order={order}"]
