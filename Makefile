@@ -9,10 +9,11 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # $(call install,WHAT): by uv where it can be had (half a minute), else by pip (about three minutes). torch and
-# torchvision come in one command, so that they fit each other.
+# torchvision come in one command, so that they fit each other. uv is told to trust what the system trusts, as pip does,
+# or it fails behind a proxy with its own certificate.
 define install
 	@echo "setting up $(VENV): torch alone is about 3 GB, once"
-	@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e $(1); \
+	@if test -x $(BIN)/uv; then UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e $(1); \
 	else $(BIN)/python -m pip install --quiet -c constraints.txt -e $(1); fi
 endef
 
