@@ -6,13 +6,12 @@ makes. What of their trainer is left out (logging, the learning rate's schedule,
 """
 
 import importlib
-import sys
 import tempfile
-import types
 from pathlib import Path
 
 import torch
 from baseline import Published
+from measure import bare_packages
 from step import Work
 from torch import Tensor
 from torch import distributed as dist
@@ -23,10 +22,7 @@ class Authors(Published):
 
     def __init__(self, work: Work, device: torch.device, batches: int, workers: int, code: Path) -> None:
         super().__init__(work, device, batches, workers)
-        for package in ("models", "utils", "network"):  # without what their __init__ files import
-            module = types.ModuleType(package)
-            module.__path__ = [str(code / package)]
-            sys.modules[package] = module
+        bare_packages(code, "models", "utils", "network")
         if device.type == "cpu":  # they ask for a GPU by name
             torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
         if not dist.is_initialized():

@@ -1,20 +1,23 @@
-"""k-means and nearest neighbours, ours against faiss and scikit-learn.
+"""k-means and nearest neighbours, ours against scikit-learn, faiss and the code of ProPos's authors.
 
-    python benchmarks/estep.py [--threads 1] [--rounds 5] [--large]
+    python benchmarks/estep.py [--threads 1] [--rounds 5] [--large] [--code DIR]
 
-Both in turns on the same rows in one process; medians over the rounds. k-means does the same number of iterations on
-both sides, on clusters so close that no restart is done before, with restarts and with all rows (faiss takes 256 a
-cluster unless told otherwise). Ours seeds by greedy k-means++, which its time includes and the column "seeding" shows;
-the others start from random rows. On a GPU ours runs there, the others on the CPU.
+All in turns on the same rows in one process; medians over the rounds. k-means does the same number of iterations on
+all sides, on clusters so close that no restart is done before, with restarts and with all rows (faiss takes 256 a
+cluster unless told otherwise). Ours, scikit-learn and the authors seed by greedy k-means++, which their time includes
+(ours also in the column "seeding"); faiss starts from random rows. On a GPU ours and the authors' run there, the others
+on the CPU. DIR is a copy of github.com/Hzzone/torch_clustering, which the authors' E-step calls.
 """
 
+import importlib
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import faiss
 import torch
-from measure import in_turns, options, ratio, save, table
+from measure import bare_packages, in_turns, options, ratio, save, table
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -30,6 +33,7 @@ CASES = [  # rows, features, clusters, restarts
     (60_000, 256, 200, 1),
 ]
 LARGE = [(1_281_167, 256, 1000, 1)]  # ImageNet
+OTHERS = "faiss", "scikit-learn", "authors' code"
 Work = Callable[[], object]
 
 
@@ -41,7 +45,9 @@ def close_clusters(size: int, features: int, clusters: int) -> Tensor:
     return normalize(noise + centres[torch.randint(clusters, (size,), generator=draws)], dim=1)
 
 
-def cluster(rows: Tensor, on_cpu: Tensor, clusters: int, restarts: int, metric: str) -> dict[str, Work]:
+def cluster(
+    rows: Tensor, on_cpu: Tensor, clusters: int, restarts: int, metric: str, code: Path | None
+) -> dict[str, Work]:
     def ours() -> object:
         return kmeans(
             rows,
@@ -60,7 +66,7 @@ def cluster(rows: Tensor, on_cpu: Tensor, clusters: int, restarts: int, metric: 
         uniforms = torch.rand(restarts, clusters - 1, candidates, generator=draws)
         return seed_kmeans_plus_plus(rows, first, uniforms, metric=metric)  # type: ignore[arg-type]
 
-    def theirs() -> object:
+    def by_faiss() -> object:
         return faiss.Kmeans(
             rows.shape[1],
             clusters,
@@ -72,12 +78,21 @@ def cluster(rows: Tensor, on_cpu: Tensor, clusters: int, restarts: int, metric: 
         ).train(on_cpu.numpy())
 
     def scikit() -> object:
-        return KMeans(clusters, init="random", n_init=restarts, max_iter=ITERATIONS, tol=0, algorithm="lloyd").fit(
-            on_cpu.numpy()
-        )
+        return KMeans(clusters, n_init=restarts, max_iter=ITERATIONS, tol=0, algorithm="lloyd").fit(on_cpu.numpy())
 
-    works: dict[str, Work] = {"ours": ours, "seeding": seeding, "faiss": theirs}
-    return works | ({"scikit-learn": scikit} if metric == "euclidean" and len(rows) < 10**6 else {})
+    def authors() -> object:
+        theirs = importlib.import_module("torch_clustering.kmeans").PyTorchKMeans
+        return theirs(
+            metric, n_clusters=clusters, n_init=restarts, max_iter=ITERATIONS, tol=0.0, verbose=False
+        ).fit_predict(rows)
+
+    works: dict[str, Work] = {"ours": ours, "seeding": seeding, "faiss": by_faiss}
+    if metric == "euclidean" and len(rows) < 10**6:
+        works["scikit-learn"] = scikit
+    if code is not None:
+        bare_packages(code, "torch_clustering")
+        works["authors' code"] = authors
+    return works
 
 
 def search(rows: Tensor, on_cpu: Tensor, neighbours: int) -> dict[str, Work]:
@@ -95,6 +110,7 @@ def search(rows: Tensor, on_cpu: Tensor, neighbours: int) -> dict[str, Work]:
 def main() -> None:
     parser = options(__doc__, rounds=5)
     parser.add_argument("--large", action="store_true", help="with ImageNet's size; on a GPU always")
+    parser.add_argument("--code", type=Path, help="a copy of the authors' k-means, timed as well")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     faiss.omp_set_num_threads(given.threads)
@@ -104,7 +120,7 @@ def main() -> None:
         rows = close_clusters(size, features, clusters)
         for metric in ("cosine", "euclidean"):
             name = f"k-means, {metric}, {size:,} x {features}, K = {clusters}, {restarts} restart(s)"
-            cases[name] = cluster(rows.to(device), rows, clusters, restarts, metric)
+            cases[name] = cluster(rows.to(device), rows, clusters, restarts, metric, given.code)
     rows = close_clusters(20_000, 128, 10)
     cases["20 nearest of 20,000 x 128"] = search(rows.to(device), rows, 20)
 
@@ -114,18 +130,17 @@ def main() -> None:
         with threadpool_limits(given.threads):
             seconds = in_turns(works, rounds=given.rounds, device=device)
         medians = {who: statistics.median(taken) for who, taken in seconds.items()}
-        times = ratio(seconds["ours"], seconds["faiss"])
-        figures[name] = {"seconds": medians, "ours_over_faiss": times, "rounds": seconds}
-        over = ratio(seconds["ours"], seconds["scikit-learn"]) if "scikit-learn" in seconds else ""
-        columns = [medians.get(who, "") for who in ("ours", "seeding", "faiss", "scikit-learn")]
-        lines.append([name, *columns, times, over])
-        print(f"{name}: {times:.2f} times faiss's time", flush=True)
+        ratios = {who: ratio(seconds["ours"], seconds[who]) for who in OTHERS if who in seconds}
+        figures[name] = {"seconds": medians, "ours_over": ratios, "rounds": seconds}
+        columns = [medians.get(who, "") for who in ("ours", "seeding", *OTHERS)]
+        lines.append([name, *columns, *(ratios.get(who, "") for who in OTHERS)])
+        print(f"{name}: " + ", ".join(f"{times:.2f} times {who}" for who, times in ratios.items()), flush=True)
     save(
         {"iterations": ITERATIONS, "faiss": faiss.__version__, "device": str(device), "cases": figures},
         __file__,
         given.out,
     )
-    table(["seconds", "ours", "seeding", "faiss", "scikit-learn", "ours / faiss", "ours / scikit-learn"], lines)
+    table(["seconds", "ours", "seeding", *OTHERS, *(f"ours / {who}" for who in OTHERS)], lines)
 
 
 if __name__ == "__main__":

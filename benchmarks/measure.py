@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def save(figures: dict[str, Any], script: str, out: Path | None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
     print(f"\nwritten: {os.path.relpath(file)}\n")
+
+
+def bare_packages(code: Path, *names: str) -> None:
+    """Make packages in the folder `code` importable without what their __init__ files import."""
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(code / name)]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -138,7 +138,9 @@ def require_finite(features: Tensor) -> None:
         )
 
 
-_CONVERTED = 2**10  # rows turned into float64 at a time: they stay in a core's cache
+def _converted(device: torch.device) -> int:
+    """Rows turned into float64 at a time: what stays in a core's cache, what fills a GPU."""
+    return 2**10 if device.type == "cpu" else 2**16
 
 
 class _Data:
@@ -157,7 +159,7 @@ class _Data:
         # Far from the origin |x|^2 - 2 x.c + |c|^2 would lose the digits that tell the clusters apart.
         self.origin = rows.new_zeros(rows.shape[1]) if self.cosine else _mean(rows).to(rows)
         self.rows = normalize(rows, dim=1) if self.cosine else rows - self.origin
-        lengths = torch.cat([chunk.double().norm(dim=1) for chunk in self.rows.split(_CONVERTED)])
+        lengths = torch.cat([chunk.double().norm(dim=1) for chunk in self.rows.split(_converted(rows.device))])
         squares = lengths.square()
         self.lengths = lengths.to(rows)
         self.offsets = torch.ones_like(self.lengths) if self.cosine else squares.to(rows)
@@ -176,19 +178,24 @@ class _Data:
             return normalize(weights, dim=-1), torch.zeros_like(weights[..., :1])
         return weights, weights.square().sum(-1, keepdim=True) / -2
 
+    def parts(self, products: int) -> list[slice]:
+        """Chunks of rows, of which each takes part in so many products."""
+        elements = 2**19 if self.rows.device.type == "cpu" else 2**24  # what a core's cache holds; what fills a GPU
+        size = max(elements // max(products, self.rows.shape[1]), 256)
+        return [slice(start, start + size) for start in range(0, len(self.rows), size)]
+
     def scores(self, weights: Tensor, biases: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """x.w + b of weights (n, D) and one chunk of m rows after another, (n, m): the larger, the nearer."""
         weights, biases = weights.to(self.rows), biases.to(self.rows)
-        elements = 2**19 if self.rows.device.type == "cpu" else 2**24  # what a core's cache holds; what fills a GPU
-        size = max(elements // max(weights.shape), 256)
-        buffer = weights.new_empty(len(weights), min(size, len(self.rows)))
-        for start in range(0, len(self.rows), size):
-            chunk = self.rows[start : start + size].T
-            yield slice(start, start + size), torch.addmm(biases, weights, chunk, out=buffer[:, : chunk.shape[1]])
+        parts = self.parts(len(weights))
+        buffer = weights.new_empty(len(weights), min(parts[0].stop, len(self.rows)))
+        for part in parts:
+            chunk = self.rows[part].T
+            yield part, torch.addmm(biases, weights, chunk, out=buffer[:, : chunk.shape[1]])
 
 
 def _mean(rows: Tensor) -> Tensor:
-    return torch.stack([chunk.double().sum(0) for chunk in rows.split(_CONVERTED)]).sum(0) / len(rows)
+    return torch.stack([chunk.double().sum(0) for chunk in rows.split(_converted(rows.device))]).sum(0) / len(rows)
 
 
 def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
@@ -200,10 +207,12 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
     for _ in track(range(uniforms.shape[1] + 1), "k-means, centroids to begin with"):
         left = potential.new_empty(*candidates.shape, len(data.rows))
         totals = torch.zeros_like(candidates, dtype=torch.float64)
-        # A product for each restart: in a common one, the last bits would depend on what other restarts there are.
-        for chunks in zip(*(data.scores(*data.linear(data.rows[own])) for own in candidates), strict=True):
-            part, scores = chunks[0][0], torch.stack([scores for _, scores in chunks])
-            distances = (data.offsets[part] - data.slope * scores).clamp_(min=0)
+        weights, biases = (part.to(data.rows) for part in data.linear(data.rows[candidates]))
+        for part in data.parts(candidates.shape[1]):
+            # A product for each restart: in a common one, the last bits would depend on what other restarts there are.
+            # With so few columns, rows from the left are twice as fast as rows from the right.
+            scores = torch.stack([(data.rows[part] @ own.T).T for own in weights])
+            distances = scores.add_(biases).mul_(-data.slope).add_(data.offsets[part]).clamp_(min=0)
             left[..., part] = distances = distances.minimum(potential[:, None, part])
             totals += distances.sum(-1)
         best = totals.argmin(1)
@@ -224,9 +233,7 @@ def _lloyd(
     """The best state of each of R restarts that begin at centroids (R, K, D)."""
     weights, biases = data.linear(centroids)
     assignments = _assign(data, weights, biases)
-    sums = torch.zeros_like(centroids, dtype=torch.float64)  # of the rows of each cluster
-    _move(data, sums, torch.ones_like(assignments, dtype=torch.bool), assignments)
-    counts = _counts(assignments, centroids.shape[1])
+    sums, counts = _sums(data, assignments, centroids.shape[1])
     best_inertia = torch.full_like(sums[:, 0, 0], math.inf)
     best_centroids, best_assignments = centroids.clone(), assignments.clone()
     iterations = torch.zeros_like(counts[:, 0])
@@ -236,8 +243,8 @@ def _lloyd(
         old_weights, (weights, biases) = weights, data.linear(centroids)
         renewed = _assign(data, weights, biases)
         moved = renewed != assignments
-        _move(data, sums, moved, renewed, assignments)
-        assignments, counts = renewed, _counts(renewed, centroids.shape[1])
+        _move(data, sums, counts, moved, assignments, renewed)
+        assignments = renewed
 
         # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
         inertia = data.total - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
@@ -287,7 +294,7 @@ def _assign(data: _Data, weights: Tensor, biases: Tensor) -> Tensor:
         assignments[:, part] = found - 2**23
         doubtful[:, part] = found >= 2**24
     for restart in doubtful.any(1).nonzero()[:, 0].tolist():
-        for rows in doubtful[restart].nonzero()[:, 0].split(_CONVERTED):
+        for rows in doubtful[restart].nonzero()[:, 0].split(_converted(weights.device)):
             scores = weights[restart] @ data.rows[rows].double().T + biases[restart]
             margin = equal * (data.lengths[rows] * longest[restart] + longest[restart].square())
             ties = scores >= scores.amax(0) - margin
@@ -295,24 +302,31 @@ def _assign(data: _Data, weights: Tensor, biases: Tensor) -> Tensor:
     return assignments
 
 
-def _move(data: _Data, sums: Tensor, moved: Tensor, to: Tensor, origin: Tensor | None = None) -> None:
-    """Bring the sums (R, K, D) up to date with the rows that `moved` (R, M), from `origin` (R, M) to `to` (R, M).
+def _sums(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sums (R, K, D), in float64, and numbers (R, K) of the rows of each cluster, of assignments (R, M)."""
+    shape = len(assignments), num_clusters, data.rows.shape[1]
+    sums = torch.zeros(shape, dtype=torch.float64, device=data.rows.device)
+    step = _converted(sums.device)
+    for rows, to in zip(data.rows.split(step), assignments.split(step, 1), strict=True):
+        values = rows.double()
+        for own, its in zip(sums, to, strict=True):
+            own.index_add_(0, its, values)
+    return sums, torch.stack([own.bincount(minlength=num_clusters) for own in assignments])
+
+
+def _move(data: _Data, sums: Tensor, counts: Tensor, moved: Tensor, origin: Tensor, to: Tensor) -> None:
+    """Bring sums (R, K, D) and counts (R, K) up to date with the rows that `moved` (R, M) from `origin` to `to` (R, M).
 
     In float64 a row that leaves takes away what it brought, up to a rounding error that no centroid shows.
     """
-    step = _CONVERTED if sums.device.type == "cpu" else 2**16
-    for restart, own in enumerate(sums):
-        for rows in moved[restart].nonzero()[:, 0].split(step):
+    for restart, (own, count) in enumerate(zip(sums, counts, strict=True)):
+        every = moved[restart].nonzero()[:, 0]
+        for place, sign in (to, 1), (origin, -1):
+            count.add_(place[restart].index_select(0, every).bincount(minlength=len(count)), alpha=sign)
+        for rows in every.split(_converted(sums.device)):
             values = data.rows.index_select(0, rows).double()
             own.index_add_(0, to[restart].index_select(0, rows), values)
-            if origin is not None:
-                own.index_add_(0, origin[restart].index_select(0, rows), values, alpha=-1)
-
-
-def _counts(assignments: Tensor, num_clusters: int) -> Tensor:
-    """Cluster sizes (R, K) of assignments (R, M)."""
-    counts = assignments.new_zeros(len(assignments), num_clusters)
-    return counts.scatter_add_(1, assignments, torch.ones_like(assignments))
+            own.index_add_(0, origin[restart].index_select(0, rows), values, alpha=-1)
 
 
 def _means(data: _Data, sums: Tensor, counts: Tensor, old: Tensor, assignments: Tensor) -> Tensor:
@@ -333,7 +347,8 @@ def _own_distances(data: _Data, centroids: Tensor, assignments: Tensor) -> Tenso
     """Distance (M,) of each row to its own of centroids (K, D), exact where the row lies on it."""
     weights, _ = data.linear(centroids)
     distances = []
-    for rows, own in zip(data.rows.split(_CONVERTED), assignments.split(_CONVERTED), strict=True):
+    step = _converted(data.rows.device)
+    for rows, own in zip(data.rows.split(step), assignments.split(step), strict=True):
         if data.cosine:
             distances.append((1 - (rows * weights[own]).sum(1)).clamp_(min=0))
         else:
