@@ -407,6 +407,13 @@ def test_curves_of_any_values_can_be_drawn(tmp_path: Path, values: list[str]) ->
         assert "nan" not in path and "inf" not in path
 
 
+def test_a_curve_that_stays_at_0_has_nothing_below_it(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,eval/empty_clusters\n1,0\n2,0\n")
+    said = page(tmp_path, curves=file).text.split()
+    assert {"0", "0.5", "1"} <= set(said) and "-0.5" not in said
+
+
 @pytest.mark.parametrize(("values", "ticks"), [(["1", "0.01", "0.00001"], {"1", "0.01"}), (["1", "0", "1e-9"], {"0"})])
 def test_curves_over_many_decades_are_logarithmic(tmp_path: Path, values: list[str], ticks: set[str]) -> None:
     file = tmp_path / "metrics.csv"
@@ -818,6 +825,10 @@ def test_it_prints(browser: Browser, digits_page: Path) -> None:
     tab.ask("Emulation.setEmulatedMedia", media="print")
     tab.ask("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False)
     assert tab.run(WIDE) <= 718
+    edges = "[...document.querySelectorAll('article')].map(card => card.getBoundingClientRect().right)"
+    assert abs(tab.run(f"Math.max(...{edges}) - document.documentElement.clientWidth")) < 1
+    tab.run("document.querySelector('details pre').textContent = 'trainer: 1\\n'.repeat(250)")
+    assert 0 < tab.run("document.querySelector('details pre').offsetHeight") < 1000  # a page
     tab.close()
 
 

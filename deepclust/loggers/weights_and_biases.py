@@ -3,15 +3,21 @@
 import logging
 import netrc
 import os
+import ssl
+import threading
 import uuid
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 log = logging.getLogger(__name__)
 
+ASK_TIMEOUT = 3  # seconds in which the server must answer at all
 INIT_TIMEOUT, FINISH_TIMEOUT = 30, 60  # seconds that a run waits for the network, at its start and at its end
 
 
@@ -39,6 +45,9 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     }
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if mode == "online" and not answers(server := wandb.setup().settings.base_url):
+        log.warning("wandb's server %s does not answer", server)
+        mode = "offline"
     if mode == "online":
         try:
             patience = wandb.Settings(
@@ -54,6 +63,27 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     if mode == "offline":
         log.info("wandb works offline; send the run later with: wandb sync %s", folder / "wandb" / "offline-run-*")
     return WandbLogger(**settings, mode=mode)
+
+
+def answers(url: str) -> bool:
+    """Whether anyone answers there within ASK_TIMEOUT, whatever is said."""
+    heard = threading.Event()
+
+    def ask() -> None:
+        try:
+            urlopen(url, timeout=ASK_TIMEOUT).close()
+        except HTTPError:
+            pass
+        except (OSError, HTTPException) as error:
+            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # wandb has certificates of its own
+                return
+        heard.set()
+
+    # urlopen's own limit is for each address, and none for looking up the name: a thread may be left behind.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ASK_TIMEOUT)
+    return heard.is_set()
 
 
 def has_key() -> bool:

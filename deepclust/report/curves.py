@@ -114,7 +114,8 @@ def _axis(values: Sequence[np.ndarray], *, tight: bool = False) -> tuple[float, 
     """Limits that hold all values, and round numbers between them."""
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # too little for ticks in double precision
-        low, high = (low, high + 1) if tight else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+        # nothing below a 0 that stays: most that does, such as a count, cannot be negative
+        low, high = (low, high + 1) if tight or not low else (low - 0.5 * abs(low), high + 0.5 * abs(high))
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10, 20) if power * m >= rough)

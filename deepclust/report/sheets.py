@@ -149,7 +149,7 @@ def clusters(sheets: Sequence[Sheet], *, num_full: int) -> str:
     largest = max(sheet["size"] for sheet in sheets)
     cards = "".join(_card(sheet, largest=largest) for sheet in sheets)
     said = line(notes) if notes else ""
-    return f'{said}<div class="cards" style="--wide:{wide};--narrow:{narrow};--most:{most or 4}">{cards}</div>'
+    return f'{said}<div class="cards" style="--wide:{wide};--narrow:{narrow}">{cards}</div>'
 
 
 def _strips(sheet: Sheet) -> tuple[list[Picture], list[Picture], list[Picture]]:

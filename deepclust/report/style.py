@@ -82,12 +82,14 @@ summary{cursor:pointer}
  body{max-width:none;padding:0;font-size:12px}
  nav,.tip,.embedding input,.embedding label{display:none}
  article,figure,.tiles div,.heat tr,#Map{break-inside:avoid}h2,h3{break-after:avoid}
- .cards{grid-template-columns:repeat(auto-fill,min(100%,44px*var(--most) + 1.6rem))}
- .strip{grid-template-columns:repeat(var(--most),1fr)}
+ .cards{grid-template-columns:repeat(auto-fill,minmax(min(100%,44px*var(--narrow) + 1.6rem),1fr))}
+ .strip{grid-template-columns:repeat(var(--narrow),1fr)}h4{margin:.2rem 0 0}
+ .plots{grid-template-columns:repeat(3,1fr)}.plots text{font-size:13px}
+ dl{grid-template-columns:repeat(2,max-content 1fr)}
  .embedding{break-inside:avoid;max-width:16cm}.legend{max-height:none}.scroll{overflow:visible}
  .heat{font-size:min(.8rem,calc(45rem / var(--n) / 2.6));border-spacing:1px}
  .heat td,.heat th{min-width:0;padding:0 .15em;height:1.6em}.heat th:first-child{position:static}
- details::details-content{content-visibility:visible;height:auto}details pre{columns:2;font-size:9px}}
+ details::details-content{content-visibility:visible;height:auto}details pre{columns:3;font-size:8px;line-height:1.2}}
 """
 for slot, colour in enumerate([*COLOURS, *COLOURS, "var(--line)"]):  # of the map; by label where the switch says so
     shape = SQUARE if slot // len(COLOURS) == 1 else DOT

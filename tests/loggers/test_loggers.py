@@ -1,7 +1,10 @@
 """What loggers leave behind."""
 
 import csv
+import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import ClassVar
 
 import numpy as np
@@ -59,19 +62,49 @@ def test_wandb_works_without_an_account(tmp_path, run_small, monkeypatch):
     assert len(list((other / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
 
-def test_wandb_goes_offline_where_the_network_is_gone(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+class Refusing(BaseHTTPRequestHandler):
+    """A server that answers, and knows nothing."""
+
+    def do_GET(self):
+        self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def refusing():
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("somebody_answers", [False, True])
+def test_wandb_goes_offline_where_it_cannot_go_online(somebody_answers, refusing, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("wandb").teardown()  # a process reads the environment once
+    server = refusing if somebody_answers else "http://127.0.0.1:9"
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT", 2)
+    monkeypatch.setenv("WANDB_BASE_URL", server)
     config = {"names": {"method": "propos", "backbone": "mlp"}, "dataset": {"name": "digits"}}
     logger = weights_and_biases.wandb_logger(folder=tmp_path, config=config, project="test")
     logger.log_metrics({"eval/kmeans/acc": 0.5}, 1)
     logger.experiment.finish()
+    assert ("could not go online" if somebody_answers else f"server {server} does not answer") in caplog.text
+    assert bool([*(tmp_path / "wandb").glob("run-*")]) == somebody_answers  # else it was not even tried
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     kinds, said = read_wandb(file)
     assert {"run", "history"} <= kinds and "eval/kmeans/acc" in said
+
+
+def test_a_server_that_is_silent_is_not_waited_for(refusing, monkeypatch):
+    monkeypatch.setattr(weights_and_biases, "ASK_TIMEOUT", 0.5)
+    assert weights_and_biases.answers(refusing)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert not weights_and_biases.answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def read_wandb(file):
