@@ -39,6 +39,7 @@ from deepclust.network import (
     features_key,
     keep_features,
     key,
+    run_part,
     train_network,
 )
 from deepclust.run_folder import (
@@ -53,7 +54,7 @@ from deepclust.run_folder import (
     write_results,
 )
 from deepclust.show import judge_pixels, show_run, write_run_report
-from deepclust.train import count_clusters, make_datamodule, make_judge, run
+from deepclust.train import count_clusters, make_datamodule, make_judge
 from deepclust.trust import trust
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if results is not None and (results["run"], results["trust"]["seeds"]) == (str(runs[cfg.seed]), list(seeds)):
         log.info("%s is finished already; nothing to do", folder)
         return results
-    return write_model(cfg, folder, images, source, place, runs, estimate)
+    return write_model(cfg, folder, images, source, place, kept, runs, estimate)
 
 
 # What is asked for
@@ -205,8 +206,7 @@ def clusters_of(kept: Path, cfg: DictConfig, rule: str, number: int, seed: int, 
         if count < 5000:
             one.method.backbone.hidden_sizes = [256, 128]  # as on the digits
     log.info("%d clusters by %s, seed %d", number, rule, seed)
-    place.mkdir(parents=True, exist_ok=True)
-    run(one, place)
+    run_part(one, place)
     return place
 
 
@@ -219,6 +219,7 @@ def write_model(
     images: ImageSet,
     source: DictConfig,
     place: Path | None,
+    kept: Path,
     runs: dict[int, Path],
     estimate: Estimate | None,
 ) -> dict[str, Any]:
@@ -226,6 +227,7 @@ def write_model(
     first = runs[cfg.seed]
     checkpoint = load_checkpoint(first)
     vectors_cfg, method = load_method(checkpoint)
+    vectors_cfg.dataset.source.path = str(kept)  # the folder may have been moved since
     vectors: ImageSet = build(vectors_cfg.dataset.source)
     judge = make_judge(vectors_cfg, vectors)
     judgement = judge(method.to(pick_device(cfg.hardware.accelerator)), make_datamodule(vectors_cfg, vectors))

@@ -29,8 +29,10 @@ def main(cfg: DictConfig) -> Path:
     images: ImageSet = build(described.dataset.source)
     complete_dataset(described, images)
     maker, network, encode = make_network(cfg, described)
+    dataset = plain(described)["dataset"]
+    dataset["source"].pop("data_dir", None)  # where decoded images are kept says nothing of them
     made_by = {
-        "dataset": plain(described)["dataset"],
+        "dataset": dataset,
         "images_sha256": fingerprint(images.fit),
         "paths_sha256": None if images.paths is None else sha256(json.dumps(images.paths).encode()).hexdigest(),
         "views": plain(described)["views"]["clean"],

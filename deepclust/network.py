@@ -14,13 +14,14 @@ from deepclust import features as features_verb
 from deepclust.backbones.pretrained import ENDINGS, cached_resnet, read_state
 from deepclust.config import plain
 from deepclust.datasets.source import ImageSet
-from deepclust.run_folder import load_checkpoint, read_results, recipe
+from deepclust.run_folder import CHECKPOINT, load_checkpoint, read_results, recipe
 from deepclust.train import complete_dataset, run
 
 log = logging.getLogger(__name__)
 
 KEPT = 96  # pixels at least in which images are kept, so that the report shows something
 PRETRAINED, OWN = 224, 32  # pixels that networks see
+WHERE = ("dataset.name", "dataset.path", "dataset.source.")  # of a recipe: where the images lie, not which they are
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,21 @@ def train_network(cfg: DictConfig, network: Network, dataset: dict[str, Any], im
     own.trainer.max_epochs = own.trainer.max_epochs or max(cfg.min_epochs, round(cfg.images_seen / count))
     own.report.map_points = 0
     own.names.method, own.names.backbone = "scan_pretext", network.name
-    made_of = recipe(plain(own)) | {"epochs": own.trainer.max_epochs, "images": features_verb.fingerprint(images.fit)}
+    made_of = {name: value for name, value in recipe(plain(own)).items() if not name.startswith(WHERE)}
+    made_of |= {"epochs": own.trainer.max_epochs, "images": features_verb.fingerprint(images.fit)}
     place = folder / f"network-{key(made_of)}"
     if read_results(place) is None:
         log.info("training it for %d epochs of %d images", own.trainer.max_epochs, count)
-        place.mkdir(parents=True, exist_ok=True)
-        run(own, place)
+        run_part(own, place)
     return place
+
+
+def run_part(own: DictConfig, place: Path) -> None:
+    """A run in `place`, named by what it is made of; begun anew where one that was killed read its data elsewhere."""
+    if (place / CHECKPOINT).exists() and load_checkpoint(place)["config"]["dataset"]["path"] != own.dataset.path:
+        (place / CHECKPOINT).unlink()  # the run would refuse to go on from it
+    place.mkdir(parents=True, exist_ok=True)
+    run(own, place)
 
 
 def describe_network(

@@ -130,7 +130,9 @@ def recipe(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration decides on what is learned, by dotted key."""
     parts = {group: config[group] for group in ("backbone", "method", "dataset", "views", "seed", "batch_size")}
     parts["earlier"] = {"sha256": config["earlier"]["sha256"]}  # wherever that run's folder lies by now
-    return {key: value for name, node in parts.items() for key, value in flatten(node, name).items()}
+    keys = {key: value for name, node in parts.items() for key, value in flatten(node, name).items()}
+    keys.pop("dataset.source.data_dir", None)  # where decoded images are kept
+    return keys
 
 
 def flatten(node: Any, prefix: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,22 @@ def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path,
     assert {row["label"] for row in rows(folder / "assignments.csv")} == {"0", "1"}
     with pytest.raises(InputError, match=r"holds the clusters of .*set hydra.run.dir"):
         call(folder, photos / "low")
+
+    # It does so wherever it lies.
+    again = [*SMALL, "num_clusters=4", "rule=kmeans", "dataset.labelled=true"]
+    made = {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.glob("*/**/*") if p.is_file()}
+    moved = folder.rename(tmp_path / "moved")
+    (killed,) = moved.glob("clusters/kmeans-4-seed1-*")
+    (killed / "results.json").unlink()  # what was begun before goes on, too
+    results = call(moved, photos, *again)
+    assert results["scores"] == fewer["scores"] and results["trust"] == fewer["trust"]
+    changed = {p for p, t in made.items() if (moved / p).stat().st_mtime_ns != t}
+    assert {p.parts[0] for p in changed} <= {"checkpoints", "clusters"}
+    assert {p.parts[1] for p in changed if p.parts[0] == "clusters"} == {killed.name}
+    (moved / "results.json").unlink()  # else other places are refused
+    call(moved, shutil.copytree(photos, tmp_path / "copied photos"), *again)
+    (network,) = moved.glob("network-*/checkpoints/last.ckpt")
+    assert network.stat().st_mtime_ns == made[network.relative_to(moved)]
 
 
 def test_weights_of_a_file_and_a_number_told_from_the_features(photos, tmp_path):
