@@ -2,7 +2,8 @@
 # Everything that is measured on a GPU, in under ten minutes: bash benchmarks/gpu.sh [DATA] [OUT]
 # DATA holds cifar10/train_images.npy and so on; OUT takes the JSON files (benchmarks/results otherwise).
 # Runs from the source tree with what the machine has, so nothing need be installed but the packages of pyproject.toml;
-# WHEELS=DIR installs those in DIR first. PROPOS_CODE=DIR, a copy of github.com/Hzzone/ProPos, is timed as well.
+# WHEELS=DIR installs those in DIR first. Copies of the authors' code are timed as well: PROPOS_CODE=DIR, of
+# github.com/Hzzone/ProPos, and KMEANS_CODE=DIR, of github.com/Hzzone/torch_clustering.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export DEEPCLUST_DATA=$(realpath "${1:-data}")
@@ -32,7 +33,7 @@ go 60 "step, compiled" benchmarks/step.py --methods propos --batches 20 --rounds
 go 90 "step, all methods" benchmarks/step.py --batches 10 --rounds 3 --out "$out/step_gpu.json" $cifar
 go 90 baseline benchmarks/baseline.py --batches 20 --rounds 3 --out "$out/baseline_gpu.json" \
   ${PROPOS_CODE:+--code "$PROPOS_CODE"} $cifar batch_size=512
-go 60 estep benchmarks/estep.py --rounds 3 --threads 16 --out "$out/estep_gpu.json"
+go 60 estep benchmarks/estep.py --rounds 3 --threads 16 --out "$out/estep_gpu.json" ${KMEANS_CODE:+--code "$KMEANS_CODE"}
 # One run of as many epochs as fit; the score of every epoch is in the JSON file.
 go 150 "time to score" benchmarks/time_to_score.py --acc 0.85 --rule kmeans --out "$out/time_to_score_gpu.json" \
   experiment=propos_cifar10 hardware=gpu trainer.max_epochs=60 "+trainer.max_time='00:00:02:00'"
