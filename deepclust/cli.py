@@ -198,7 +198,9 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     try:
         try:
             plain(cfg)  # what is missing is said before torch is imported
-            return importlib.import_module(f"deepclust.{verb}").main(cfg)
+            with _shown(f"deepclust {verb}: loading ..."):
+                module = importlib.import_module(f"deepclust.{verb}")
+            return module.main(cfg)
         except OmegaConfBaseException as error:
             raise explain_value(error) from error
     except Exception as error:
@@ -280,6 +282,19 @@ def _code(error: Exception) -> int:
 
 def _say(text: str) -> None:
     print(f"deepclust: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _shown(text: str) -> Iterator[None]:
+    """The text on a terminal for a while, where whatever else is written overwrites it; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(" " * len(text), end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

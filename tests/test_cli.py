@@ -69,6 +69,15 @@ def toy(tmp_path, monkeypatch):
     logging.root.handlers[:], logging.root.level = before
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_loading_is_shown_on_a_terminal_until_work_begins(toy, monkeypatch, capsys, terminal):
+    toy.act = lambda cfg: print("works", file=sys.stderr)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert toy() == 0
+    text = "deepclust toy: loading ..."
+    assert capsys.readouterr().err == (f"{text}\r{' ' * len(text)}\r" if terminal else "") + "works\n"
+
+
 def fail_at(seed: int, error: BaseException):
     def act(cfg):
         if cfg.seed == seed:
