@@ -115,7 +115,7 @@ class Bare:
             if isinstance(value, Tensor):
                 setattr(raw, name, value.to(self.device, non_blocking=True))
         batch = self.datamodule.on_after_batch_transfer(raw, 0)
-        torch.manual_seed(batch.draws.seed("layers", 0))
+        batch.draws.seed_layers(self.device, 0)
         self.optimizer.zero_grad()
         with self.context():
             loss = torch.stack(list(self.method.losses(batch).values())).sum()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepclust.randomness import generator, seed_of
+from deepclust.randomness import generator, seed_global
 
 
 @dataclass
@@ -23,9 +23,9 @@ class Draws:
         """A generator for one purpose, alike on every process."""
         return generator(*self.key, purpose, device=device)
 
-    def seed(self, *purpose: int | str) -> int:
-        """A seed for what draws from torch's global stream, as dropout does."""
-        return seed_of(*self.key, *purpose)
+    def seed_layers(self, device: torch.device, rank: int) -> None:
+        """Seed what layers such as dropout draw from, on that process."""
+        seed_global(device, *self.key, "layers", rank)
 
     def rows(self, size: int) -> slice:
         """The `size` rows of the global batch that this process holds."""

@@ -21,3 +21,15 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     made = torch.Generator(device=device)
     made.manual_seed(seed_of(*key))
     return made
+
+
+def seed_global(device: torch.device, *key: int | str) -> None:
+    """Seed torch's global streams of the CPU and of `device` by `key`: dropout and the like draw from them.
+
+    torch.manual_seed seeds every kind of device that torch knows and formats a stack trace for each that is not in use:
+    some milliseconds a call, which in a step of a small network is much.
+    """
+    seed = seed_of(*key)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

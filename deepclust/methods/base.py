@@ -113,7 +113,7 @@ class ClusteringMethod(LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         batches, add_up = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         self.steps_now = (batch_idx + 1) % add_up == 0 or batch_idx + 1 == batches
-        torch.manual_seed(batch.draws.seed("layers", distributed.rank()))  # dropout and the like
+        batch.draws.seed_layers(self.device, distributed.rank())
         terms = self.losses(batch)
         loss = torch.stack(list(terms.values())).sum()
         step = self.global_step + 1
