@@ -8,7 +8,7 @@ complete is not made again:
     data/               the images, decoded
     network-KEY/        a network of our own: a run of `deepclust train`
     features/           the features: a data set for `deepclust train dataset=features dataset.path=...`
-    clusters/KEY/       a run for each rule, number of clusters and seed
+    clusters/KEY/       a run for each rule, number of clusters and seed; lnscc's first stage knows of no number
     report.html, assignments.csv, results.json, checkpoints/last.ckpt   the result of the latest call
 """
 
@@ -186,12 +186,37 @@ def clusters_of(kept: Path, cfg: DictConfig, rule: str, number: int, seed: int, 
     place = folder / "clusters" / f"{rule}-{number}-seed{seed}-{key(made_of)}"
     if read_results(place) is not None:
         return place
+    one = on_features(kept, cfg, rule, number, seed, name=name)
+    one.evaluation = cfg.evaluation
+    if rule == "lnscc":
+        one.start = str(embedding_of(kept, cfg, seed, name=name, folder=folder))
+        before, one.method.centres_after_epochs = one.method.centres_after_epochs, 0
+        one.method.clustering_after_epochs -= before
+        one.trainer.max_epochs = max(1, one.trainer.max_epochs - before)
+    log.info("%d clusters by %s, seed %d", number, rule, seed)
+    run_part(one, place)
+    return place
+
+
+def embedding_of(kept: Path, cfg: DictConfig, seed: int, *, name: str, folder: Path) -> Path:
+    """The run folder of LNSCC up to where it sets centres: the same whatever the number of clusters."""
+    made_of = [features_key(kept), seed, cfg.min_steps, cfg.max_steps]
+    place = folder / "clusters" / f"embedding-seed{seed}-{key(made_of)}"
+    if read_results(place) is None:
+        one = on_features(kept, cfg, "lnscc", 1, seed, name=name)
+        one.trainer.max_epochs = one.method.centres_after_epochs
+        log.info("embedding, seed %d", seed)
+        run_part(one, place)
+    return place
+
+
+def on_features(kept: Path, cfg: DictConfig, rule: str, number: int, seed: int, *, name: str) -> DictConfig:
+    """The configuration (train's) of that rule on the features."""
     one = composed(cfg, "train", f"method={rule}", "dataset=features", "~callbacks.evaluation")
     one.dataset.path, one.dataset.name = str(kept), name
     one.dataset.num_clusters = number
     one.seed = seed
     one.report.map_points = 0  # the result has one
-    one.evaluation = cfg.evaluation
     one.names.method, one.names.backbone = rule, one.names.backbone or "identity"
     count = len(build(one.dataset.source).fit)
     one.batch_size = min(one.batch_size, count)
@@ -202,12 +227,11 @@ def clusters_of(kept: Path, cfg: DictConfig, rule: str, number: int, seed: int, 
         longer = wanted / one.trainer.max_epochs
         one.trainer.max_epochs = max(1, round(wanted))
         for stage in ("centres_after_epochs", "clustering_after_epochs"):
-            one.method[stage] = round(one.method[stage] * longer)
+            one.method[stage] = max(1, round(one.method[stage] * longer))
+        one.method.backbone.num_features = 32  # not by the number of clusters
         if count < 5000:
             one.method.backbone.hidden_sizes = [256, 128]  # as on the digits
-    log.info("%d clusters by %s, seed %d", number, rule, seed)
-    run_part(one, place)
-    return place
+    return one
 
 
 # The result
@@ -257,7 +281,7 @@ def write_model(
     if (pixels := judge_pixels(images, judge, max_values=vectors_cfg.pixel_baseline_max_values)) is not None:
         results["baseline"] = {"kmeans_on_pixels": pixels}
     if place is not None:
-        results["timing"]["earlier_seconds"] = (read_results(place) or {})["timing"]["train_seconds"]
+        results["timing"]["earlier_seconds"] += (read_results(place) or {})["timing"]["train_seconds"]
     if estimate is not None:
         results["number"] = asdict(estimate) | {"says": estimate.says()}
     if (first / METRICS).is_file():

@@ -73,7 +73,7 @@ def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path,
     caplog.set_level("INFO")
     results = call(folder, photos, *SMALL)
     assert results["num_images"] == 120 and results["num_clusters"] == 10 and results["method"] == "lnscc"
-    assert results["dataset"] == photos.name and results["backbone"] == "conv_small" and results["epochs"] == 9
+    assert results["dataset"] == photos.name and results["backbone"] == "conv_small" and results["epochs"] == 3
     assert {"ari_between_seeds", "ari_with_kmeans", "largest_share"} < results["trust"].keys()
     assert "2 seeds agree to" in results["trust"]["says"] and "first look" in results["trust"]["says"]
     said = [r.getMessage() for r in caplog.records if r.name == "deepclust.datasets.folder"]
@@ -96,6 +96,9 @@ def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path,
     made = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     assert call(folder, photos, *SMALL) == results
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == made
+    embeddings = sorted(folder.glob("clusters/embedding-*"))
+    assert len(embeddings) == 2 and call(folder, photos, *SMALL, "num_clusters=5")["num_clusters"] == 5
+    assert sorted(folder.glob("clusters/embedding-*")) == embeddings
     fewer = call(folder, photos, *SMALL, "num_clusters=4", "rule=kmeans", "dataset.labelled=true")
     assert fewer["num_clusters"] == 4 and fewer["scores"]["method"]["acc"] > 0 and fewer["num_classes"] == 2
     assert len(list(folder.glob("network-*"))) == 1
