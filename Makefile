@@ -32,7 +32,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 install: $(VENV)/.core ## set up the virtual environment .venv
 
-demo: $(VENV)/.core ## train ProPos on the embedded digits and show the clusters (about two minutes)
+demo: $(VENV)/.core ## train ProPos on the embedded digits and show the clusters (two to three minutes)
 	$(BIN)/deepclust train
 
 test: $(VENV)/.dev lint ## lint, then every test but the slow ones

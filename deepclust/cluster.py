@@ -307,7 +307,7 @@ def stack(source: DictConfig, vectors: DictConfig) -> DictConfig:
         "first": first,
         "then": method["backbone"],
     }
-    whole |= {name: plain(vectors)[name] for name in ("batch_size", "view_names", "seed", "drop_last")}
+    whole |= {name: plain(vectors)[name] for name in ("batch_size", "drop_last", "seed", "trainer", "view_names")}
     whole |= {"method": method, "backbone": first}
     whole["multi_view"] |= {"names": whole["view_names"]}
     whole["dataset"]["num_clusters"] = vectors.dataset.num_clusters
