@@ -56,12 +56,13 @@ def show(comparison: Comparison, console: Console) -> None:
     table = Table()
     for name in header:
         table.add_column(name, justify="left" if name in TEXTS else "right")
+    mark = "" if console.is_terminal else "*"  # what is not a terminal shows no bold
     for number, line in enumerate(lines):
         if number and comparison.rows[number].dataset != comparison.rows[number - 1].dataset:
             table.add_section()
-        table.add_row(*(Text(cell, style="bold" if best else "") for cell, best in line))
+        table.add_row(*(Text(f"{cell}{mark}", style="bold") if best else Text(cell) for cell, best in line))
     console.print(table)
-    for note in notes(comparison):
+    for note in notes(comparison, best=mark or "bold"):
         console.print(note, markup=False, highlight=False)
 
 
@@ -77,21 +78,25 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[tuple[str, bool]]]]
         line += [(rule or "no scores", False)]
         line += [(percent(row.scores.get(m)), m in row.best) for m in METRICS]
         line += [("" if row.p_value is None else f"{row.p_value:.2g}", False)]
-        line += [(seeds, False), ("" if row.minutes is None else f"{row.minutes:.1f}", False)]
+        line += [(seeds, False), (_minutes(row.minutes), False)]
         lines.append(line)
     used = [any(line[column][0] for line in lines) for column in range(len(COLUMNS))]
     return list(compress(COLUMNS, used)), [list(compress(line, used)) for line in lines]
+
+
+def _minutes(minutes: float | None) -> str:
+    return "" if minutes is None else "< 0.1" if minutes < 0.05 else f"{minutes:.1f}"
 
 
 def _sources(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.source for row in rows if row.source))
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What the table means, where its published figures are from, which runs are not in it."""
+def notes(comparison: Comparison, *, best: str = "bold") -> list[str]:
+    """What the table means, how the `best` is marked, where published figures are from, which runs are not in it."""
     tested = any(row.p_value is not None for row in comparison.rows)
     return [
-        "ACC, NMI, ARI in percent: mean ± sample standard deviation over seeds; bold: best of the runs.",
+        f"ACC, NMI, ARI in percent: mean ± sample standard deviation over seeds; {best}: best of the runs.",
         *(f"[{number}] {source}" for number, source in enumerate(_sources(comparison.rows), start=1)),
         *(["p: paired t-test on ACC against the data set's best row, over common seeds."] if tested else []),
         *standings(comparison.rows),
