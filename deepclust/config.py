@@ -175,10 +175,11 @@ def _instantiate(node: Any, **how: Any) -> Any:
 def _lacks_package(error: ModuleNotFoundError) -> Exception:
     if (error.name or "").startswith("deepclust"):
         return error
+    package = error.name.partition(".")[0] if error.name else "it"
     return InputError(
         f"a package is missing: {_first_line(error)}",
         expected="the optional packages of what the configuration chooses",
-        do=f"install {error.name.partition('.')[0] if error.name else 'it'}, or choose another option",
+        do=f"install {package}, alone or by an extra of deepclust (see README), or choose another option",
     )
 
 

@@ -1,6 +1,7 @@
 """The end of a run on the dashboards that its loggers feed: scores, clusters as pictures, the contingency table."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from deepclust.report.sheets import STRIPS, Picture, Sheet
 
 log = logging.getLogger(__name__)
 MOST_CLUSTERS = 50  # that get a picture, the largest first
-CELL = 48  # pixels of an image on a sheet
+CELL = 64  # pixels of an image on a sheet
+ACROSS = 8  # images in a row of it
+GAP = 8  # pixels between its strips
 SHADE = 16  # pixels of a cell of the contingency table
 
 
@@ -29,10 +32,11 @@ def send(
     Then the run on the hosted service is closed, so that the next job of a sweep gets one of its own. What goes wrong
     here is said and never ends the run.
     """
-    scores = {f"final/{rule}/{m}": v for rule, s in results["scores"].items() for m, v in (s or {}).items()}
+    scored = {**results["scores"], **results.get("baseline", {})}
+    scores = {f"final/{rule}/{m}": v for rule, s in scored.items() for m, v in (s or {}).items()}
     scores |= {f"final/{name}": float(value) for name, value in results["health"].items()}
     pictures = {
-        f"clusters/{sheet['cluster']:03d}": (picture, f"{sheet['size']} images, rows: {', '.join(STRIPS)}")
+        f"clusters/{sheet['cluster']:03d}": (picture, f"{sheet['size']} images, from the top: {', '.join(STRIPS)}")
         for sheet in sheets[:MOST_CLUSTERS]
         if (picture := tile([sheet["typical"], sheet["random"], sheet["uncertain"]])) is not None
     }
@@ -86,12 +90,14 @@ def tile(strips: Sequence[Sequence[Picture]]) -> np.ndarray | None:
     """Strips of pictures below each other, uint8 (H, W, 3), every picture brought to about `CELL` pixels; or None."""
     if not any(strips):
         return None
-    canvas = np.full((CELL * len(strips), CELL * max(len(s) for s in strips), 3), 255, np.uint8)
-    for row, strip in enumerate(strips):
-        for column, picture in enumerate(strip):
+    heights = [math.ceil(len(strip) / ACROSS) * CELL + GAP for strip in strips]
+    canvas = np.full((sum(heights) - GAP, CELL * min(ACROSS, max(map(len, strips))), 3), 255, np.uint8)
+    for top, strip in zip(np.cumsum([0, *heights]).tolist(), strips, strict=False):
+        for at, picture in enumerate(strip):
             height, width = picture.pixels.shape[:2]
             rows, columns = np.arange(CELL) * height // CELL, np.arange(CELL) * width // CELL
-            canvas[row * CELL :, column * CELL :][:CELL, :CELL] = picture.pixels[rows][:, columns]
+            row, column = divmod(at, ACROSS)
+            canvas[top + row * CELL :, column * CELL :][:CELL, :CELL] = picture.pixels[rows][:, columns]
     return canvas
 
 

@@ -69,10 +69,12 @@ def main(cfg: DictConfig) -> None:
         )
     os.replace(beside, output)
     print(f"{done} images: {output}")
+    if cfg.sort_to is not None:
+        print(f"one folder per cluster: {cfg.sort_to}")
     if unreadable:
         listed = output.with_name(output.name + ".unreadable.txt")
         listed.write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable))
-        print(f"{len(unreadable)} files could not be read: {listed}")
+        print(f"could not be read: {len(unreadable)}, listed in {listed}")
 
 
 def put(paths: list[str], folder: Path, *, index: int, link: bool) -> None:

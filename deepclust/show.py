@@ -89,7 +89,8 @@ def show_run(results: dict[str, Any], folder: Path) -> None:
     console.print(
         f"clusters: {results['num_clusters']}, {health['empty_clusters']:.0f} empty, "
         f"evenness {health['cluster_size_entropy']:.3f} of 1; "
-        f"{trained}, {timing['images_per_second']:.0f} images/s"
+        + trained
+        + (f", {timing['images_per_second']:.0f} images/s" if results["steps"] else "")
     )
     for what, name in (("pictures", "report.html"), ("clusters", ASSIGNMENTS), ("scores", "results.json")):
         console.print(f"{what}: {folder / name}", soft_wrap=True, highlight=False)

@@ -191,7 +191,7 @@ def test_images_of_another_class_are_framed_where_most_are_of_one(tmp_path: Path
     assert [[p.odd for p in sheet["typical"]] for sheet in sheets] == [[False, False, False, True], [False] * 4]
     found = page(tmp_path, sheets)
     assert found.values("img", "class").count("px odd") == 1 and "framed" in found.text
-    assert "class 5 · 75 %" in found.text
+    assert "75 % are “class 5”" in found.text
 
 
 def test_vectors_have_sizes_and_purities_but_no_pictures(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_vectors_have_sizes_and_purities_but_no_pictures(tmp_path: Path) -> None
     )
     found = page(tmp_path, sheets)
     assert "img" not in found.tags and found.tags.count("article") == 2
-    for part in ("Cluster 1", "class 0 · 100 %", "2 images, 66.7 %", "1 image, 33.3 %"):
+    for part in ("Cluster 1", "100 % are “class 0”", "2 images, 66.7 %", "1 image, 33.3 %"):
         assert part in found.text
 
 
@@ -382,10 +382,10 @@ def write_curves(folder: Path) -> Path:
     return file
 
 
-def test_curves_end_at_the_last_values(tmp_path: Path) -> None:
-    found = page(tmp_path, curves=write_curves(tmp_path))
+def test_curves_end_in_what_the_run_is_judged_by(tmp_path: Path) -> None:
+    found = page(tmp_path, curves=write_curves(tmp_path), results=results(steps=1000))
     assert found.tags.count("figure") == 3  # the method's scores share one, k-means, the loss
-    for part in ("ACC 91", "NMI 82", "ARI 73", "ACC 64", "train/loss", "epoch"):
+    for part in ("ACC 90", "NMI 80", "ARI 70", "ACC 85", "train/loss", "epoch"):
         assert part in found.text
     curve = max(found.values("path", "d"), key=len)
     points = np.array([point.split() for point in curve[1:].split("L")], float)

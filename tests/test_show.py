@@ -15,6 +15,7 @@ def test_minutes_include_the_stages_before(capsys, earlier: float, said: str) ->
         "method": "lnscc",
         "dataset": "photos",
         "seed": 0,
+        "steps": 100,
         "num_clusters": 10,
         "scores": {"method": None, "kmeans": None},
         "health": {"empty_clusters": 0, "cluster_size_entropy": 0.9},

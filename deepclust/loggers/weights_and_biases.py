@@ -32,13 +32,18 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     identity = folder / "wandb_id.txt"
     if not identity.exists():
         rank_zero_only(identity.write_text)(uuid.uuid4().hex[:8])
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    mode = os.environ.get("WANDB_MODE")
+    if not mode:
+        mode = "online" if has_key() else "offline"
+        if mode == "offline":
+            log.info("wandb has no key (see wandb login)")
     names = config["names"]
     settings: dict[str, Any] = {
         "project": project,
         "save_dir": str(folder),
         "id": identity.read_text() if identity.exists() else None,
         "resume": "allow",
+        "name": f"{names['method']} {config['dataset']['name']} seed {config['seed']}",
         "group": folder.parent.name,
         "tags": [names["method"], config["dataset"]["name"], names["backbone"]],
         "config": config,

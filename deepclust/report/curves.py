@@ -15,15 +15,26 @@ DECADES = 3  # a curve of positive values that spans more has a logarithmic axis
 SCORES = ("acc", "nmi", "ari")
 HEALTH = "eval/cluster_size_entropy"
 
+NOTES = (
+    "scores and cluster sizes end in what the finished run is judged by",
+    "cluster size entropy: 1 where all clusters are of one size, 0 where one holds all",
+    "train: terms of the loss and what else the method tells, means of the steps; its file says what they are",
+)
+
 Line = tuple[np.ndarray, np.ndarray]  # x and y
 
 
-def curves(file: Path | None, *, rules: Mapping[str, str], steps: int, epochs: int) -> str:
-    """One small plot a scalar of the CSV `file`: scores by rule, cluster sizes, losses, then the rest as it comes."""
+def curves(file: Path | None, *, rules: Mapping[str, str], final: Mapping[str, float], steps: int, epochs: int) -> str:
+    """One small plot a scalar of the CSV `file`: scores by rule, cluster sizes, losses, then the rest as it comes.
+
+    A curve that has a `final` value ends in it.
+    """
     if file is None or not file.is_file():
         return ""
     lines = _read(file)
     unit, scale = ("epoch", epochs / steps) if steps and epochs else ("step", 1.0)
+    for name in lines.keys() & final.keys():
+        lines[name] = np.append(lines[name][0], steps), np.append(lines[name][1], final[name])
     lines = {name: (x * scale, y) for name, (x, y) in lines.items()}
     plots = []
     for rule, title in rules.items():
@@ -33,7 +44,7 @@ def curves(file: Path | None, *, rules: Mapping[str, str], steps: int, epochs: i
             plots.append(_plot(f"{title}, percent", percent, unit))
     rest = sorted(lines, key=lambda name: (name != HEALTH, not name.endswith("/loss")))
     plots += [_plot(words(name), {"": lines[name]}, unit) for name in rest]
-    return f'<div class="plots">{"".join(plots)}</div>' if plots else ""
+    return f'{line(NOTES)}<div class="plots">{"".join(plots)}</div>' if plots else ""
 
 
 def number_of_clusters(told: Mapping | None) -> str:

@@ -69,7 +69,9 @@ def write_report(
         "Map": scatter(embedding, table, class_names),
         "Classes": heat_map(table, class_names),
         "Number": number_of_clusters(results.get("number")),
-        "Curves": draw_curves(curves, rules=RULES, steps=results["steps"], epochs=results["epochs"]),
+        "Curves": draw_curves(
+            curves, rules=RULES, final=_judged(results), steps=results["steps"], epochs=results["epochs"]
+        ),
         "Run": _run(results, config_text),
     }
     shown = {name: body for name, body in parts.items() if body}
@@ -123,6 +125,12 @@ def _head(results: Mapping, sheets: Sequence[Sheet]) -> str:
         below.append([f"{words(key)} {number(value)}" for key, value in health.items()])
     cards = "".join(f"<div><b>{value}</b> {name}<p>{meaning}</p></div>" for value, name, meaning in tiles)
     return f'{line(facts)}<div class="tiles">{cards}</div>{"".join(map(line, below))}'
+
+
+def _judged(results: Mapping) -> dict[str, float]:
+    """Final scores and health by the names that their curves have."""
+    scores = {f"eval/{rule}/{m}": v for rule, s in (results["scores"] or {}).items() for m, v in (s or {}).items()}
+    return scores | {f"eval/{name}": float(value) for name, value in results["health"].items()}
 
 
 def _run(results: Mapping, config_text: str) -> str:

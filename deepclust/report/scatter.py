@@ -21,8 +21,9 @@ SPRITE_BYTES = 1_600_000  # of all pictures as text
 SIDES = (TILE, 56, 48, 40, 32, 24, 16)  # pixels of a picture; the largest that fits is taken
 QUALITY = 80  # of JPEG
 JPEG_BLOCK = 8  # pixels
-# Petroff, Accessible Color Sequences for Data Visualization (2021), the ten: apart for colour-blind eyes too.
-COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadb")
+# Petroff, Accessible Color Sequences for Data Visualization (2021), the ten, apart for colour-blind eyes too; but for
+# the second of its greys, which as a dot is too like the first, a blue that is far from all.
+COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#1f2eff", "#92dadb")
 SLOTS = 2 * len(COLOURS)  # each colour as dots and as squares
 UNKNOWN = SLOTS  # for images without a label
 NAMES = 30  # on the map, of the largest groups
@@ -69,7 +70,7 @@ def scatter(shown: EmbeddingMap | None, table: np.ndarray | None, class_names: S
     # a browser takes what follows "<" in a script for an end of it, or for a comment
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'{line(_said(shown))}<div class="embedding">{switches}'
+        f'{line(_said(shown))}<p class="dim screen">Point at one to see it.</p><div class="embedding">{switches}'
         '<div class="stage" tabindex="0" aria-label="map of the images; the arrow keys go from one to the next">'
         f'{"".join(drawings)}<output class="tip" hidden><canvas></canvas><span></span></output></div>{legends}'
         f'{sprite}<script type="application/json" id="points">{text}</script></div>'
@@ -86,7 +87,6 @@ def _said(shown: EmbeddingMap) -> list[str]:
         said.append("t-SNE keeps neighbours together; distances between groups and their sizes mean little")
     if len(np.unique(shown.clusters)) > len(COLOURS):
         said.append("colours repeat, far from each other")
-    said.append("point at one to see it")
     return said
 
 

@@ -136,11 +136,9 @@ def clusters(sheets: Sequence[Sheet], *, num_full: int) -> str:
     """The sheets of some of the `num_full` clusters that have images."""
     if not sheets:
         return ""
-    notes = []
+    notes = ["bar: size beside the largest"]
     if (left := num_full - len(sheets)) > 0:
         notes.append(f"the largest {len(sheets):,}; {left:,} smaller ones are not shown")
-    if any(sheet["majority"] is not None for sheet in sheets):
-        notes.append("beside the number: the most frequent class and its share")
     if any(picture.odd for sheet in sheets for pictures in _strips(sheet) for picture in pictures):
         notes.append("framed: of another class than most of the cluster")
     most = max(len(sheet["typical"]) for sheet in sheets)
@@ -148,8 +146,7 @@ def clusters(sheets: Sequence[Sheet], *, num_full: int) -> str:
     wide, narrow = (math.ceil(most / math.ceil(most / across)) if most else 4 for across in (8, 6))
     largest = max(sheet["size"] for sheet in sheets)
     cards = "".join(_card(sheet, largest=largest) for sheet in sheets)
-    said = line(notes) if notes else ""
-    return f'{said}<div class="cards" style="--wide:{wide};--narrow:{narrow}">{cards}</div>'
+    return f'{line(notes)}<div class="cards" style="--wide:{wide};--narrow:{narrow}">{cards}</div>'
 
 
 def _strips(sheet: Sheet) -> tuple[list[Picture], list[Picture], list[Picture]]:
@@ -159,7 +156,7 @@ def _strips(sheet: Sheet) -> tuple[list[Picture], list[Picture], list[Picture]]:
 def _card(sheet: Sheet, *, largest: int) -> str:
     name = f"Cluster {sheet['cluster']}"
     if sheet["majority"] is not None and sheet["purity"] is not None:
-        name += f" <span>{escape(sheet['majority'])} · {100 * sheet['purity']:.0f} %</span>"
+        name += f" <span>{100 * sheet['purity']:.0f} % are “{escape(sheet['majority'])}”</span>"
     size = line([f"{sheet['size']:,} {'image' if sheet['size'] == 1 else 'images'}, {100 * sheet['share']:.1f} %"])
     bar = f'<div class="bar"><i style="width:{100 * sheet["size"] / largest:.1f}%"></i></div>'
     strips = "".join(

@@ -54,7 +54,7 @@ i.c0{background:var(--c0)}i.c1{background:var(--c1)}i.c2{background:var(--c2)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.7rem 0}
 pre{margin:.4rem 0;font-size:.85rem;white-space:pre-wrap}
 summary{cursor:pointer}
-.embedding{max-width:1000px;margin-top:.6rem}
+.embedding{max-width:1000px;margin:.6rem auto 0}
 .embedding input{margin:0 .4rem 0 0}
 .embedding label{margin-right:1rem;font-size:.9rem}
 .embedding #colour0{margin-left:1rem}
@@ -80,7 +80,7 @@ summary{cursor:pointer}
  .stage text{font-size:36px}}
 @media print{*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
  body{max-width:none;padding:0;font-size:12px}
- nav,.tip,.embedding input,.embedding label{display:none}
+ nav,.tip,.screen,.embedding input,.embedding label{display:none}summary{list-style:none}
  article,figure,.tiles div,.heat tr,#Map{break-inside:avoid}h2,h3{break-after:avoid}
  .cards{grid-template-columns:repeat(auto-fill,minmax(min(100%,44px*var(--narrow) + 1.6rem),1fr))}
  .strip{grid-template-columns:repeat(var(--narrow),1fr)}h4{margin:.2rem 0 0}

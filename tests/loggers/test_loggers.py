@@ -89,7 +89,7 @@ def test_wandb_goes_offline_where_it_cannot_go_online(somebody_answers, refusing
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", server)
-    config = {"names": {"method": "propos", "backbone": "mlp"}, "dataset": {"name": "digits"}}
+    config = {"names": {"method": "propos", "backbone": "mlp"}, "dataset": {"name": "digits"}, "seed": 0}
     logger = weights_and_biases.wandb_logger(folder=tmp_path, config=config, project="test")
     logger.log_metrics({"eval/kmeans/acc": 0.5}, 1)
     logger.experiment.finish()
