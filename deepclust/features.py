@@ -45,7 +45,10 @@ def main(cfg: DictConfig) -> Path:
         return folder
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MADE_BY).unlink(missing_ok=True)
+    if (folder / MADE_BY).is_file():  # labels and pictures made before would pass for those of these images
+        for earlier in [*folder.glob("*_*.npy"), *folder.glob("*_paths.json"), folder / "class_names.json"]:
+            earlier.unlink(missing_ok=True)
+        (folder / MADE_BY).unlink()
     device = pick_device(cfg.accelerator)
     network.to(device)
     scale = described.get("multi_view") or described.dataset  # a run may have been told other numbers

@@ -44,7 +44,9 @@ def test_are_made_once_and_anew_for_other_weights(tmp_path, capsys):
     key = json.loads((folder / MADE_BY).read_text())["sha256"]
     assert make(*network) == folder and "there already" in capsys.readouterr().out
     assert (folder / "train_features.npy").stat().st_mtime_ns == written
+    (folder / "test_labels.npy").write_bytes(b"of other images")
     make(*network, "seed=1")
+    assert not (folder / "test_labels.npy").exists() and (folder / "train_labels.npy").is_file()
     assert json.loads((folder / MADE_BY).read_text())["sha256"] != key
 
 
