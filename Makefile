@@ -23,7 +23,7 @@ $(BIN)/python:
 	@$(BIN)/python -m pip install --quiet uv || echo "no uv to be had: going on with pip"
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,.)
+	$(call install,'.[photos]')
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -11,7 +11,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepclust import features as features_verb
-from deepclust.backbones.pretrained import ENDINGS, cached_resnet, read_state
+from deepclust.backbones.pretrained import ENDINGS, PACKAGED, cached_resnet, packaged, read_state
 from deepclust.config import plain
 from deepclust.datasets.source import ImageSet
 from deepclust.run_folder import CHECKPOINT, load_checkpoint, read_results, recipe
@@ -47,18 +47,34 @@ def choose_network(cfg: DictConfig) -> Network:
         size, scale = preferred(backbone) if trained else (OWN, {})
         says = "with weights, as asked for" if trained else "as asked for, trained on these images without labels"
         return Network(name.lower(), backbone, trained, size, scale, f"features: {name.lower()} {says}")
-    found = cached_resnet() or ((18, "IMAGENET1K_V1") if cfg.download else None)
+    found = ready_made(download=cfg.download) if cfg.pretrained else None
     if found is not None:
-        depth, weights = found
-        composed = compose("train", overrides=[f"backbone=resnet{depth}", f"backbone.weights={weights}"]).backbone
-        why = "whose weights are on this machine" if cached_resnet() else "whose weights are fetched"
-        says = f"features: resnet{depth}, {why} (trained on ImageNet with its labels)"
-        return Network(f"resnet{depth}", composed, True, PRETRAINED, {}, says)
-    says = (
-        "features: a small network trained on these images without labels, for no weights are on this machine "
-        "(better ones: download=true, or backbone=resnet18 backbone.weights=FILE)"
-    )
+        chosen, whence = found
+        backbone = compose("train", overrides=chosen).backbone
+        name = backbone.get("model_name") or f"resnet{backbone.depth}"
+        says = f"features: {name}, whose weights are {whence} (trained on ImageNet with its labels)"
+        return Network(name, backbone, True, *preferred(backbone), says)
+    why = "as asked for"
+    if cfg.pretrained:
+        why = (
+            "for no weights are on this machine (better ones: pip install 'deepclust[photos]', download=true, or "
+            "backbone=resnet18 backbone.weights=FILE)"
+        )
+    says = f"features: a small network trained on these images without labels, {why}"
     return Network("conv_small", None, False, OWN, {}, says)
+
+
+def ready_made(*, download: bool) -> tuple[list[str], str] | None:
+    """A network that others have trained: what chooses it as a backbone, and where its weights are; None: none is."""
+    if (resnet := cached_resnet()) is not None:
+        depth, weights = resnet
+        return [f"backbone=resnet{depth}", f"backbone.weights={weights}"], "on this machine"
+    for name in PACKAGED:
+        if packaged(name) is not None:
+            return ["backbone=timm", f"backbone.model_name={name}", "backbone.pretrained=true"], "on this machine"
+    if download:
+        return ["backbone=resnet18", "backbone.weights=IMAGENET1K_V1"], "fetched"
+    return None
 
 
 def preferred(backbone: DictConfig) -> tuple[int, dict[str, list[float]]]:

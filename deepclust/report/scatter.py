@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from deepclust.report.embedding import TILE, EmbeddingMap
 from deepclust.report.heatmap import matching
@@ -102,10 +103,12 @@ def _fit(places: np.ndarray) -> np.ndarray:
 
 
 def _centres(places: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
-    """The median place (2,) of each group but -1, the largest group first."""
+    """The medoid's place (2,) of each group but -1, the largest group first: it is in the group also where that is in
+    pieces."""
     found, counts = np.unique(groups, return_counts=True)
     by_size = found[np.argsort(-counts, kind="stable")].tolist()
-    return {group: np.median(places[groups == group], axis=0) for group in by_size if group >= 0}
+    members = {group: places[groups == group] for group in by_size if group >= 0}
+    return {group: own[cdist(own, own).sum(0).argmin()] for group, own in members.items()}
 
 
 def _slots(centres: dict[int, np.ndarray], given: dict[int, int]) -> dict[int, int]:

