@@ -64,3 +64,10 @@ class TrainBatch:
     def replace_views(self, *views: Tensor) -> "TrainBatch":
         """The same batch with other views."""
         return replace(self, views=views)
+
+
+def cache_sized(images: Tensor) -> tuple[Tensor, ...]:
+    """A batch of images (N, ...) in parts whose activations a CPU core's caches hold; on another device, whole."""
+    if images.device.type != "cpu":
+        return (images,)
+    return images.split(max(4, 2**19 // images.shape[1:].numel()))

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from deepclust.batch import cache_sized
 from deepclust.config import build, plain
 from deepclust.datasets.source import ImageSet, ImageSource
 from deepclust.errors import InputError
@@ -50,12 +51,12 @@ def main(cfg: DictConfig) -> Path:
             earlier.unlink(missing_ok=True)
         (folder / MADE_BY).unlink()
     device = pick_device(cfg.accelerator)
-    network.to(device)
+    network.to(device).to(memory_format=torch.channels_last)
     scale = described.get("multi_view") or described.dataset  # a run may have been told other numbers
     views = MultiView(pipelines=build(described.views), names=[], mean=scale.mean, std=scale.std)
 
     def embed(pixels: Tensor) -> Tensor:
-        return encode(views.clean(pixels.to(device))).float()
+        return torch.cat([encode(part) for part in cache_sized(views.clean(pixels.to(device)))]).float()
 
     splits = {"train": images.fit} | ({} if images.evaluation is images.fit else {"test": images.evaluation})
     for split, source in splits.items():

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from deepclust import distributed
-from deepclust.batch import Draws, TrainBatch
+from deepclust.batch import Draws, TrainBatch, cache_sized
 from deepclust.errors import InputError
 from deepclust.optim import Schedule
 from deepclust.progress import track
@@ -165,7 +165,7 @@ class ClusteringMethod(LightningModule):
         try:
             share = num_images // distributed.world_size()
             for images in track(batches, "features of all images", share, size=len):
-                rows.append(self.encode(images.to(self.device, self.weight_dtype)))
+                rows += [self.encode(part) for part in cache_sized(images.to(self.device, self.weight_dtype))]
         finally:
             self.train(training)
         rows = [r.float() if r.dtype in (torch.float16, torch.bfloat16) else r for r in rows]
