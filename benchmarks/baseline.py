@@ -101,7 +101,10 @@ def main() -> None:
         cfg = configuration("propos", given.overrides, given.batches, given.rounds + 1, folder)
         plain = configuration(
             "propos",
-            [*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"],
+            [
+                *(*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"),
+                *("hardware.compile=null", "hardware.fused_optimizer=false"),
+            ],
             *(given.batches, given.rounds + 1, folder / "published"),
         )
         work = Work(cfg)
