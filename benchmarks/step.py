@@ -9,7 +9,8 @@ medians over the rounds of times and of their ratios. One more run, which waits 
 the parts. Floating-point operations are those of convolutions and products, as torch counts them; the utilisation is
 their share of what the device does in one large product, measured here. "arithmetic" and "memory" are what a step would
 take if it did nothing but these operations, or but read and write what its operations do when none are fused, at the
-speed of that product and of a large copy: the larger one binds. Figures are saved method by method, and a method that
+speed of that product and of a large copy: the larger one binds. "waits" are lines of a step that make the host wait for
+a GPU; there should be none. Figures are saved method by method, and a method that
 fails leaves the others be.
 """
 
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -281,6 +283,20 @@ def roof(device: torch.device, low: bool) -> dict[str, float]:
     }
 
 
+def waits(work: Callable[[], object], device: torch.device) -> list[str]:
+    """The lines that make the host wait for a GPU, as torch sees them; none is looked for on a CPU."""
+    if device.type == "cpu":
+        return []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
+
+
 def configuration(name: str, overrides: list[str], batches: int, epochs: int, folder: Path) -> DictConfig:
     """A run of some epochs of a few batches, after the least of the stage before it."""
     cfg = composed(*here(), f"method={name}", f"+trainer.limit_train_batches={batches}", *overrides)
@@ -333,6 +349,7 @@ def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folde
 
     one = others["bare"]
     raw = one.datamodule.read_batch(one.datamodule.epoch_indices(0, one.method.sampling_weights())[0], 0, 0)
+    figures["waits"] = waits(lambda: one.step(raw), device)
     with torch.compiler.set_stance("force_eager"):  # what is compiled could not be seen
         with FlopCounterMode(display=False) as flops:
             one.step(raw)
@@ -369,7 +386,9 @@ def main() -> None:
             "memory": f["unfused_bytes_per_step"] / limits["bytes_per_second"],
         }
         methods[name] = f
-        print(f"{name}: {f['images_per_second']:.0f} images/s", flush=True)
+        print(
+            f"{name}: {f['images_per_second']:.0f} images/s", *(f"waits in {line}" for line in f["waits"]), flush=True
+        )
         save({"roof": limits, "batches": given.batches, "methods": methods}, __file__, given.out)
     table(
         ["method", "batch", "images/s", "ms/step", "/ bare", "/ by hand", *(f"{p}, ms" for p in PARTS), "E-step, s",
