@@ -76,7 +76,7 @@ class Published(Bare):
         start = time.perf_counter()
         for a, b, indices in self.loader:
             a, b = (view.to(self.device, non_blocking=True) for view in (a, b))
-            self.step_on(a, b, indices.to(self.device))
+            self.step_on(a, b, indices.to(self.device, non_blocking=True))
         wait(self.device)
         return time.perf_counter() - start
 

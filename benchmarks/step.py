@@ -168,7 +168,7 @@ class ByHand(Bare):
                 if on and method.noise_std:  # type: ignore[attr-defined]
                     like = a.new_empty(len(a), method.pseudo_labels.centroids.shape[1])  # type: ignore[attr-defined]
                     noise = tuple(method.noise_std * draws.normal_like(like, f"noise of {v}") for v in "ab")  # type: ignore
-                self.plain.step(a, b, labels[raw.indices.to(self.device)], noise, scatter=on)
+                self.plain.step(a, b, labels[raw.indices.to(self.device, non_blocking=True)], noise, scatter=on)
         wait(self.device)
         self.trainer.current_epoch += 1
         return time.perf_counter() - start
