@@ -76,7 +76,7 @@ class Published(Bare):
         start = time.perf_counter()
         for a, b, indices in self.loader:
             a, b = (view.to(self.device, non_blocking=True) for view in (a, b))
-            self.step_on(a, b, indices.to(self.device))
+            self.step_on(a, b, indices.to(self.device, non_blocking=True))
         wait(self.device)
         return time.perf_counter() - start
 
@@ -101,7 +101,10 @@ def main() -> None:
         cfg = configuration("propos", given.overrides, given.batches, given.rounds + 1, folder)
         plain = configuration(
             "propos",
-            [*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"],
+            [
+                *(*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"),
+                *("hardware.compile=null", "hardware.fused_optimizer=false"),
+            ],
             *(given.batches, given.rounds + 1, folder / "published"),
         )
         work = Work(cfg)

@@ -95,7 +95,7 @@ def save(figures: dict[str, Any], script: str, out: Path | None) -> None:
     file = out or RESULTS / f"{Path(script).stem}_{kind}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
-    print(f"\nwritten: {os.path.relpath(file)}\n")
+    print(f"written: {os.path.relpath(file)}", flush=True)
 
 
 def bare_packages(code: Path, *names: str) -> None:

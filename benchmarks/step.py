@@ -7,13 +7,22 @@ callbacks, logger) and by a bare loop over the same batches that calls the metho
 also trained by `by_hand.py`, plain PyTorch, whose weights must come out the same. Seconds a step, E-step taken out;
 medians over the rounds of times and of their ratios. One more run, which waits for the device after every part, tells
 the parts. Floating-point operations are those of convolutions and products, as torch counts them; the utilisation is
-their share of what the device does in one large product, measured here.
+their share of what the device does in one large product, measured here. "arithmetic" and "memory" are what a step would
+take if it did nothing but these operations, or but read and write what its operations do when none are fused, at the
+speed of that product and of a large copy: the larger one binds. "waits" are lines of a step that make the host wait for
+a GPU; there should be none. Figures are saved method by method, and a method that
+fails leaves the others be.
 """
 
 import statistics
+import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +43,15 @@ from deepclust.config import build
 from deepclust.datasets.datamodule import read_ahead
 from deepclust.methods.base import ClusteringMethod
 from deepclust.run_folder import load_checkpoint, load_method, peak_memory_bytes
-from deepclust.train import build_each, check_dataset, find_earlier, make_datamodule, make_judge, quiet_lightning
+from deepclust.train import (
+    build_each,
+    check_dataset,
+    find_earlier,
+    fit_out,
+    make_datamodule,
+    make_judge,
+    quiet_lightning,
+)
 
 METHODS = "propos,byol,cc,drc,digpro,secu,coke,gcc,lnscc,scan_pretext,scan"
 PARTS = ["reading", "views", "forward", "loss", "backward", "optimiser", "other"]
@@ -53,10 +70,7 @@ class Work:
         self.method: ClusteringMethod = build(cfg.method)
         if cfg.earlier.run is not None:
             self.method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
-        if cfg.hardware.channels_last:
-            self.method.to(memory_format=torch.channels_last)
-        if cfg.hardware.compile is not None:
-            self.method.compile_networks(cfg.hardware.compile)
+        fit_out(self.method, cfg)
 
     def trainer(self, folder: Path, *more: Callback, **arguments: Any) -> Any:
         """The trainer of `deepclust train` with its callbacks and logger, and more."""
@@ -154,7 +168,7 @@ class ByHand(Bare):
                 if on and method.noise_std:  # type: ignore[attr-defined]
                     like = a.new_empty(len(a), method.pseudo_labels.centroids.shape[1])  # type: ignore[attr-defined]
                     noise = tuple(method.noise_std * draws.normal_like(like, f"noise of {v}") for v in "ab")  # type: ignore
-                self.plain.step(a, b, labels[raw.indices.to(self.device)], noise, scatter=on)
+                self.plain.step(a, b, labels[raw.indices.to(self.device, non_blocking=True)], noise, scatter=on)
         wait(self.device)
         self.trainer.current_epoch += 1
         return time.perf_counter() - start
@@ -203,18 +217,20 @@ class Split(Profiler):
         self.seconds: dict[str, float] = defaultdict(float)
         self.depth, self.epochs = 0, 0
         for network in method.children():
-            network.register_forward_pre_hook(lambda *_: self.enter())
-            network.register_forward_hook(lambda *_: self.leave())
+            # Around the call, not by hooks, which would become part of what is compiled.
+            call = network._compiled_call_impl or network._call_impl
+            network._compiled_call_impl = partial(self.timed, call)
 
-    def enter(self) -> None:
+    def timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of a network, which may call another."""
         self.depth += 1
         if self.depth == 1 and "training_step" in self.started:
             self.start("networks")
-
-    def leave(self) -> None:
+        out = call(*args, **kwargs)
         self.depth -= 1
         if self.depth == 0 and "networks" in self.started:
             self.stop("networks")
+        return out
 
     def start(self, action_name: str) -> None:
         wait(self.method.device)
@@ -267,6 +283,20 @@ def roof(device: torch.device, low: bool) -> dict[str, float]:
     }
 
 
+def waits(work: Callable[[], object], device: torch.device) -> list[str]:
+    """The lines that make the host wait for a GPU, as torch sees them; none is looked for on a CPU."""
+    if device.type == "cpu":
+        return []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
+
+
 def configuration(name: str, overrides: list[str], batches: int, epochs: int, folder: Path) -> DictConfig:
     """A run of some epochs of a few batches, after the least of the stage before it."""
     cfg = composed(*here(), f"method={name}", f"+trainer.limit_train_batches={batches}", *overrides)
@@ -286,6 +316,8 @@ def configuration(name: str, overrides: list[str], batches: int, epochs: int, fo
 def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folder: Path) -> dict[str, Any]:
     """The figures of one method."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the method before
     cfg = configuration(name, overrides, batches, rounds + 1, folder)
     work = Work(cfg)
     batches = min(batches, work.datamodule.batches_per_epoch)
@@ -303,6 +335,8 @@ def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folde
         "rounds": dict(seconds),
         "e_step_seconds": statistics.median(turns.e_steps),
         "images_per_second": cfg.batch_size / statistics.median(seconds["framework"]),
+        "e_step_of_epoch": statistics.median(turns.e_steps)
+        / (cfg.dataset.num_images / cfg.batch_size * statistics.median(seconds["framework"])),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     if name == "propos":
@@ -315,10 +349,12 @@ def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folde
 
     one = others["bare"]
     raw = one.datamodule.read_batch(one.datamodule.epoch_indices(0, one.method.sampling_weights())[0], 0, 0)
-    with FlopCounterMode(display=False) as flops:
-        one.step(raw)
-    with Traffic() as traffic:
-        one.step(raw)
+    figures["waits"] = waits(lambda: one.step(raw), device)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled could not be seen
+        with FlopCounterMode(display=False) as flops:
+            one.step(raw)
+        with Traffic() as traffic:
+            one.step(raw)
     figures["flops_per_step"], figures["unfused_bytes_per_step"] = flops.get_total_flops(), traffic.bytes
     return figures
 
@@ -335,28 +371,41 @@ def main() -> None:
     low = "bf16" in str(composed(*here(), *given.overrides).hardware.precision)
     limits = roof(device, low)
     methods: dict[str, Any] = {}
+    failed = []
     for name in given.methods.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            methods[name] = measure(
-                name, given.overrides, batches=given.batches, rounds=given.rounds, folder=Path(folder)
-            )
-        f = methods[name]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                f = measure(name, given.overrides, batches=given.batches, rounds=given.rounds, folder=Path(folder))
+        except Exception:  # the others are measured all the same
+            traceback.print_exc()
+            failed.append(name)
+            continue
         f["utilisation"] = f["flops_per_step"] / f["seconds_per_step"]["framework"] / limits["flops_per_second"]
-        print(f"{name}: {f['images_per_second']:.0f} images/s", flush=True)
-    save({"roof": limits, "batches": given.batches, "methods": methods}, __file__, given.out)
+        f["roof_seconds"] = {
+            "arithmetic": f["flops_per_step"] / limits["flops_per_second"],
+            "memory": f["unfused_bytes_per_step"] / limits["bytes_per_second"],
+        }
+        methods[name] = f
+        print(
+            f"{name}: {f['images_per_second']:.0f} images/s", *(f"waits in {line}" for line in f["waits"]), flush=True
+        )
+        save({"roof": limits, "batches": given.batches, "methods": methods}, __file__, given.out)
     table(
         ["method", "batch", "images/s", "ms/step", "/ bare", "/ by hand", *(f"{p}, ms" for p in PARTS), "E-step, s",
-         "MB", "util."],
+         "/ epoch", "MB", "arithmetic, ms", "memory, ms", "util."],
         [
             [
                 name, f["batch_size"], f["images_per_second"], 1e3 * f["seconds_per_step"]["framework"],
                 f["framework_over"]["bare"], f["framework_over"].get("by hand", ""),
-                *(1e3 * f["parts"][part] for part in PARTS), f["e_step_seconds"], f["peak_memory_bytes"] / 1e6,
+                *(1e3 * f["parts"][part] for part in PARTS), f["e_step_seconds"], f["e_step_of_epoch"],
+                f["peak_memory_bytes"] / 1e6, *(1e3 * seconds for seconds in f["roof_seconds"].values()),
                 f["utilisation"],
             ]
             for name, f in methods.items()
         ],
     )  # fmt: skip
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Clock(Callback):
 
     def __init__(self, *, judge: Judge, acc: float, rule: str) -> None:
         self.judge, self.acc, self.rule = judge, acc, rule
-        self.seconds = 0.0
+        self.seconds, self.e_step_before = 0.0, 0.0
         Clock.curve = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -37,11 +37,20 @@ class Clock(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         wait(pl_module.device)
         self.seconds += time.perf_counter() - self.resumed
+        stopped = time.perf_counter()
         scores = self.judge(pl_module, trainer.datamodule).scores[self.rule]
         assert scores is not None, f"the method has no rule {self.rule}"
         Clock.curve.append((self.seconds, trainer.current_epoch + 1, scores["acc"]))
-        trainer.should_stop = scores["acc"] >= self.acc
+        # A time limit of the trainer's may have stopped it as well.
+        trainer.should_stop = trainer.should_stop or scores["acc"] >= self.acc
         self.resumed = time.perf_counter()
+        e_step = pl_module.e_step_seconds - self.e_step_before
+        self.e_step_before = pl_module.e_step_seconds
+        print(
+            f"epoch {trainer.current_epoch + 1}: ACC {scores['acc']:.4f} after {self.seconds:.1f} s; "
+            f"E-step {e_step:.2f} s, judging {self.resumed - stopped:.2f} s",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from deepclust import __version__
 from deepclust.config import build
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 
 RESULTS, CHECKPOINT, ASSIGNMENTS = "results.json", "checkpoints/last.ckpt", "assignments.csv"
 PACKAGES = (
-    "deepclust",
     "torch",
     "torchvision",
     "lightning",
@@ -144,7 +144,11 @@ def flatten(node: Any, prefix: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python and the packages that numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    ours = {
+        "python": platform.python_version(),
+        "deepclust": __version__,
+    }  # also where the source tree is not installed
+    return ours | {name: version(name) for name in PACKAGES}
 
 
 def commit() -> str | None:

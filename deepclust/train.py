@@ -112,14 +112,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     resumed = (folder / CHECKPOINT).exists()
     if cfg.earlier.run is not None and not resumed:
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
-    if cfg.hardware.channels_last:
-        method.to(memory_format=torch.channels_last)
-    if cfg.sync_batchnorm:
-        distributed.synchronise_batch_norm(method)
-    if cfg.hardware.compile is not None:
-        method.compile_networks(cfg.hardware.compile)
-    if cfg.hardware.fused_optimizer:
-        method.make_optimizer = fused(method.make_optimizer)
+    fit_out(method, cfg)
 
     judge = make_judge(cfg, images)
     config = plain(cfg)
@@ -181,6 +174,18 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         table = None if judgement.table is None else judgement.table.numpy()
         dashboards.send(trainer.loggers, results, sheets, table, images.class_names)
     return results
+
+
+def fit_out(method: ClusteringMethod, cfg: DictConfig) -> None:
+    """Make a method with its first weights ready for the device and the processes that it will run on."""
+    if cfg.hardware.channels_last:
+        method.to(memory_format=torch.channels_last)
+    if cfg.sync_batchnorm:
+        distributed.synchronise_batch_norm(method)
+    if cfg.hardware.compile is not None:
+        method.compile_networks(cfg.hardware.compile)
+    if cfg.hardware.fused_optimizer:
+        method.make_optimizer = fused(method.make_optimizer)
 
 
 def check_dataset(cfg: DictConfig, images: ImageSet) -> Estimate | None:

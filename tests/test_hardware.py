@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepclust.config import build
-from deepclust.train import check_dataset, make_datamodule
+from deepclust.train import check_dataset, make_datamodule, run
 from tests.conftest import compose_train
 
 WATCHED = ["trainer.log_every_n_steps=1", "trainer.max_epochs=1", "report.map_points=0"]
@@ -46,6 +46,20 @@ def test_a_fused_optimiser_learns_the_same_but_for_rounding(run_small, name):
         for on in ("false", "true")
     )
     assert len(plain) == 7 and fused == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_fused_optimiser_takes_weights_that_begin_to_move_later(tmp_path):
+    def learned(on):
+        short = ["trainer.max_epochs=2", "+trainer.limit_train_batches=2", "trainer.log_every_n_steps=1"]
+        told = ["method=gcc", "method.warmup_epochs=1", *short, "report.map_points=0", "hardware=cpu"]
+        folder = tmp_path / on
+        folder.mkdir()
+        run(compose_train(*told, f"hardware.fused_optimizer={on}"), folder)
+        return losses(folder)
+
+    plain, fused = learned("false"), learned("true")
+    assert len(plain) == 4 and fused == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.slow

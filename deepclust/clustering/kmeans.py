@@ -249,7 +249,7 @@ def _lloyd(
         # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
         inertia = data.total - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
         inertia.clamp_(min=0)
-        better = inertia < best_inertia[running]
+        better = (inertia < best_inertia[running]).nonzero()[:, 0]  # once: a GPU is waited for
         for best, now in (best_inertia, inertia), (best_centroids, centroids), (best_assignments, assignments):
             best[running[better]] = now[better]
         iterations[running] += 1
@@ -293,13 +293,29 @@ def _assign(data: _Data, weights: Tensor, biases: Tensor) -> Tensor:
         found = (codes @ nearby)[:, 0]
         assignments[:, part] = found - 2**23
         doubtful[:, part] = found >= 2**24
-    for restart in doubtful.any(1).nonzero()[:, 0].tolist():
-        for rows in doubtful[restart].nonzero()[:, 0].split(_converted(weights.device)):
-            scores = weights[restart] @ data.rows[rows].double().T + biases[restart]
-            margin = equal * (data.lengths[rows] * longest[restart] + longest[restart].square())
-            ties = scores >= scores.amax(0) - margin
-            assignments[restart, rows] = torch.where(ties, ids, num_clusters).amin(0)
+    for part in _together(weights):
+        own, its_weights = assignments[part], weights[part]
+        for which, rows in _pairs(doubtful[part], _converted(weights.device) // len(own)):
+            products = (its_weights.flatten(0, 1) @ data.rows[rows].double().T).view(len(own), num_clusters, -1)
+            scores = products[which, :, torch.arange(len(rows), device=rows.device)] + biases[part][which, :, 0]
+            long = longest[part][which, 0]
+            ties = scores >= (scores.amax(1) - equal * (data.lengths[rows] * long + long.square()))[:, None]
+            own[which, rows] = torch.where(ties, ids.T, num_clusters).amin(1)
     return assignments
+
+
+def _together(restarts: Tensor) -> list[slice]:
+    """Which of the restarts (R, ...) are worked on at a time: each alone in a core's cache, all of them on a GPU, which
+    has to be waited for wherever it is asked how many rows there are."""
+    step = 1 if restarts.is_cpu else len(restarts)
+    return [slice(start, start + step) for start in range(0, len(restarts), step)]
+
+
+def _pairs(chosen: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The restarts and the rows where `chosen` (R, M) holds, at most `size` of them at a time."""
+    found = chosen.flatten().nonzero()[:, 0]
+    for some in found.split(size) if len(found) else ():
+        yield some // chosen.shape[1], some % chosen.shape[1]
 
 
 def _sums(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
@@ -319,14 +335,15 @@ def _move(data: _Data, sums: Tensor, counts: Tensor, moved: Tensor, origin: Tens
 
     In float64 a row that leaves takes away what it brought, up to a rounding error that no centroid shows.
     """
-    for restart, (own, count) in enumerate(zip(sums, counts, strict=True)):
-        every = moved[restart].nonzero()[:, 0]
-        for place, sign in (to, 1), (origin, -1):
-            count.add_(place[restart].index_select(0, every).bincount(minlength=len(count)), alpha=sign)
-        for rows in every.split(_converted(sums.device)):
+    num_clusters = counts.shape[1]
+    for part in _together(sums):
+        own, count = sums[part].view(-1, sums.shape[2]), counts[part].view(-1)
+        for which, rows in _pairs(moved[part], _converted(sums.device)):
             values = data.rows.index_select(0, rows).double()
-            own.index_add_(0, to[restart].index_select(0, rows), values)
-            own.index_add_(0, origin[restart].index_select(0, rows), values, alpha=-1)
+            for places, sign in (to, 1), (origin, -1):
+                place = which * num_clusters + places[part][which, rows]
+                own.index_add_(0, place, values, alpha=sign)
+                count.index_add_(0, place, torch.ones_like(place), alpha=sign)
 
 
 def _means(data: _Data, sums: Tensor, counts: Tensor, old: Tensor, assignments: Tensor) -> Tensor:

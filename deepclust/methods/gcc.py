@@ -28,6 +28,7 @@ as STL-10's unlabelled ones, count in the first, without a graph.
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,12 @@ class GCC(ClusteringMethod):
             "assignment": assignment,
             "balance": self.balance_weight * balance,
         }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        head = list(self.cluster_head.parameters())
+        taken = {id(p) for p in head}
+        # Apart, for it begins to move later, and torch's fused SGD begins a group with all of its weights at once.
+        return [{"params": [p for p in self.parameters() if id(p) not in taken]}, {"params": head}]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.warming_up:  # a gradient of 0 would still bring weight decay and momentum

@@ -86,7 +86,8 @@ def pretext_loss(anchors: Tensor, others: Tensor, *, temperature: float) -> Tens
     """
     logits = anchors @ torch.cat([anchors, others]).T / temperature
     positions = torch.arange(len(anchors), device=anchors.device)
-    logits = logits.index_put((positions, positions), logits.new_tensor(-torch.inf))
+    itself = logits.new_full((), -torch.inf)  # filled there: a number that is brought to a device would be waited for
+    logits = logits.index_put((positions, positions), itself)
     return F.cross_entropy(logits, positions + len(anchors))
 
 

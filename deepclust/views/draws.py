@@ -25,10 +25,18 @@ def rows_of(draw: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
     return {name: values[rows] for name, values in draw.items()}
 
 
+AT_ONCE = 2**16  # bytes that CUDA takes from ordinary memory without waiting
+
+
+def move(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device, without waiting for it."""
+    waits = device.type == "cuda" and values.nbytes > AT_ONCE
+    return (values.pin_memory() if waits else values).to(device, non_blocking=True)
+
+
 def on(images: Tensor, values: Tensor) -> Tensor:
     """Values (N,) or (N, k) as (N, 1, 1, 1) or (N, k, 1, 1) on the images' device, without waiting for it."""
-    moved = values.to(images.device, non_blocking=True)
-    return moved.reshape(values.shape + (1,) * (4 - values.dim()))
+    return move(values, images.device).reshape(values.shape + (1,) * (4 - values.dim()))
 
 
 def change(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
@@ -44,6 +52,6 @@ def change_(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *p
     """`change` in place, for images that nobody else holds."""
     rows = chosen.nonzero().flatten()
     if len(rows):
-        at = rows.to(images.device, non_blocking=True)
+        at = move(rows, images.device)
         images.index_copy_(0, at, operation(images[at], *(values[rows] for values in parameters)))
     return images

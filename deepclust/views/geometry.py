@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.errors import InputError
-from deepclust.views.draws import change, coin, uniform
+from deepclust.views.draws import change, coin, move, uniform
 from deepclust.views.separable import resampling, separable, shifting
 
 
@@ -32,7 +32,7 @@ class RandomResizedCrop:
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         height, width = images.shape[-2:]
-        boxes = self.boxes(draw, height, width).to(images.device, non_blocking=True)
+        boxes = move(self.boxes(draw, height, width), images.device)
         top, left, rows, columns = boxes.unbind(1)
         down = resampling(top, rows, height, self.size)
         return separable(images, down, resampling(left, columns, width, self.size))
@@ -73,7 +73,7 @@ class RandomCrop:
         if int(room.max()) == 0 and self.padding == 0:
             return images
         corner = (draw["place"] * (room + 1)).floor() - self.padding
-        top, left = corner.to(images.device, non_blocking=True).unbind(1)
+        top, left = move(corner, images.device).unbind(1)
         return separable(images, shifting(top, height, self.size), shifting(left, width, self.size))
 
 
@@ -174,17 +174,17 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
-def warp(images: Tensor, inverse: Tensor, move: Tensor, *, mode: str) -> Tensor:
+def warp(images: Tensor, inverse: Tensor, shift: Tensor, *, mode: str) -> Tensor:
     """Images (N, C, H, W) under an affine map each; black where nothing was.
 
     Args:
         inverse: (N, 2, 2) from a place in the new image to its source, (x, y) in pixels off the centre.
-        move: (N, 2) shares of the width and of the height by which the image moves right and down.
+        shift: (N, 2) shares of the width and of the height by which the image moves right and down.
         mode: "bilinear" or "nearest".
     """
     height, width = images.shape[-2:]
     # affine_grid counts from -1 to 1 over either side
     linear = inverse * torch.tensor([[1, height / width], [width / height, 1]])
-    theta = torch.cat([linear, linear @ (-2 * move[:, :, None])], 2).to(images.device, non_blocking=True)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    theta = torch.cat([linear, linear @ (-2 * shift[:, :, None])], 2)
+    grid = F.affine_grid(move(theta, images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)

@@ -127,6 +127,7 @@ class MultiView:
             )
         fitting = self.piece_bytes // (4 * channels * height * width)
         piece = max(16, fitting) if images.is_cpu else n
+        apply = self._one_by_one if images.is_cpu else self._by_pipeline
         views: list[list[Tensor]] = [[] for _ in recipes]
         with torch.autocast(images.device.type, enabled=False):
             for start in range(0, n, piece):
@@ -134,9 +135,23 @@ class MultiView:
                 pixels = images[part].to(torch.float32, memory_format=torch.contiguous_format)
                 if not images.is_floating_point():
                     pixels = pixels / 255
-                for view, (name, draw) in zip(views, recipes, strict=True):
-                    view.append(self._finish(self.pipelines[name].apply(pixels, rows_of(draw, part))))
+                made = apply(pixels, [(name, rows_of(draw, part)) for name, draw in recipes])
+                for view, rows in zip(views, made, strict=True):
+                    view.append(rows)
         return tuple(torch.cat(view) for view in views)
+
+    def _one_by_one(self, pixels: Tensor, recipes: list[tuple[str, dict[str, Tensor]]]) -> list[Tensor]:
+        return [self._finish(self.pipelines[name].apply(pixels, draw)) for name, draw in recipes]
+
+    def _by_pipeline(self, pixels: Tensor, recipes: list[tuple[str, dict[str, Tensor]]]) -> list[Tensor]:
+        """The same with all views of one pipeline at once: small images cost a GPU as much as there are operations."""
+        made: dict[str, list[Tensor]] = {}
+        for name in {name: None for name, _ in recipes}:
+            draws = [draw for other, draw in recipes if other == name]
+            joined = {key: torch.cat([draw[key] for draw in draws]) for key in draws[0]}
+            images = self.pipelines[name].apply(pixels.repeat(len(draws), 1, 1, 1), joined)
+            made[name] = list(self._finish(images).split(len(pixels)))
+        return [made[name].pop(0) for name, _ in recipes]
 
     def _finish(self, images: Tensor) -> Tensor:
         """Images normalised, and colour images in channels-last memory, which convolutions prefer."""

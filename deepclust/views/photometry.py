@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepclust.views.draws import change, change_, coin, on, uniform
+from deepclust.views.draws import change, change_, coin, move, on, uniform
 from deepclust.views.separable import box, filtering, gaussian, separable
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -38,7 +38,7 @@ class ColorJitter:
         # One formula mixes an image with black, its mean or its grey self; on a hue step it keeps the image.
         keep = torch.where(order == HUE, 1, strength)
         weights = torch.stack([keep, (1 - keep) * (order == CONTRAST), (1 - keep) * (order == SATURATION)])
-        weights = weights.to(images.device, non_blocking=True)[..., None, None, None]
+        weights = move(weights, images.device)[..., None, None, None]
         for step in range(4):
             keep, to_mean, to_grey = weights[:, :, step]
             tones = grey(images)
@@ -76,7 +76,7 @@ class GaussianBlur:
 
     def blur(self, images: Tensor, sigma: Tensor) -> Tensor:
         """Images (N, C, H, W) blurred with deviations (N,), mirrored at the border."""
-        kernels = gaussian(sigma, self.kernel_size).to(images.device, non_blocking=True)
+        kernels = move(gaussian(sigma, self.kernel_size), images.device)
         down, across = (filtering(kernels, pixels, mirror=True) for pixels in images.shape[-2:])
         return separable(images, down, across)
 
@@ -103,7 +103,7 @@ class PillowBlur:
         variance = sigma**2 / 3
         whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
         share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-        kernels = box(whole + share, 2 * int(self.sigma[1] + 2) + 1).to(images.device, non_blocking=True)
+        kernels = move(box(whole + share, 2 * int(self.sigma[1] + 2) + 1), images.device)
         down, across = (filtering(kernels, pixels, mirror=False)[:, None] for pixels in images.shape[-2:])
         levels = (images * 255).round()
         for _ in range(3):
@@ -151,7 +151,7 @@ class Intensity:
         curved = images.clamp(0, 1) ** on(images, draw["gamma"])
         mixed = blend(curved, mean(grey(curved)), draw["contrast"])
         lit = mixed * on(images, draw["brightness"])
-        return (lit + draw["noise"].to(images.device, non_blocking=True)).clamp(0, 1)
+        return (lit + move(draw["noise"], images.device)).clamp(0, 1)
 
 
 class Cutout:

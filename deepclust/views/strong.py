@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.views import photometry
-from deepclust.views.draws import change_, on
+from deepclust.views.draws import change_, move, on
 from deepclust.views.geometry import warp
 from deepclust.views.photometry import blend, grey, mean
 
@@ -105,8 +105,8 @@ def shear_x(images: Tensor, slope: Tensor) -> Tensor:
     inverse[:, 0, 1] = slope
     height, width = images.shape[-2:]
     # warp shears about the centre, which moves the upper edge to the right by slope * height / 2
-    move = torch.stack([-slope * height / (2 * width), torch.zeros_like(slope)], 1)
-    return warp(images, inverse, move, mode="nearest")
+    shift = torch.stack([-slope * height / (2 * width), torch.zeros_like(slope)], 1)
+    return warp(images, inverse, shift, mode="nearest")
 
 
 def shear_y(images: Tensor, slope: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def shear_y(images: Tensor, slope: Tensor) -> Tensor:
 
 def translate_x(images: Tensor, share: Tensor) -> Tensor:
     """Moved to the left by a share of the width."""
-    move = torch.stack([-share, torch.zeros_like(share)], 1)
-    return warp(images, torch.eye(2).repeat(len(images), 1, 1), move, mode="nearest")
+    shift = torch.stack([-share, torch.zeros_like(share)], 1)
+    return warp(images, torch.eye(2).repeat(len(images), 1, 1), shift, mode="nearest")
 
 
 def translate_y(images: Tensor, share: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def sharpness(images: Tensor, share: Tensor) -> Tensor:
     kernel = torch.ones(3, 3)
     kernel[1, 1] = 5
     channels = images.shape[1]
-    weight = (kernel / kernel.sum()).expand(channels, 1, 3, 3).to(images.device, non_blocking=True)
+    weight = move(kernel / kernel.sum(), images.device).expand(channels, 1, 3, 3)
     smooth = images.clone()
     smooth[..., 1:-1, 1:-1] = F.conv2d(images, weight, groups=channels)
     return blend(images, smooth, share)

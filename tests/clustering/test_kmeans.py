@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
+from deepclust.clustering import kmeans as module
 from deepclust.clustering.kmeans import best_of, kmeans, lloyd, nearest, seed_kmeans_plus_plus
 from deepclust.errors import InputError
 
@@ -153,6 +154,18 @@ def test_the_best_of_parts_is_the_best_of_all(metric):
             assert (best.inertia, best.restart, best.iterations) == (whole.inertia, whole.restart, whole.iterations)
             assert torch.equal(best.assignments, whole.assignments) and torch.equal(best.centroids, whole.centroids)
         assert whole.inertia == min(result.inertia for result in single)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_all_restarts_at_a_time_as_on_a_gpu_give_what_each_alone_gives(metric, monkeypatch):
+    rows = torch.cat([blobs(300, 4, 5), blobs(100, 4, 1).round()])  # the last ones are near several centroids at once
+    rows = torch.cat([rows, rows[:50]])
+    told = {"num_clusters": 5, "metric": metric, "restarts": range(6), "key": KEY, **SETTINGS}
+    alone = kmeans(rows, **told)
+    monkeypatch.setattr(module, "_together", lambda restarts: [slice(0, len(restarts))])
+    together = kmeans(rows, **told)
+    assert together.assignments.equal(alone.assignments) and together.restart == alone.restart
+    torch.testing.assert_close(together.centroids, alone.centroids)
 
 
 @pytest.mark.parametrize("metric", METRICS)

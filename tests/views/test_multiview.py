@@ -111,6 +111,17 @@ def test_views_do_not_depend_on_the_other_images_or_on_the_pieces():
         torch.testing.assert_close(piece, view, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_views_of_a_pipeline_at_once_as_on_a_gpu_are_the_same(channels, monkeypatch):
+    told = {"names": ["weak", "same", "strong", "weak"], "mean": MEAN[:channels], "std": STD[:channels]}
+    alone = views_of(raw(20, channels), 7, **told)
+    monkeypatch.setattr(MultiView, "_one_by_one", MultiView._by_pipeline)
+    together = views_of(raw(20, channels), 7, **told)
+    for view, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other, view, rtol=0, atol=1e-5)
+        assert other.stride() == view.stride()
+
+
 def test_views_are_a_function_of_the_key_and_leave_the_global_stream_alone():
     images = raw(20)
     before = torch.get_rng_state()
