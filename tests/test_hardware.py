@@ -62,6 +62,19 @@ def test_a_fused_optimiser_takes_weights_that_begin_to_move_later(tmp_path):
     assert len(plain) == 4 and fused == pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["propos", "digpro"])
+def test_positive_sampling_is_not_rounded_away_in_bfloat16(name):
+    cfg = compose_train("dataset=digits", f"method={name}", "method.hidden_size=64")
+    check_dataset(cfg, build(cfg.dataset.source))
+    method = build(cfg.method)
+    q = torch.randn(32, cfg.method.embedding_size).bfloat16()
+    noise = (1e-3 * torch.randn(q.shape)).bfloat16()
+    exact = method.predict(q.float(), noise.float()) - method.predict(q.float(), torch.zeros(q.shape))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = method.predict(q, noise) - method.predict(q, torch.zeros_like(q))
+    torch.testing.assert_close(moved, exact)
+
+
 @pytest.mark.slow
 def test_compiled_in_bfloat16_and_resident_it_learns_like_the_plain_run(run_small):
     fast = ["compile=default", "precision=bf16-mixed", "fused_optimizer=true", "resident_bytes=1e9", "benchmark=true"]

@@ -167,17 +167,24 @@ class DigPro(ClusteringMethod):
         """Alignment, scattering and group loss of one direction: q online, k target, both (N, D); moves the groups."""
         every_q = distributed.gather_with_gradient(q)
         moved = self.groups.moved(every_q)
-        group = group_loss(self.predictor(q), moved, self.groups.assign(k), temperature=self.group_temperature)
+        group = group_loss(
+            self.predict(q, torch.zeros_like(q)), moved, self.groups.assign(k), temperature=self.group_temperature
+        )
         self.groups.vectors.copy_(moved.detach())
 
-        noise = noise_std * batch.draws.normal_like(q, purpose) if noise_std else 0.0
-        align = alignment(self.predictor(q + noise), k)
+        noise = noise_std * batch.draws.normal_like(q, purpose) if noise_std else torch.zeros_like(q)
+        align = alignment(self.predict(q, noise), k)
         if batch.extra:
             return align, align.new_zeros(()), group
         labels = self.pseudo_labels.assignments[distributed.gather(batch.indices)]
         every_k = distributed.gather(k)
         scatter = prototype_scattering_loss(every_q, every_k, labels, self.num_clusters, temperature=self.temperature)
         return align, scatter, group
+
+    @full_precision  # bfloat16 would round the noise away
+    def predict(self, q: Tensor, noise: Tensor) -> Tensor:
+        """Predictions (N, D) for neighbours of the raw projections q (N, D): positive sampling."""
+        return self.predictor(q + noise)
 
     # The E-step and the final clustering
 

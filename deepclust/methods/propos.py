@@ -35,6 +35,7 @@ from deepclust.losses.prototypes import prototype_scattering_loss
 from deepclust.memory import Queue
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import Schedule
+from deepclust.precision import full_precision
 
 
 class ProPos(ClusteringMethod):
@@ -128,21 +129,20 @@ class ProPos(ClusteringMethod):
         """Alignment and (unweighted) scattering of one step, means of both directions; moves the target."""
         a, b = batch.views
 
-        def sampled(q: Tensor, purpose: str) -> Tensor:
-            """Neighbours of the raw projections (N, D): positive sampling."""
-            return q + noise_std * batch.draws.normal_like(q, purpose) if noise_std else q
+        def noise(q: Tensor, purpose: str) -> Tensor:
+            return noise_std * batch.draws.normal_like(q, purpose) if noise_std else torch.zeros_like(q)
 
         if self.step_order == "joint":
             self.update_target()
             q_a, q_b = self.online(torch.cat([a, b])).chunk(2)
             k_b, k_a = self.target(torch.cat([b, a])).chunk(2)
-            neighbours = torch.cat([sampled(q_a, "noise of a"), sampled(q_b, "noise of b")])
-            align = alignment(self.predictor(neighbours), torch.cat([k_b, k_a]))
+            noises = torch.cat([noise(q_a, "noise of a"), noise(q_b, "noise of b")])
+            align = alignment(self.predict(torch.cat([q_a, q_b]), noises), torch.cat([k_b, k_a]))
         else:
             q_a, k_b = self.online(a), self.target(b)
-            align = alignment(self.predictor(sampled(q_a, "noise of a")), k_b) / 2
+            align = alignment(self.predict(q_a, noise(q_a, "noise of a")), k_b) / 2
             q_b, k_a = self.online(b), self.target(a)
-            align = align + alignment(self.predictor(sampled(q_b, "noise of b")), k_a) / 2
+            align = align + alignment(self.predict(q_b, noise(q_b, "noise of b")), k_a) / 2
             self.update_target()
         if batch.extra:
             return align, align.new_zeros(())
@@ -151,6 +151,11 @@ class ProPos(ClusteringMethod):
             indices = distributed.gather(batch.indices).repeat(2)
             self.queue.push(torch.cat([distributed.gather(k_b), distributed.gather(k_a)]), indices)
         return align, scatter
+
+    @full_precision  # bfloat16 would round the noise away
+    def predict(self, q: Tensor, noise: Tensor) -> Tensor:
+        """Predictions (N, D) for neighbours of the raw projections q (N, D): positive sampling."""
+        return self.predictor(q + noise)
 
     def scatter(self, q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
         """Prototype scattering of one direction over the global batch: q online, k target, both (N, D)."""
