@@ -178,6 +178,8 @@ class ClusteringMethod(LightningModule):
 
         `mode` is torch.compile's. Sizes of batches are taken as fixed: there are few.
         """
+        # A graph for each network, mode and size of batch; beyond torch's limit of 8 the rest would not be compiled.
+        torch._dynamo.config.recompile_limit = 64
         for module in self.modules():
             if type(module) is type(self.backbone):
                 module.compile(mode=mode, dynamic=False)
