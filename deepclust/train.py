@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -133,12 +134,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         logger=build_each(cfg.logger, at_hand),
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
     )
+    leave_queue_alone(trainer)
 
     started = time.monotonic()
     try:
         trainer.fit(method, datamodule, ckpt_path=str(folder / CHECKPOINT) if resumed else None)
-    except SystemExit:
-        if trainer.interrupted:  # what Lightning makes of Ctrl-C
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
         raise
     train_seconds = time.monotonic() - started
@@ -310,6 +312,17 @@ def describe(cfg: DictConfig, images: ImageSet, trainer: Trainer, judgement: Jud
         "commit": commit(),
         "earlier": {name: cfg.earlier[name] for name in ("run", "sha256")},
     }
+
+
+def leave_queue_alone(trainer: Trainer) -> None:
+    """Keep Lightning from acting on SIGUSR1 inside Slurm.
+
+    It would write a checkpoint of its own into the working folder, whatever the process is doing, and every later run
+    that starts there would take it for its own.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
 
 
 def quiet_lightning() -> None:
