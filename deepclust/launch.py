@@ -24,6 +24,8 @@ def run(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """`work(cfg, folder)` on as many processes as the hardware asks for; the result of rank 0."""
     devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
     cfg.hardware.devices = devices
+    if processes_exist():
+        check_processes(devices, cfg.hardware.num_nodes)
     if devices == 1 or processes_exist():
         return work(cfg, folder)
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -62,6 +64,24 @@ def processes_exist() -> bool:
     several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "TORCHELASTIC_RUN_ID" in os.environ or (srun and several and not interactive)
+
+
+def check_processes(devices: int, num_nodes: int) -> None:
+    """See that torchrun or srun has started a process for each device.
+
+    Raises:
+        InputError: where it has not, or srun was not told how many of them share a node.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE"))
+    everywhere = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
+    if (here, everywhere) != (str(devices), str(devices * num_nodes)):
+        raise InputError(
+            f"{everywhere} processes were started, {here or 'an unknown number'} a node, and hardware asks for "
+            f"{num_nodes} x {devices}",
+            expected="a process for each device",
+            do="choose hardware=slurm and start it by srun --nodes=M --ntasks-per-node=N, or set hardware.num_nodes=M "
+            "hardware.devices=N",
+        )
 
 
 def rank() -> int:

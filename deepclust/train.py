@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """One run in Hydra's folder; a finished one is shown and left alone."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if others := launch.rank() > 0:  # the first of the processes speaks for all
+        logging.root.setLevel(logging.WARNING)
     if (results := read_results(folder)) is not None:
         log.info("%s is finished already; nothing to do", folder)
     else:
@@ -55,7 +57,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         for group in cfg.names:
             cfg.names[group] = cfg.names[group] or choices[group]
         results = run(cfg, folder)
-    show_run(results, folder)
+    if not others:
+        show_run(results, folder)
     return results
 
 
@@ -79,6 +82,7 @@ def find_earlier(cfg: DictConfig, folder: Path) -> None:
         earlier = earlier_stage(cfg)
         log.info("first the stage before: %s in %s", earlier.names.method, start)
         run(earlier, start)
+        distributed.wait_for_all()  # until the first process has written what follows
     results = read_results(start)
     if results is None:
         raise InputError(f"{start} is no finished run", expected="a folder with results.json", do="set start=DIR")
