@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -57,7 +58,10 @@ def main() -> int:
     except InputError as error:
         if full_error:
             traceback.print_exception(error)
-        _say(f"error: {error}")
+        from deepclust import launch
+
+        if not (launch.rank() if error.told is None else error.told):
+            _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         _say("interrupted")
@@ -148,8 +152,9 @@ def _run(verb: str, arguments: list[str]) -> int:
                 text = f"job {settings.job.num} ({' '.join(settings.overrides.task)}): {_summary(error)}"
                 # This process's plain sweep goes on; a distant launcher or a searching sweeper must know.
                 if os.getpid() == process and settings.sweeper._target_.endswith(".BasicSweeper"):
-                    sys.stderr.write(trace)
-                    _say(f"error: {text}")
+                    if not getattr(error, "told", False):
+                        sys.stderr.write(trace)
+                        _say(f"error: {text}")
                     return None
                 raise JobFailed(text, _code(error), trace) from None
 
@@ -190,10 +195,11 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     """One job: `main` of the verb's module. The last error of a run stays in its folder as error.txt."""
     from omegaconf.errors import OmegaConfBaseException
 
+    from deepclust import launch
     from deepclust.config import explain_value, plain
 
     note = None if run_folder is None else run_folder / "error.txt"
-    if note is not None:
+    if note is not None and launch.rank() == 0:
         note.unlink(missing_ok=True)
     try:
         try:
@@ -206,8 +212,22 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     except Exception as error:
         if note is not None:
             known = isinstance(error, InputError)
-            note.write_text(f"{error}\n" if known else "".join(traceback.format_exception(error)))
+            text = f"{error}\n" if known else "".join(traceback.format_exception(error))
+            told = not _write_first(note, text)
+            if isinstance(error, InputError):
+                error.told = told
         raise
+
+
+def _write_first(note: Path, text: str) -> bool:
+    """Write down an error; False where another process of the run has written the same."""
+    try:
+        with note.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        time.sleep(1)  # the other may be writing
+        return note.read_text() != text
+    return True
 
 
 def _account(jobs: _Jobs) -> int:

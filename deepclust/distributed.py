@@ -22,6 +22,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait_for_all() -> None:
+    """Come back once every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def gather(rows: Tensor) -> Tensor:
     """Rows (n_r, ...) of all processes in rank order, without gradient; the counts may differ, also be 0."""
     if world_size() == 1:

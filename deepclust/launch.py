@@ -6,6 +6,8 @@ Lightning finds itself inside a ready group.
 """
 
 import os
+import signal
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,16 @@ def run(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """`work(cfg, folder)` on as many processes as the hardware asks for; the result of rank 0."""
     devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
     cfg.hardware.devices = devices
+    if processes_exist():
+        check_processes(devices, cfg.hardware.num_nodes)
     if devices == 1 or processes_exist():
         return work(cfg, folder)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from deepclust.stopping import SIGNALS, pass_on, put_back
+
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -35,8 +43,15 @@ def run(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         rdzv_endpoint="127.0.0.1:0",
         start_method="spawn",
         max_restarts=0,
+        signals_to_handle=",".join(number.name for number in before),  # handed on to the processes
     )
-    results = elastic_launch(config, _worker)(work, OmegaConf.to_yaml(cfg), str(folder))
+    try:
+        results = elastic_launch(config, _worker)(work, OmegaConf.to_yaml(cfg), str(folder))
+    except SignalException as stopped:
+        pass_on(before[stopped.sigval], signal.Signals(stopped.sigval))
+        sys.exit(128 + stopped.sigval)
+    finally:
+        put_back(before)
     for result in results.values():
         if isinstance(result, InputError):
             raise result
@@ -44,10 +59,34 @@ def run(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def processes_exist() -> bool:
-    """Whether this process is one of several that torchrun or Slurm started."""
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    """Whether this process is one of several that torchrun or Slurm's srun started."""
+    srun = "SLURM_STEP_ID" in os.environ  # a batch script has the number of tasks too, and is alone
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return "TORCHELASTIC_RUN_ID" in os.environ or (slurm and not interactive)
+    return "TORCHELASTIC_RUN_ID" in os.environ or (srun and several and not interactive)
+
+
+def check_processes(devices: int, num_nodes: int) -> None:
+    """See that torchrun or srun has started a process for each device.
+
+    Raises:
+        InputError: where it has not, or srun was not told how many of them share a node.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE"))
+    everywhere = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
+    if (here, everywhere) != (str(devices), str(devices * num_nodes)):
+        raise InputError(
+            f"{everywhere} processes were started, {here or 'an unknown number'} a node, and hardware asks for "
+            f"{num_nodes} x {devices}",
+            expected="a process for each device",
+            do="choose hardware=slurm and start it by srun --nodes=M --ntasks-per-node=N, or set hardware.num_nodes=M "
+            "hardware.devices=N",
+        )
+
+
+def rank() -> int:
+    """This process's number among those that torchrun or srun started, from 0; known before they have met."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if processes_exist() else 0
 
 
 def count_devices(accelerator: str, devices: int | str) -> int:

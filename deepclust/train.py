@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """One run in Hydra's folder; a finished one is shown and left alone."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if others := launch.rank() > 0:  # the first of the processes speaks for all
+        logging.root.setLevel(logging.WARNING)
     if (results := read_results(folder)) is not None:
         log.info("%s is finished already; nothing to do", folder)
     else:
@@ -54,7 +57,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         for group in cfg.names:
             cfg.names[group] = cfg.names[group] or choices[group]
         results = run(cfg, folder)
-    show_run(results, folder)
+    if not others:
+        show_run(results, folder)
     return results
 
 
@@ -78,6 +82,7 @@ def find_earlier(cfg: DictConfig, folder: Path) -> None:
         earlier = earlier_stage(cfg)
         log.info("first the stage before: %s in %s", earlier.names.method, start)
         run(earlier, start)
+        distributed.wait_for_all()  # until the first process has written what follows
     results = read_results(start)
     if results is None:
         raise InputError(f"{start} is no finished run", expected="a folder with results.json", do="set start=DIR")
@@ -126,12 +131,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         logger=build_each(cfg.logger, at_hand),
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
     )
+    leave_queue_alone(trainer)
 
     started = time.monotonic()
     try:
         trainer.fit(method, datamodule, ckpt_path=str(folder / CHECKPOINT) if resumed else None)
-    except SystemExit:
-        if trainer.interrupted:  # what Lightning makes of Ctrl-C
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
         raise
     train_seconds = time.monotonic() - started
@@ -315,6 +321,17 @@ def describe(cfg: DictConfig, images: ImageSet, trainer: Trainer, judgement: Jud
         "commit": commit(),
         "earlier": {name: cfg.earlier[name] for name in ("run", "sha256")},
     }
+
+
+def leave_queue_alone(trainer: Trainer) -> None:
+    """Keep Lightning from acting on SIGUSR1 inside Slurm.
+
+    It would write a checkpoint of its own into the working folder, whatever the process is doing, and every later run
+    that starts there would take it for its own.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
 
 
 def quiet_lightning() -> None:

@@ -376,3 +376,10 @@ def test_paths_are_taken_as_they_are_typed(path):
 @pytest.mark.parametrize("argument", ["images='a, b'", "run=${start}", "runs=[a,b]", "method.spread=a, b", "run=a b,c"])
 def test_what_says_more_than_a_path_is_left_to_hydra(argument):
     assert quote_path(argument, sweeps=True) == argument
+
+
+def test_processes_of_one_run_tell_an_error_once(tmp_path):
+    note = tmp_path / "error.txt"
+    assert cli._write_first(note, "the same\n")
+    assert not cli._write_first(note, "the same\n")
+    assert cli._write_first(note, "another\n")

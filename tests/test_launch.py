@@ -11,6 +11,9 @@ import pytest
 import torch
 from lightning import Callback
 
+from deepclust import launch
+from deepclust.errors import InputError
+
 TWO = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
 SHORT = [
     "train",
@@ -91,3 +94,35 @@ def test_an_error_of_a_process_is_the_users_one_line(tmp_path):
     done = deepclust(*SHORT, *TWO, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "set batch_size=254" in done.stderr
+
+
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3"}
+
+
+@pytest.fixture
+def started_by(monkeypatch):
+    for name in (*SRUN, *TORCHRUN, "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
+
+
+@pytest.mark.parametrize("variables", [SRUN, TORCHRUN, TORCHRUN | SRUN])
+def test_processes_that_srun_or_torchrun_started_are_known(started_by, variables):
+    started_by(variables)
+    assert launch.processes_exist() and launch.rank() == 3
+    launch.check_processes(devices=2, num_nodes=2)
+    for devices, nodes in ((1, 1), (4, 1), (1, 4)):
+        with pytest.raises(InputError, match="4 processes were started, 2 a node"):
+            launch.check_processes(devices, nodes)
+
+
+def test_a_batch_script_is_alone(started_by):
+    started_by({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"})
+    assert not launch.processes_exist() and launch.rank() == 0
+
+
+def test_tasks_whose_nodes_are_not_known_are_refused(started_by):
+    started_by({name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"})
+    with pytest.raises(InputError, match="ntasks-per-node"):
+        launch.check_processes(devices=2, num_nodes=2)

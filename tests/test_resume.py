@@ -27,17 +27,13 @@ ARGUMENTS = [
 ]
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
+PROGRAM = "from deepclust.cli import main; raise SystemExit(main())"
+
+
+def start(folder: Path, *more: str, program: str = PROGRAM, environment: dict[str, str] | None = None):
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from deepclust.cli import main; raise SystemExit(main())",
-            *ARGUMENTS,
-            *more,
-            f"hydra.run.dir={folder}",
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", program, *ARGUMENTS, *more, f"hydra.run.dir={folder}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
