@@ -19,6 +19,20 @@ from tests.conformance.test_vectors import check_close
 KMEANS = {"num_restarts": 10, "max_iterations": 300, "tolerance": 1e-4}
 
 
+class LateDigPro(DigPro):
+    """A DigPro whose run had made `done` steps when the trainer's began."""
+
+    done = 0
+
+    @property
+    def global_step(self):
+        return self.done + super().global_step
+
+    @property
+    def current_epoch(self):
+        return self.global_step // self.steps_per_epoch
+
+
 def make_method(params, inputs, **settings):
     """A DigPro with the case's little networks; what the case does not say has no effect on it."""
     mid, size = inputs["online_encoder.0.weight"].shape
@@ -41,7 +55,7 @@ def make_method(params, inputs, **settings):
         "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0),
         "schedule": lambda step, steps_per_epoch: 1.0,
     }
-    method = DigPro(
+    method = LateDigPro(
         backbone=backbone,
         num_clusters=num_clusters,
         embedding_size=embedding,
@@ -131,7 +145,7 @@ def aggregation(params, inputs):
 
 
 def memory_bank(params, inputs):
-    bank = FeatureBank(size=params["size"], num_features=inputs["bank_init"].shape[1])
+    bank = FeatureBank(size=params["size"], num_features=inputs["bank_init"].shape[1]).to(inputs["bank_init"].dtype)
     bank.rows.copy_(inputs["bank_init"])
     after, positions = [], []
     for rows in inputs["batch_rows"].split(params["batches"]):
@@ -143,7 +157,7 @@ def memory_bank(params, inputs):
 
 def reset(params, inputs):
     groups = MomentumGroups(num_groups=params["K"], num_features=inputs["bank"].shape[1], decay=1.0)
-    groups.reset(inputs["bank"], (0,), **KMEANS)
+    groups.to(inputs["bank"].dtype).reset(inputs["bank"], (0,), **KMEANS)
     return {"groups_sorted": groups.vectors}
 
 
@@ -191,7 +205,8 @@ def objective(params, inputs):
 
 
 def train_steps(params, inputs):
-    assert params["first_iteration"] == 1, "a run begins at its first step"
+    done = params["first_iteration"] - 1
+    rates = WarmupCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"], variant="fractional")
     method = make_method(
         params,
         inputs,
@@ -205,8 +220,9 @@ def train_steps(params, inputs):
         optimizer=lambda groups: torch.optim.SGD(
             groups, lr=params["base_lr"], momentum=params["sgd_momentum"], weight_decay=params["weight_decay"]
         ),
-        schedule=WarmupCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"], variant="fractional"),
+        schedule=lambda step, steps_per_epoch: rates(done + step, steps_per_epoch),
     )
+    method.done = done
     method.pseudo_labels.assignments.copy_(inputs["pseudo_labels"])
     steps, per_epoch = len(inputs["indices"]), params["iters_per_epoch"]
     seen = {name: [] for name in ("alignment", "scattering", "group", "lr", "momentum")}
