@@ -69,7 +69,10 @@ def make_method(params, inputs, **settings):
         kmeans_tolerance=KMEANS["tolerance"],
         e_step_every_n_epochs=0,
         **{**arguments, **settings},
-    ).to(inputs["online_encoder.0.weight"].dtype)
+    )
+    if "bank" in inputs:  # of any size; a run demands a row for each group
+        method.bank = FeatureBank(size=len(inputs["bank"]), num_features=embedding)
+    method.to(inputs["online_encoder.0.weight"].dtype)
     given = {f"{NETWORKS[n.split('.')[0]]}.{n.split('.', 1)[1]}": v for n, v in inputs.items() if "." in n}
     for ours, its in (("groups.vectors", "groups"), ("bank.rows", "bank")):
         if its in inputs:
@@ -211,7 +214,6 @@ def train_steps(params, inputs):
         params,
         inputs,
         num_images=len(inputs["pseudo_labels"]),
-        bank_size=params["bank_size"],
         warmup_epochs=params["warmup_epochs"],
         epochs=params["epochs"],
         predictor_lr_factor=params["predictor_lr_factor"],
