@@ -13,7 +13,7 @@ from deepclust.ema import decay_at
 from deepclust.losses.prototypes import prototype_scattering_loss
 from deepclust.methods.digpro import DigPro, FeatureBank, MomentumGroups, resets_at
 from deepclust.optim import WarmupCosine
-from tests.conformance.adapters.propos import NETWORKS, GivenBatches, GivenDraws, named
+from tests.conformance.adapters.propos import NETWORKS, GivenBatches, GivenDraws, caught_terms, named
 from tests.conformance.test_vectors import check_close
 
 KMEANS = {"num_restarts": 10, "max_iterations": 300, "tolerance": 1e-4}
@@ -190,15 +190,13 @@ def objective(params, inputs):
     method.pseudo_labels.assignments.copy_(inputs["labels"])
     stand_for_trainer(method, global_step=0)
     noise = inputs["noise"].reshape(2, len(a), -1)
-    apart = copy.deepcopy(method)
+    apart, unweighted = copy.deepcopy(method), caught_terms(method)
     terms = method.losses(TrainBatch((a, b), torch.arange(len(a)), GivenDraws(noise[0], noise[1])))
     sum(terms.values()).backward()
     embeddings = F.normalize(torch.cat([apart.online(a), apart.online(b)]), dim=1)
     assert torch.equal(method.bank.rows[: len(embeddings)], embeddings)
     return {
-        "alignment": terms["alignment"],
-        "scattering": terms["scattering"] / params["lam"],
-        "group": terms["group"] / params["group_weight"],
+        **dict(zip(("alignment", "scattering", "group"), unweighted[0], strict=True)),
         "total": sum(terms.values()),
         "groups_new": method.groups.vectors,
         "embeddings": embeddings,
