@@ -144,13 +144,13 @@ def secu_loss(params, inputs):
 
 
 def assign_size(params, inputs):
-    balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0).to(inputs["duals"].dtype)
+    balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0).to(inputs["cost"].dtype)
     balance.duals.copy_(inputs["duals"])
     return {"labels": balance.assign(-inputs["cost"], None)}
 
 
 def assign_entropy(params, inputs):
-    balance = EntropyBalance(num_clusters=params["K"], weight=params["alpha"]).to(inputs["counts"].dtype)
+    balance = EntropyBalance(num_clusters=params["K"], weight=params["alpha"]).to(inputs["cost"].dtype)
     balance.counts.copy_(inputs["counts"])
     return {"labels": balance.assign(-inputs["cost"], inputs["last"] if params["epoch"] else None)}
 
