@@ -51,7 +51,9 @@ class SizeBalance(nn.Module):
     @torch.no_grad()
     def update(self, labels: Tensor, previous: Tensor | None) -> None:
         members = sizes(labels, self.counts)
-        self.duals += self.step * (self.min_share / len(members) - members / len(labels))
+        # In the authors' order of operations, so that duals which should be equal or 0 are as near to it as theirs.
+        self.duals -= self.step / len(labels) * members
+        self.duals += self.step * (self.min_share / len(members))
         if self.min_share < 1:
             self.duals.clamp_(min=0)
         self.counts += members

@@ -95,7 +95,8 @@ def seed_kmeans_plus_plus(features: Tensor, first: Tensor, uniforms: Tensor, *, 
 
     `first` (R,) is the first row of each restart. `uniforms` (R, K-1, T) in [0, 1) picks T candidates for each further
     one, with probabilities in proportion to the distance from the nearest row chosen so far: the first row at which the
-    running sum reaches the uniform number times the total. The candidate that leaves the least total is chosen.
+    running sum reaches the uniform number times the total. The candidate that leaves the least total is chosen, of
+    equal ones the first.
     """
     with exact_products(features.device):
         return _seed(_Data(features, metric), first, uniforms)
@@ -215,7 +216,10 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
             distances = scores.add_(biases).mul_(-data.slope).add_(data.offsets[part]).clamp_(min=0)
             left[..., part] = distances = distances.minimum(potential[:, None, part])
             totals += distances.sum(-1)
-        best = totals.argmin(1)
+        # Two candidates that are nearest to each other, and to nothing else, leave the same total: not a rounding error
+        # is to choose between them.
+        equal = totals <= totals.amin(1, keepdim=True) * (1 + 8 * torch.finfo(data.rows.dtype).eps)
+        best = equal.int().argmax(1)
         chosen.append(candidates[every, best])
         if len(chosen) > uniforms.shape[1]:
             break

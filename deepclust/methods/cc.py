@@ -107,5 +107,15 @@ def cluster_losses(logits_a: Tensor, logits_b: Tensor, *, temperature: float) ->
 
 def cluster_contrast(c_a: Tensor, c_b: Tensor, *, temperature: float) -> Tensor:
     """Contrast of the columns of soft assignments (N, K) of both views, by cosine; an empty column has cosine 0."""
-    columns_a, columns_b = (F.normalize(c, dim=0, eps=1e-8).T for c in (c_a, c_b))
-    return nt_xent(columns_a, columns_b, temperature=temperature)
+    return nt_xent(unit_columns(c_a), unit_columns(c_b), temperature=temperature)
+
+
+def unit_columns(assignments: Tensor) -> Tensor:
+    """The columns (K, N) of soft assignments (N, K) over their lengths, for which 1e-8 is taken at least.
+
+    The gradient knows nothing of that bound, as in torch's cosine similarity, the authors' choice: it tells in
+    clusters that are almost empty.
+    """
+    lengths = assignments.norm(dim=0)
+    bounded = lengths + (lengths.clamp(min=1e-8) - lengths).detach()
+    return (assignments / bounded).T

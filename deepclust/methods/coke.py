@@ -72,13 +72,12 @@ class CentroidHead(nn.Module):
             means = F.normalize(means, dim=0)
         self.running.copy_(torch.where(members.any(0), means, self.running))
 
-    def end_epoch(self, weight: float) -> None:
-        """Let the running centroids, with this weight beside the frozen ones, be the next epoch's."""
-        if weight < 1:
+    def end_epoch(self, weight: float, *, averaging: bool) -> None:
+        """Let the running centroids, with this weight beside the frozen ones while averaging, be the next epoch's."""
+        if averaging:
             means = (1 - weight) * self.frozen + weight * F.normalize(self.running, dim=0)
-            self.running.copy_(means)
-        self.frozen.copy_(F.normalize(self.running, dim=0))
-        self.running.copy_(self.frozen)
+            self.running.copy_(F.normalize(means, dim=0))
+        self.frozen.copy_(self.running)
         self.balance.end_epoch()
 
 
@@ -126,7 +125,9 @@ class LabelMemory(nn.Module):
         slot = torch.where(known, last, self.following[head, indices]).unsqueeze(1)
         dropped = weights.gather(1, slot).masked_fill(known.unsqueeze(1), 0.0)
         share = epoch_share(epoch, self.averaging_epoch)
-        kept = weights.scatter_add(1, slot, -dropped) * (1 - share) / (1 - dropped)
+        # Weights of equal worth are common, and their last bits say which of them goes next: in this order, as the
+        # authors' code has it.
+        kept = weights.scatter_add(1, slot, -dropped) * ((1 - share) / (1 - dropped))
         weights = kept.scatter_add(1, slot, torch.full_like(dropped, share))
         self.labels[head, indices] = labels.scatter(1, slot, new.unsqueeze(1))
         self.weights[head, indices] = weights
@@ -274,8 +275,9 @@ class CoKe(ClusteringMethod):
         counts = self.each_head()[0].balance.counts
         shares = counts / counts.sum()
         self.log_dict({"train/smallest_cluster": shares.min(), "train/largest_cluster": shares.max()})
+        epoch, start = self.current_epoch, self.averaging_epoch
         for head in self.each_head():
-            head.end_epoch(epoch_share(self.current_epoch, self.averaging_epoch))
+            head.end_epoch(epoch_share(epoch, start), averaging=epoch >= start)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

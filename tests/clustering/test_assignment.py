@@ -55,6 +55,16 @@ def test_size_rule_keeps_every_cluster_near_its_bound():
     assert shares.min() > 0.95 * 0.9 / clusters
 
 
+def test_duals_are_the_authors_to_the_last_bit():
+    """First each member takes from its cluster, then all clusters gain: unclipped duals sum up rounding errors."""
+    drawn = torch.Generator().manual_seed(0)
+    balance, duals = SizeBalance(num_clusters=7, step=20.0, min_share=1.0), torch.zeros(7)
+    for labels in torch.randint(7, (200, 12), generator=drawn):
+        balance.update(labels, None)
+        duals = duals - 20 / 12 * torch.bincount(labels, minlength=7) + 20 * (1 / 7)
+    assert torch.equal(balance.duals, duals)
+
+
 def test_an_epochs_end_forgets_counts_and_keeps_duals():
     balance = size_balance(3)
     balance.update(torch.tensor([0, 0, 1]), None)

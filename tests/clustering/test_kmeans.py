@@ -87,8 +87,8 @@ def test_lloyd_equals_plain_loops(metric, size, features, clusters, seed):
     assert found.iterations == iterations
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.sampled_from(METRICS), st.integers(1, 30), st.integers(1, 6), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(METRICS), st.integers(1, 30), st.integers(1, 15), st.integers(0, 10**6))
 def test_seeding_equals_plain_loops(metric, size, clusters, seed):
     drawn = np.random.default_rng(seed)
     rows = drawn.normal(size=(size, 3))
@@ -106,8 +106,7 @@ def test_seeding_equals_plain_loops(metric, size, clusters, seed):
                 [min(p, distance(r, rows[c], metric)) for p, r in zip(potential, rows, strict=True)] for c in reached
             ]
             totals = np.sum(left, axis=1)
-            assume(len({reached[t] for t in range(3) if totals[t] < totals.min() + 1e-9}) == 1)
-            best = totals.argmin()
+            best = (totals < totals.min() + 1e-12).argmax()  # two that are nearest to each other tie: the first
             chosen.append(reached[best])
             potential = np.array(left[best])
         assert found[restart, : len(chosen)].tolist() == chosen

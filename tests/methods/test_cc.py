@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.methods.cc import CC, cluster_contrast, cluster_losses, instance_loss
+from deepclust.methods.cc import CC, cluster_contrast, cluster_losses, instance_loss, unit_columns
 
 
 def make_method(num_features=6, num_clusters=4):
@@ -70,6 +71,21 @@ def test_an_empty_cluster_has_cosine_zero_and_finite_gradients():
     (contrast + balance).backward()
     assert torch.isfinite(contrast + balance) and torch.isfinite(logits.grad).all()
     assert not logits.grad[..., 3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_almost_empty_cluster_gets_the_gradient_of_torchs_cosine_similarity(dtype):
+    logits = torch.randn(6, 4, dtype=dtype)
+    logits[:, 3] -= 22  # its length is above 0 and below the floor of 1e-8
+    c = logits.softmax(1)
+    assert 0 < float(c[:, 3].norm()) < 1e-8
+    ours, theirs = c.clone().requires_grad_(), c.clone().requires_grad_()
+    probe = torch.randn(4, 4, dtype=dtype)
+    columns, expected = unit_columns(ours), F.cosine_similarity(theirs.T[:, None], theirs.T[None], dim=2)
+    torch.testing.assert_close(columns @ columns.T, expected)
+    ((columns @ columns.T) * probe).sum().backward()
+    (expected * probe).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("size", "clusters"), [(1, 1), (1, 4), (2, 40), (3, 1)])

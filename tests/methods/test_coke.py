@@ -133,9 +133,17 @@ def test_first_rows_of_an_epoch_replace_what_a_cluster_inherited():
     head.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), averaging=False)
     torch.testing.assert_close(head.running[:, 0], torch.tensor([0.5, 0.5]) * 2**0.5)
     assert torch.equal(head.running[:, 1], start[:, 1]), "without rows a cluster keeps its centroid"
-    head.end_epoch(1.0)
+    head.end_epoch(1.0, averaging=False)
     torch.testing.assert_close(head.frozen, head.running)
     assert not head.balance.counts.any()
+
+
+def test_without_averaging_the_next_epoch_has_the_running_centroids_as_they_are():
+    head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=2, step=0.1, min_share=0.5))
+    running = torch.tensor([[3.0, 0.0], [4.0, 0.5]])
+    head.running.copy_(running)
+    head.end_epoch(1.0, averaging=False)
+    assert torch.equal(head.frozen, running) and torch.equal(head.running, running)
 
 
 def test_averaging_weighs_epochs_alike():
@@ -143,7 +151,7 @@ def test_averaging_weighs_epochs_alike():
     head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=1, step=0.1, min_share=0.5))
     head.frozen.copy_(torch.tensor([[1.0], [0.0]]))
     head.running.copy_(torch.tensor([[0.0], [2.0]]))
-    head.end_epoch(0.25)
+    head.end_epoch(0.25, averaging=True)
     torch.testing.assert_close(head.frozen, F.normalize(torch.tensor([[0.75], [0.25]]), dim=0))
     assert torch.equal(head.frozen, head.running)
 
@@ -181,6 +189,13 @@ def test_a_full_table_drops_its_lightest_label():
     assert sorted(memory.labels[0, 0].tolist()) == [1, 3]
     assert float(memory.weights.sum()) == pytest.approx(1)
     assert float(memory.weights[0, 0][memory.labels[0, 0] == 3]) == pytest.approx(1 / 4)
+
+
+def test_of_slots_of_equal_weight_the_one_goes_that_went_in_the_authors_code():
+    """Labels 6 and 2 had two epochs each; what float32 makes of their weights was read off a run of that code."""
+    memory = memory_of(3, averaging_epoch=2)
+    pass_through(memory, [6, 2, 6, 2, 1, 1, 3, 0, 6, 6, 0], clusters=7)
+    assert memory.labels[0, 0].tolist() == [0, 2, 1]
 
 
 def test_one_slot_keeps_the_last_label():
@@ -240,7 +255,7 @@ def test_processes_together_are_one():
             torch.testing.assert_close(sum(theirs) / 3, parameter.grad, rtol=1e-9, atol=1e-12)
         for method in (alone, *ranks):
             for head in method.each_head():
-                head.end_epoch(1.0)
+                head.end_epoch(1.0, averaging=False)
             for name, value in alone.named_buffers():
                 torch.testing.assert_close(method.get_buffer(name), value, msg=lambda m, n=name: f"{n}: {m}")
 

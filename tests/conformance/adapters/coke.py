@@ -14,7 +14,7 @@ NEVER = 10**9  # an epoch that no case reaches
 EMPTY = 1  # what the authors' label memory holds at first
 
 
-def make_method(params, *, num_features, **settings):
+def make_method(params, *, num_features, dtype, **settings):
     """A CoKe with the case's heads; its networks are put in by who needs them."""
     backbone = nn.Identity()
     backbone.num_features = num_features
@@ -40,7 +40,7 @@ def make_method(params, *, num_features, **settings):
         label_temperature=params.get("label_temperature", 1.0),
         e_step_every_n_epochs=0,
         **{**arguments, **settings},
-    )
+    ).to(dtype)
     method.memory.labels.fill_(EMPTY)
     return method
 
@@ -49,7 +49,7 @@ PLACES = (("pre", "frozen"), ("cur", "running"), ("duals", "balance.duals"), ("c
 
 
 def coke_loss(params, inputs):
-    method = at_epoch(make_method(params, num_features=1), params["epoch"])
+    method = at_epoch(make_method(params, num_features=1, dtype=inputs["x1"].dtype), params["epoch"])
     for number, head in enumerate(method.each_head()):
         for its, ours in PLACES:
             head.get_buffer(ours).copy_(inputs[f"{its}{number}"])
@@ -72,7 +72,7 @@ def coke_loss(params, inputs):
 
 def assign(params, inputs):
     balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0)
-    head = CentroidHead(num_features=params["D"], balance=balance)
+    head = CentroidHead(num_features=params["D"], balance=balance).to(inputs["cur"].dtype)
     balance.duals.copy_(inputs["duals"])
     head.running.copy_(inputs["cur"])
     return {"labels": head.assign(inputs["feats"], averaging=False)}
@@ -80,7 +80,7 @@ def assign(params, inputs):
 
 def cluster_state(params, inputs):
     balance = SizeBalance(num_clusters=params["K"], step=params["dual_lr"], min_share=params["ratio"])
-    head = CentroidHead(num_features=params["D"], balance=balance)
+    head = CentroidHead(num_features=params["D"], balance=balance).to(inputs["c0"].dtype)
     head.frozen.copy_(inputs["c0"])
     head.running.copy_(inputs["c0"])
     stage = params.get("stage", NEVER)
@@ -96,7 +96,7 @@ def cluster_state(params, inputs):
             found["cur"].append(head.running.clone())
             found["duals"].append(balance.duals.clone())
             found["counts"].append(balance.counts.clone())
-        head.end_epoch(epoch_share(epoch, stage))
+        head.end_epoch(epoch_share(epoch, stage), averaging=averaging)
         found["epoch_centres"].append(torch.stack([head.frozen, head.running]))
     return {name: torch.stack(values) for name, values in found.items()}
 
@@ -122,6 +122,7 @@ def mini_training(params, inputs):
     method = make_method(
         params,
         num_features=params["Din"],
+        dtype=inputs["views"].dtype,
         optimizer=partial(
             Lars,
             lr=params["lr"],

@@ -13,10 +13,24 @@ from deepclust.ema import decay_at
 from deepclust.losses.prototypes import prototype_scattering_loss
 from deepclust.methods.digpro import DigPro, FeatureBank, MomentumGroups, resets_at
 from deepclust.optim import WarmupCosine
-from tests.conformance.adapters.propos import NETWORKS, GivenBatches, GivenDraws, named
+from tests.conformance.adapters.propos import NETWORKS, GivenBatches, GivenDraws, caught_terms, named
 from tests.conformance.test_vectors import check_close
 
 KMEANS = {"num_restarts": 10, "max_iterations": 300, "tolerance": 1e-4}
+
+
+class LateDigPro(DigPro):
+    """A DigPro whose run had made `done` steps when the trainer's began."""
+
+    done = 0
+
+    @property
+    def global_step(self):
+        return self.done + super().global_step
+
+    @property
+    def current_epoch(self):
+        return self.global_step // self.steps_per_epoch
 
 
 def make_method(params, inputs, **settings):
@@ -41,7 +55,7 @@ def make_method(params, inputs, **settings):
         "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0),
         "schedule": lambda step, steps_per_epoch: 1.0,
     }
-    method = DigPro(
+    method = LateDigPro(
         backbone=backbone,
         num_clusters=num_clusters,
         embedding_size=embedding,
@@ -55,7 +69,10 @@ def make_method(params, inputs, **settings):
         kmeans_tolerance=KMEANS["tolerance"],
         e_step_every_n_epochs=0,
         **{**arguments, **settings},
-    ).to(inputs["online_encoder.0.weight"].dtype)
+    )
+    if "bank" in inputs:  # of any size; a run demands a row for each group
+        method.bank = FeatureBank(size=len(inputs["bank"]), num_features=embedding)
+    method.to(inputs["online_encoder.0.weight"].dtype)
     given = {f"{NETWORKS[n.split('.')[0]]}.{n.split('.', 1)[1]}": v for n, v in inputs.items() if "." in n}
     for ours, its in (("groups.vectors", "groups"), ("bank.rows", "bank")):
         if its in inputs:
@@ -131,7 +148,7 @@ def aggregation(params, inputs):
 
 
 def memory_bank(params, inputs):
-    bank = FeatureBank(size=params["size"], num_features=inputs["bank_init"].shape[1])
+    bank = FeatureBank(size=params["size"], num_features=inputs["bank_init"].shape[1]).to(inputs["bank_init"].dtype)
     bank.rows.copy_(inputs["bank_init"])
     after, positions = [], []
     for rows in inputs["batch_rows"].split(params["batches"]):
@@ -143,7 +160,7 @@ def memory_bank(params, inputs):
 
 def reset(params, inputs):
     groups = MomentumGroups(num_groups=params["K"], num_features=inputs["bank"].shape[1], decay=1.0)
-    groups.reset(inputs["bank"], (0,), **KMEANS)
+    groups.to(inputs["bank"].dtype).reset(inputs["bank"], (0,), **KMEANS)
     return {"groups_sorted": groups.vectors}
 
 
@@ -173,15 +190,13 @@ def objective(params, inputs):
     method.pseudo_labels.assignments.copy_(inputs["labels"])
     stand_for_trainer(method, global_step=0)
     noise = inputs["noise"].reshape(2, len(a), -1)
-    apart = copy.deepcopy(method)
+    apart, unweighted = copy.deepcopy(method), caught_terms(method)
     terms = method.losses(TrainBatch((a, b), torch.arange(len(a)), GivenDraws(noise[0], noise[1])))
     sum(terms.values()).backward()
     embeddings = F.normalize(torch.cat([apart.online(a), apart.online(b)]), dim=1)
     assert torch.equal(method.bank.rows[: len(embeddings)], embeddings)
     return {
-        "alignment": terms["alignment"],
-        "scattering": terms["scattering"] / params["lam"],
-        "group": terms["group"] / params["group_weight"],
+        **dict(zip(("alignment", "scattering", "group"), unweighted[0], strict=True)),
         "total": sum(terms.values()),
         "groups_new": method.groups.vectors,
         "embeddings": embeddings,
@@ -191,12 +206,12 @@ def objective(params, inputs):
 
 
 def train_steps(params, inputs):
-    assert params["first_iteration"] == 1, "a run begins at its first step"
+    done = params["first_iteration"] - 1
+    rates = WarmupCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"], variant="fractional")
     method = make_method(
         params,
         inputs,
         num_images=len(inputs["pseudo_labels"]),
-        bank_size=params["bank_size"],
         warmup_epochs=params["warmup_epochs"],
         epochs=params["epochs"],
         predictor_lr_factor=params["predictor_lr_factor"],
@@ -205,8 +220,9 @@ def train_steps(params, inputs):
         optimizer=lambda groups: torch.optim.SGD(
             groups, lr=params["base_lr"], momentum=params["sgd_momentum"], weight_decay=params["weight_decay"]
         ),
-        schedule=WarmupCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"], variant="fractional"),
+        schedule=lambda step, steps_per_epoch: rates(done + step, steps_per_epoch),
     )
+    method.done = done
     method.pseudo_labels.assignments.copy_(inputs["pseudo_labels"])
     steps, per_epoch = len(inputs["indices"]), params["iters_per_epoch"]
     seen = {name: [] for name in ("alignment", "scattering", "group", "lr", "momentum")}

@@ -47,7 +47,7 @@ def graph(params, inputs):
     neighbor_features = F.normalize(neighbor_projections.detach(), dim=2).requires_grad_()
     views = F.normalize(projections, dim=2), F.normalize(neighbor_projections, dim=2)
     for rows, neighbors in (views, (features, neighbor_features)):
-        weights = inputs["neighbor_weights"]
+        weights = inputs["neighbor_weights"].to(projections.dtype)
         loss = graph_contrast(*rows.unbind(1), neighbors, weights, temperature=params["temperature"])
         loss.backward()
     return {"loss": loss} | gradients(
@@ -80,7 +80,8 @@ def total(params, inputs):
     names = "projections", "neighbor_projections", "logits_anchor", "logits_neighbor"
     projections, neighbors, anchor, neighbor = variables = free(inputs, *names)
     rows = F.normalize(torch.cat([projections, neighbors.transpose(0, 1)], 1), dim=2)
-    loss = sum(method.objective(rows, inputs["neighbor_weights"].T, torch.stack([anchor, neighbor], 1)).values())
+    weights = inputs["neighbor_weights"].T.to(rows.dtype)
+    loss = sum(method.objective(rows, weights, torch.stack([anchor, neighbor], 1)).values())
     loss.backward()
     return {"loss": loss} | gradients(**dict(zip(names, variables, strict=True)))
 

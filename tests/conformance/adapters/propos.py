@@ -144,7 +144,7 @@ def objective(step_order):
         )
         noise = inputs["noise"].reshape(2, len(a), -1)
         batch = TrainBatch((a, b), torch.arange(len(a)), GivenDraws(noise[0], noise[1]))
-        apart = copy.deepcopy(method)
+        apart, unweighted = copy.deepcopy(method), caught_terms(method)
         terms = method.losses(batch)
         sum(terms.values()).backward()
         embeddings = (
@@ -153,7 +153,7 @@ def objective(step_order):
         printed = constant(step_order)
         return {
             "alignment": terms["alignment"] + printed,
-            "scattering": terms["scattering"] / params["lam"],
+            "scattering": unweighted[0][1],
             "total": sum(terms.values()) + printed,
             "embeddings": F.normalize(embeddings, dim=1),
             **named(method, "grad", ["online_encoder", "online_projector", "predictor"], lambda p: p.grad),
@@ -161,6 +161,18 @@ def objective(step_order):
         }
 
     return compute
+
+
+def caught_terms(method):
+    """A list to which each call of the method's `objective` adds what it gave: terms without their weights."""
+    inner, caught = method.objective, []
+
+    def catching(batch, **settings):
+        caught.append(inner(batch, **settings))
+        return caught[-1]
+
+    method.objective = catching
+    return caught
 
 
 def constant(step_order):
@@ -280,7 +292,7 @@ def ema_update(params, inputs):
         ("online_projector", "target_projector"),
     ):
         online = nn.ParameterList([v for n, v in inputs.items() if n.startswith(online_net)])
-        names = [n for n in inputs if n.startswith(target_net)]
+        names = [n.replace(online_net, target_net, 1) for n in inputs if n.startswith(online_net)]
         target = nn.ParameterList([inputs[n].clone() for n in names])
         update_target(target, online, params["momentum"])
         after.update({f"after.{name}": value for name, value in zip(names, target, strict=True)})

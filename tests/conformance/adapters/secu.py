@@ -21,8 +21,10 @@ from deepclust.optim import Constant, DeadEpochCosine, Lars, RisingCosine
 from deepclust.views.photometry import PillowBlur, Solarize
 from tests.conformance.adapters.propos import GivenBatches
 
+UNSEEN = 1  # what the authors' label memory holds at first
 
-def make_method(params, *, num_features, num_images, **settings):
+
+def make_method(params, *, num_features, num_images, dtype, **settings):
     """A SeCu with the case's heads; its networks are put in by who needs them."""
     backbone = nn.Identity()
     backbone.num_features = num_features
@@ -32,7 +34,7 @@ def make_method(params, *, num_features, num_images, **settings):
         "optimizer": partial(torch.optim.SGD, lr=0.0),
         "schedule": Constant(),
     }
-    return SeCu(
+    method = SeCu(
         backbone=backbone,
         num_images=num_images,
         num_clusters=1,
@@ -50,7 +52,9 @@ def make_method(params, *, num_features, num_images, **settings):
         entropy_weight=params.get("alpha", 0.0) / num_images,
         e_step_every_n_epochs=0,
         **{**arguments, **settings},
-    )
+    ).to(dtype)
+    method.pseudo_labels.fill_(UNSEEN)
+    return method
 
 
 def at_epoch(method, epoch):
@@ -88,7 +92,7 @@ def one_step(params, inputs):
     """Both losses, the gradients and the state after."""
     names = [name for name in ("x1", "x2", "p1", "p2") if name in inputs]
     leaves = {name: inputs[name].clone().requires_grad_() for name in names}
-    method = make_method(params, num_features=1, num_images=params["N"])
+    method = make_method(params, num_features=1, num_images=params["N"], dtype=inputs["x1"].dtype)
     at_epoch(load(method, inputs), params["epoch"])
     rows = method.objective(torch.stack(list(leaves.values())), inputs["idx"])
     representation, prototypes = (values.mean() for values in rows)
@@ -130,7 +134,8 @@ def secu_loss(params, inputs):
         return one_step(params, {n: v[rank] if n in local else v for n, v in inputs.items()})
 
     ranks = on_ranks(of_rank, params["world"])
-    shared = set(state(make_method(params, num_features=1, num_images=params["N"])))
+    dtype = inputs["x1"].dtype
+    shared = set(state(make_method(params, num_features=1, num_images=params["N"], dtype=dtype)))
     for name in shared:
         assert all(torch.equal(found[name], ranks[0][name]) for found in ranks), f"{name} differs by rank"
     return {
@@ -139,19 +144,20 @@ def secu_loss(params, inputs):
 
 
 def assign_size(params, inputs):
-    balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0)
+    balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0).to(inputs["cost"].dtype)
     balance.duals.copy_(inputs["duals"])
     return {"labels": balance.assign(-inputs["cost"], None)}
 
 
 def assign_entropy(params, inputs):
-    balance = EntropyBalance(num_clusters=params["K"], weight=params["alpha"])
+    balance = EntropyBalance(num_clusters=params["K"], weight=params["alpha"]).to(inputs["cost"].dtype)
     balance.counts.copy_(inputs["counts"])
     return {"labels": balance.assign(-inputs["cost"], inputs["last"] if params["epoch"] else None)}
 
 
 def dual_update(params, inputs):
     balance = SizeBalance(num_clusters=params["K"], step=params["dual_lr"], min_share=params["lratio"])
+    balance.to(inputs["duals0"].dtype)
     balance.duals.copy_(inputs["duals0"])
     duals, counts = [], []
     for labels in inputs["labels"]:
@@ -163,7 +169,7 @@ def dual_update(params, inputs):
 
 def count_update(params, inputs):
     params = {**params, "D": 1, "constraint": "entropy", "K": [params["K"]]}
-    method = make_method(params, num_features=1, num_images=params["N"])
+    method = make_method(params, num_features=1, num_images=params["N"], dtype=torch.float32)
     counts, memory = [], []
     for epoch, (orders, labels) in enumerate(zip(inputs["order"], inputs["labels"], strict=True)):
         at_epoch(method, epoch)
@@ -182,7 +188,13 @@ def make_optimizer(params, groups, lr):
 
 
 def centre_update(params, inputs):
-    method = make_method(params, num_features=1, num_images=len(inputs["labels0"]), prototype_lr=params["clr"])
+    method = make_method(
+        params,
+        num_features=1,
+        num_images=len(inputs["labels0"]),
+        dtype=inputs["x1"].dtype,
+        prototype_lr=params["clr"],
+    )
     at_epoch(load(method, inputs), params["epoch"])
     group = method.parameter_groups()[1]
     optimizer = make_optimizer(params, [{"params": group["params"], "lr": group["lr"]}], lr=0.0)
@@ -245,7 +257,7 @@ def train(method, inputs, params, before, after):
 
 
 def linear(weight, bias):
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
     layer.weight.data.copy_(weight)
     layer.bias.data.copy_(bias)
     return layer
@@ -256,6 +268,7 @@ def mini_training(params, inputs):
         params,
         num_features=params["Din"],
         num_images=params["N"],
+        dtype=inputs["views"].dtype,
         prototype_lr=params["clr"],
         optimizer=lambda groups: make_optimizer(params, groups, params["lr"]),
         schedule=DeadEpochCosine(warmup_epochs=11, epochs=params["total_epochs"]),
@@ -346,8 +359,8 @@ def is_gain(network, parameter):
 
 @torch.no_grad()
 def imagenet_heads(params, inputs):
-    projector = deep_mlp(params["M"], params["M"], params["D"])
-    predictor = mlp(params["D"], params["M"], params["D"])
+    projector = deep_mlp(params["M"], params["M"], params["D"]).to(inputs["x"].dtype)
+    predictor = mlp(params["D"], params["M"], params["D"]).to(inputs["x"].dtype)
     for network, name in ((projector, "proj"), (predictor, "pred")):
         for number, parameter in enumerate(network.parameters()):
             parameter.copy_(inputs[f"{name}{number}"])
