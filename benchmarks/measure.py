@@ -16,13 +16,15 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from deepclust.launch import keep_freed_memory
 from deepclust.run_folder import commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def options(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has; its docstring is the description."""
+    """The options that every benchmark has; its docstring is the description. The process is set up as commands are."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="in turns, of which medians are taken")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")

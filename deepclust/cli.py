@@ -198,6 +198,7 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     from deepclust import launch
     from deepclust.config import explain_value, plain
 
+    launch.keep_freed_memory()
     note = None if run_folder is None else run_folder / "error.txt"
     if note is not None and launch.rank() == 0:
         note.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Runs of several processes: they equal one, and each gets its own job's parameters."""
 
 import csv
+import ctypes
 import json
 import os
 import subprocess
@@ -88,6 +89,29 @@ def test_every_rank_of_a_sweep_has_its_own_jobs_parameters(tmp_path):
         assert said[0]["weights"] == said[1]["weights"], "the processes hold one network"
         assert json.loads((folder / "results.json").read_text())["world_size"] == 2
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"], "no stray sweep of another rank"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc, or one before 2.33")
+def test_what_tensors_give_back_is_used_again():
+    program = """
+import ctypes, sys
+from deepclust.launch import keep_freed_memory
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u f uordblks free top".split()]
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
+blocks = [libc.malloc(ctypes.c_size_t(20_000_000)) for _ in range(5)]
+for block in blocks:
+    libc.free(ctypes.c_void_p(block))
+print(libc.mallinfo2().free)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    kept, given_back = (
+        int(subprocess.check_output([sys.executable, "-c", program, how], env=environment)) for how in ("keep", "not")
+    )
+    assert kept >= 100_000_000 > 20_000_000 > given_back
 
 
 def test_an_error_of_a_process_is_the_users_one_line(tmp_path):
