@@ -205,6 +205,8 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
     candidates = first.to(data.rows.device)[:, None]
     potential = data.rows.new_full((len(uniforms), len(data.rows)), math.inf)
     chosen: list[Tensor] = []
+    digits = 8 * torch.finfo(data.rows.dtype).eps
+    rounding = digits * data.offsets.double().norm()  # of a sum of distances, however small: each is a difference
     for _ in track(range(uniforms.shape[1] + 1), "k-means, centroids to begin with"):
         left = potential.new_empty(*candidates.shape, len(data.rows))
         totals = torch.zeros_like(candidates, dtype=torch.float64)
@@ -218,7 +220,7 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
             totals += distances.sum(-1)
         # Two candidates that are nearest to each other, and to nothing else, leave the same total: not a rounding error
         # is to choose between them.
-        equal = totals <= totals.amin(1, keepdim=True) * (1 + 8 * torch.finfo(data.rows.dtype).eps)
+        equal = totals <= totals.amin(1, keepdim=True) * (1 + digits) + rounding
         best = equal.int().argmax(1)
         chosen.append(candidates[every, best])
         if len(chosen) > uniforms.shape[1]:
