@@ -85,7 +85,7 @@ class EntropyBalance(nn.Module):
         joins = joining(self.counts, total)
         leaves = torch.where(self.counts > 0, -joining(self.counts - 1, total), 0.0)
         change = joins + torch.where(counted, leaves[at], 0.0).unsqueeze(1)
-        stays = counted.unsqueeze(1) & (torch.arange(len(joins), device=at.device) == at.unsqueeze(1))
+        stays = counted.unsqueeze(1) & membership(at, len(joins))
         return (similarity - self.weight * change.masked_fill(stays, 0.0)).argmax(1)
 
     @torch.no_grad()
@@ -95,6 +95,11 @@ class EntropyBalance(nn.Module):
             self.counts -= sizes(previous.clamp(min=0), self.counts, previous >= 0)
 
     def end_epoch(self) -> None: ...
+
+
+def membership(labels: Tensor, num_clusters: int) -> Tensor:
+    """Whether each row of `labels` (N,) belongs to each cluster (N, K); a negative label belongs to none."""
+    return labels.unsqueeze(-1) == torch.arange(num_clusters, device=labels.device)
 
 
 def sizes(labels: Tensor, like: Tensor, counted: Tensor | None = None) -> Tensor:

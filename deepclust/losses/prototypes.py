@@ -14,10 +14,14 @@ def batch_prototypes(embeddings: Tensor, labels: Tensor, num_clusters: int) -> T
 
     `labels` (N,) are cluster ids; rows with a negative id belong to no prototype.
     """
-    members = F.one_hot(labels.clamp(min=0), num_clusters).to(embeddings.dtype)
-    members = members * (labels >= 0).unsqueeze(1)
+    members = belongs(labels, num_clusters).to(embeddings.dtype)
     means = members.T @ F.normalize(embeddings, dim=1) / members.sum(0).clamp(min=1).unsqueeze(1)
     return F.normalize(means, dim=1)
+
+
+def belongs(labels: Tensor, num_clusters: int) -> Tensor:
+    """Whether each row of `labels` (N,) names each cluster (N, K)."""
+    return labels.unsqueeze(1) == torch.arange(num_clusters, device=labels.device)
 
 
 @full_precision
@@ -39,7 +43,7 @@ def prototype_scattering(online: Tensor, target: Tensor, present: Tensor, *, tem
 @full_precision
 def prototype_scattering_loss(q: Tensor, k: Tensor, labels: Tensor, num_clusters: int, *, temperature: float) -> Tensor:
     """Prototype scattering of raw online rows q (N, D) against target rows k (N, D) with `labels` (N,); a scalar."""
-    present = (F.one_hot(labels.clamp(min=0), num_clusters).bool() & (labels >= 0).unsqueeze(1)).any(0)
+    present = belongs(labels, num_clusters).any(0)
     online = batch_prototypes(q, labels, num_clusters)
     target = batch_prototypes(k, labels, num_clusters)
     return prototype_scattering(online, target, present, temperature=temperature)

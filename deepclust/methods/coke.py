@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.assignment import SizeBalance, sizes
+from deepclust.clustering.assignment import SizeBalance, membership, sizes
 from deepclust.errors import InputError
 from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
@@ -65,7 +65,7 @@ class CentroidHead(nn.Module):
         The first rows that a cluster gets in an epoch replace what it inherited.
         """
         before = self.balance.counts.clone()
-        members = F.one_hot(labels, len(before)).to(features.dtype)
+        members = membership(labels, len(before)).to(features.dtype)
         self.balance.update(labels, None)
         means = (self.running * before + features.T @ members) / self.balance.counts.clamp(min=1)
         if not averaging:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
+from deepclust.clustering.assignment import membership
 from deepclust.clustering.pseudo_labels import PseudoLabels
 from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.ema import Target, decay_at
@@ -226,7 +227,7 @@ class MomentumGroups(nn.Module):
     @full_precision
     def moved(self, rows: Tensor) -> Tensor:
         """The groups (K, D) after raw rows (N, D): a decaying mean, differentiable in the rows; none, no change."""
-        members = F.one_hot(self.assign(rows), len(self.vectors)).to(rows.dtype)
+        members = membership(self.assign(rows), len(self.vectors)).to(rows.dtype)
         sizes = members.sum(0).unsqueeze(1)
         means = members.T @ rows / sizes.clamp(min=1)
         return torch.where(sizes > 0, self.decay * self.vectors + (1 - self.decay) * means, self.vectors)

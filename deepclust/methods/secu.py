@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.assignment import Balance, EntropyBalance, SizeBalance, sizes
+from deepclust.clustering.assignment import Balance, EntropyBalance, SizeBalance, membership, sizes
 from deepclust.errors import InputError
 from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
@@ -157,7 +157,7 @@ class SeCu(ClusteringMethod):
         for head, similarity, target, label in zip(self.each_head(), similarities, learnt, new, strict=True):
             prototypes.append(stable_cross_entropies(similarity / self.prototype_temperature, label).mean(0))
             logits = rows @ head.frozen / self.temperature
-            known = F.one_hot(target, logits.shape[2]).to(logits.dtype)
+            known = membership(target, logits.shape[2]).to(logits.dtype)
             targets = mixed_targets(known, logits[:2], label_weight=self.label_weight)
             repeated = targets.repeat(len(logits) // 2, 1, 1)  # predictions learn what projections learn
             representation.append(cross_entropies(logits, repeated).mean(0))
@@ -228,6 +228,6 @@ class SeCu(ClusteringMethod):
 
 def stable_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row (O, N) of logits (O, N, K) and labels (N,); gradient to the labels' logits only."""
-    own = F.one_hot(labels, logits.shape[2]).bool()
+    own = membership(labels, logits.shape[2])
     rows = torch.where(own, logits, logits.detach()).flatten(0, 1)
     return F.cross_entropy(rows, labels.repeat(len(logits)), reduction="none").unflatten(0, logits.shape[:2])
