@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from deepclust.clustering.assignment import membership
 from deepclust.errors import InputError
 from deepclust.progress import track
 from deepclust.randomness import generator
@@ -249,7 +250,10 @@ def _lloyd(
         old_weights, (weights, biases) = weights, data.linear(centroids)
         renewed = _assign(data, weights, biases)
         moved = renewed != assignments
-        _move(data, sums, counts, moved, assignments, renewed)
+        if sums.is_cpu or moved.sum() < moved.numel() / 32:
+            _move(data, sums, counts, moved, assignments, renewed)
+        else:
+            sums, counts = _sums(data, renewed, centroids.shape[1])
         assignments = renewed
 
         # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
@@ -326,6 +330,8 @@ def _pairs(chosen: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _sums(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Sums (R, K, D), in float64, and numbers (R, K) of the rows of each cluster, of assignments (R, M)."""
+    if not data.rows.is_cpu:
+        return _sums_by_products(data, assignments, num_clusters)
     shape = len(assignments), num_clusters, data.rows.shape[1]
     sums = torch.zeros(shape, dtype=torch.float64, device=data.rows.device)
     step = _converted(sums.device)
@@ -334,6 +340,18 @@ def _sums(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, 
         for own, its in zip(sums, to, strict=True):
             own.index_add_(0, its, values)
     return sums, torch.stack([own.bincount(minlength=num_clusters) for own in assignments])
+
+
+def _sums_by_products(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """The same for a GPU, where additions to few rows would wait for one another, in an order that chance decides."""
+    shape = len(assignments), num_clusters, data.rows.shape[1]
+    sums = torch.zeros(shape, dtype=torch.float64, device=data.rows.device)
+    counts = torch.zeros(shape[:2], dtype=torch.int64, device=data.rows.device)
+    for part in data.parts(len(assignments) * num_clusters):
+        members = membership(assignments[:, part], num_clusters).mT  # (R, K, m)
+        sums += members.double() @ data.rows[part].double()
+        counts += members.sum(2)
+    return sums, counts
 
 
 def _move(data: _Data, sums: Tensor, counts: Tensor, moved: Tensor, origin: Tensor, to: Tensor) -> None:

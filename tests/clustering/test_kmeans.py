@@ -11,7 +11,16 @@ from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
 from deepclust.clustering import kmeans as module
-from deepclust.clustering.kmeans import best_of, kmeans, lloyd, nearest, seed_kmeans_plus_plus
+from deepclust.clustering.kmeans import (
+    _Data,
+    _sums,
+    _sums_by_products,
+    best_of,
+    kmeans,
+    lloyd,
+    nearest,
+    seed_kmeans_plus_plus,
+)
 from deepclust.errors import InputError
 
 METRICS = ("cosine", "euclidean")
@@ -111,6 +120,20 @@ def test_seeding_equals_plain_loops(metric, size, clusters, seed):
             chosen.append(reached[best])
             potential = np.array(left[best])
         assert found[restart, : len(chosen)].tolist() == chosen
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
+def test_sums_are_the_same_by_products(size, clusters, restarts, seed):
+    drawn = torch.Generator().manual_seed(seed)
+    data = _Data(torch.randn(size, 3, generator=drawn), "euclidean")
+    assignments = torch.randint(clusters, (restarts, size), generator=drawn)
+    (sums, counts), (others, numbers) = (
+        sum_up(data, assignments, clusters)
+        for sum_up in (_sums, _sums_by_products)  # a CPU's, a GPU's
+    )
+    torch.testing.assert_close(others, sums, rtol=0, atol=1e-9)
+    assert torch.equal(numbers, counts)
 
 
 @pytest.mark.parametrize("metric", METRICS)
