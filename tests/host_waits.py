@@ -1,14 +1,17 @@
-"""Finds where a step would wait for a GPU, on the CPU: values of device tensors that the program asks for."""
+"""Finds, on the CPU, where a step would wait for a GPU and where the host has a part in making views on one."""
 
 import traceback
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepclust
+from deepclust.randomness import generator
+from deepclust.views.multiview import MultiView
 
 PACKAGE = Path(deepclust.__file__).parent
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "repeat_interleave"}
@@ -46,3 +49,35 @@ def asks(name: str, args: tuple) -> bool:
     """Whether an operation tells the host something: a value, or how many rows a mask picks."""
     masks = name in ("index", "index_put", "index_put_", "_index_put_impl_")
     return name in ASKING or (masks and any(i is not None and i.dtype == torch.bool for i in args[1]))
+
+
+class HostWork(TorchDispatchMode):
+    """Notes in `found` what a CUDA graph cannot hold: operations that ask for values or meet a tensor of the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if asks(func.overloadpacket.__name__, args):
+            self.found.add(str(func))
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(t, Tensor) and t.device.type == "cpu" for t in tree_leaves((args, kwargs, out))):
+            self.found.add(str(func))
+        return out
+
+
+def host_work(views: MultiView, images: Tensor, monkeypatch) -> tuple[tuple[Tensor, ...], set[str]]:
+    """The views of images on a GPU, as tensors without values, and what the host has to do with making them there."""
+    work = HostWork()
+
+    def replay(key, render, *tensors):
+        with FakeTensorMode():
+            there = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
+            with work:
+                return render(*there)
+
+    monkeypatch.setattr(MultiView, "_in_pieces", MultiView._at_once)
+    monkeypatch.setattr(views, "replay", replay)
+    n = len(images)
+    return views(images, generator(0), rows=slice(0, n), total=n), work.found

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.errors import InputError
-from deepclust.views.draws import change, coin, move, uniform
+from deepclust.views.draws import change, coin, numbers, uniform
 from deepclust.views.separable import resampling, separable, shifting
 
 
@@ -32,8 +32,7 @@ class RandomResizedCrop:
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         height, width = images.shape[-2:]
-        boxes = move(self.boxes(draw, height, width), images.device)
-        top, left, rows, columns = boxes.unbind(1)
+        top, left, rows, columns = self.boxes(draw, height, width).unbind(1)
         down = resampling(top, rows, height, self.size)
         return separable(images, down, resampling(left, columns, width, self.size))
 
@@ -41,11 +40,12 @@ class RandomResizedCrop:
         """Top, left, height and width (N, 4) of the boxes, in whole pixels of images of that size."""
         pixels = draw["area"] * (height * width)
         shapes = torch.stack([(pixels / draw["ratio"]).sqrt(), (pixels * draw["ratio"]).sqrt()], 2).round()
-        image = torch.tensor([height, width])
+        device = pixels.device
+        image = numbers([height, width], device)
         fits = ((shapes > 0) & (shapes <= image)).all(2)
-        shape = shapes[torch.arange(len(shapes)), fits.int().argmax(1)]
+        shape = shapes[torch.arange(len(shapes), device=device), fits.int().argmax(1)]
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
-        largest = torch.tensor([min(height, round(width / ratio)), min(width, round(height * ratio))])
+        largest = numbers([min(height, round(width / ratio)), min(width, round(height * ratio))], device)
         some = fits.any(1, keepdim=True)
         shape = torch.where(some, shape, largest)
         corner = torch.where(some, (draw["place"] * (image - shape + 1)).floor(), (image - shape) // 2)
@@ -63,17 +63,17 @@ class RandomCrop:
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         height, width = images.shape[-2:]
-        room = torch.tensor([height, width]) + 2 * self.padding - self.size
-        if int(room.min()) < 0:
+        room = [side + 2 * self.padding - self.size for side in (height, width)]
+        if min(room) < 0:
             raise InputError(
                 f"a random crop of {self.size} pixels does not fit in images of {height} x {width}",
                 expected=f"at most {min(height, width) + 2 * self.padding} pixels with this padding",
                 do="lower size or raise padding of RandomCrop in the views",
             )
-        if int(room.max()) == 0 and self.padding == 0:
+        if max(room) == 0 and self.padding == 0:
             return images
-        corner = (draw["place"] * (room + 1)).floor() - self.padding
-        top, left = move(corner, images.device).unbind(1)
+        places = numbers(room, images.device) + 1
+        top, left = ((draw["place"] * places).floor() - self.padding).unbind(1)
         return separable(images, shifting(top, height, self.size), shifting(left, width, self.size))
 
 
@@ -184,7 +184,7 @@ def warp(images: Tensor, inverse: Tensor, shift: Tensor, *, mode: str) -> Tensor
     """
     height, width = images.shape[-2:]
     # affine_grid counts from -1 to 1 over either side
-    linear = inverse * torch.tensor([[1, height / width], [width / height, 1]])
+    linear = inverse * numbers([1.0, height / width, width / height, 1.0], images.device).reshape(2, 2)
     theta = torch.cat([linear, linear @ (-2 * shift[:, :, None])], 2)
-    grid = F.affine_grid(move(theta, images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)

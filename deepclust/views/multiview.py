@@ -1,13 +1,18 @@
 """The views of a batch: named pipelines, drawn for the global batch and applied to the rows at hand."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from deepclust.errors import InputError
-from deepclust.views.draws import on, rows_of
+from deepclust.views.draws import Layout, pack, per_image, rows_of, unpack
+
+Recipes = list[tuple[str, dict[str, Tensor]]]  # the pipeline and the draw of every view
+Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # from images and packed draws to views
 
 
 class Transform(Protocol):
@@ -18,7 +23,10 @@ class Transform(Protocol):
         ...
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Images (N, C, h, w) from images (N, C, H, W) in [0, 1], which stay as they are; not random."""
+        """Images (N, C, h, w) from images (N, C, H, W) in [0, 1], which stay as they are; not random.
+
+        The draw is on the images' device. On any but the CPU, no value is asked for and nothing copied from the host.
+        """
         ...
 
 
@@ -59,6 +67,12 @@ class MultiView:
     """
 
     piece_bytes = 2**21  # a CPU works through a batch in pieces that stay in its cache
+    prepared: Callable[[Hashable, Render, Tensor, Tensor], tuple[Tensor, ...]] | None = None
+    """Off the CPU, `prepared(key, render, images, packed)` gives what `render(images, packed)` gives.
+
+    `render` asks for no value and copies nothing from the host, so that it can be compiled as a whole and repeated by a
+    CUDA graph; equal keys mean the same operations on tensors of the same shapes.
+    """
 
     def __init__(
         self,
@@ -116,46 +130,65 @@ class MultiView:
         """The view (N, C, h, w) without chance of images (N, C, H, W)."""
         return self._run(images, [("clean", {})])[0]
 
-    def _run(self, images: Tensor, recipes: list[tuple[str, dict[str, Tensor]]]) -> tuple[Tensor, ...]:
-        """Every recipe (pipeline and draw) applied to the images and normalised."""
-        n, channels, height, width = images.shape
+    def _run(self, images: Tensor, recipes: Recipes) -> tuple[Tensor, ...]:
+        """Every recipe applied to the images and normalised."""
+        channels = images.shape[1]
         if self.mean is not None and len(self.mean) not in (1, channels):
             raise InputError(
                 f"the images have {channels} channels but dataset.mean has {len(self.mean)} numbers",
                 expected="one mean and one std per channel",
                 do="set dataset.mean and dataset.std for these images",
             )
-        fitting = self.piece_bytes // (4 * channels * height * width)
-        piece = max(16, fitting) if images.is_cpu else n
-        apply = self._one_by_one if images.is_cpu else self._by_pipeline
-        views: list[list[Tensor]] = [[] for _ in recipes]
         with torch.autocast(images.device.type, enabled=False):
-            for start in range(0, n, piece):
-                part = slice(start, start + piece)
-                pixels = images[part].to(torch.float32, memory_format=torch.contiguous_format)
-                if not images.is_floating_point():
-                    pixels = pixels / 255
-                made = apply(pixels, [(name, rows_of(draw, part)) for name, draw in recipes])
-                for view, rows in zip(views, made, strict=True):
-                    view.append(rows)
+            return (self._in_pieces if images.is_cpu else self._at_once)(images, recipes)
+
+    def _in_pieces(self, images: Tensor, recipes: Recipes) -> tuple[Tensor, ...]:
+        scale, piece = self._scale(), max(16, self.piece_bytes // (4 * math.prod(images.shape[1:])))
+        views: list[list[Tensor]] = [[] for _ in recipes]
+        for start in range(0, len(images), piece):
+            part = slice(start, start + piece)
+            pixels = to_pixels(images[part])
+            for view, (name, draw) in zip(views, recipes, strict=True):
+                view.append(finish(self.pipelines[name].apply(pixels, rows_of(draw, part)), scale))
         return tuple(torch.cat(view) for view in views)
 
-    def _one_by_one(self, pixels: Tensor, recipes: list[tuple[str, dict[str, Tensor]]]) -> list[Tensor]:
-        return [self._finish(self.pipelines[name].apply(pixels, draw)) for name, draw in recipes]
-
-    def _by_pipeline(self, pixels: Tensor, recipes: list[tuple[str, dict[str, Tensor]]]) -> list[Tensor]:
+    def _at_once(self, images: Tensor, recipes: Recipes) -> tuple[Tensor, ...]:
         """The same with all views of one pipeline at once: small images cost a GPU as much as there are operations."""
-        made: dict[str, list[Tensor]] = {}
-        for name in {name: None for name, _ in recipes}:
+        names = tuple(name for name, _ in recipes)
+        joined = []
+        for name in dict.fromkeys(names):
             draws = [draw for other, draw in recipes if other == name]
-            joined = {key: torch.cat([draw[key] for draw in draws]) for key in draws[0]}
-            images = self.pipelines[name].apply(pixels.repeat(len(draws), 1, 1, 1), joined)
-            made[name] = list(self._finish(images).split(len(pixels)))
-        return [made[name].pop(0) for name, _ in recipes]
+            joined.append({key: torch.cat([draw[key] for draw in draws]) for key in draws[0]})
+        packed, layout = pack([self._scale(), *joined], images.device)
+        render = partial(self._render, names=names, layout=layout)
+        if self.prepared is None:
+            return render(images, packed)
+        return self.prepared((names, layout, images.shape, images.dtype), render, images, packed)
 
-    def _finish(self, images: Tensor) -> Tensor:
-        """Images normalised, and colour images in channels-last memory, which convolutions prefer."""
-        if self.mean is not None and self.std is not None:
-            images = (images - on(images, self.mean[None])).div_(on(images, self.std[None]))
-        colour = images.shape[1] == 3
-        return images.contiguous(memory_format=torch.channels_last) if colour else images
+    def _render(self, images: Tensor, packed: Tensor, *, names: tuple[str, ...], layout: Layout) -> tuple[Tensor, ...]:
+        """The views `names` from the scale and, per pipeline, the joined draws of its views."""
+        scale, *draws = unpack(packed, layout)
+        pixels = to_pixels(images)
+        made: dict[str, list[Tensor]] = {}
+        for name, draw in zip(dict.fromkeys(names), draws, strict=True):
+            views = self.pipelines[name].apply(pixels.repeat(names.count(name), 1, 1, 1), draw)
+            made[name] = list(finish(views, scale).split(len(pixels)))
+        return tuple(made[name].pop(0) for name in names)
+
+    def _scale(self) -> dict[str, Tensor]:
+        held = {"mean": self.mean, "std": self.std}
+        return {name: values[None] for name, values in held.items() if values is not None}
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Floats (N, C, H, W), those of uint8 images in [0, 1]."""
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels if images.is_floating_point() else pixels / 255
+
+
+def finish(images: Tensor, scale: dict[str, Tensor]) -> Tensor:
+    """Images normalised, and colour images in channels-last memory, which convolutions prefer."""
+    if scale:
+        images = (images - per_image(scale["mean"])).div_(per_image(scale["std"]))
+    colour = images.shape[1] == 3
+    return images.contiguous(memory_format=torch.channels_last) if colour else images

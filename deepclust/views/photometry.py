@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepclust.views.draws import change, change_, coin, move, on, uniform
+from deepclust.views.draws import change, change_, coin, numbers, per_image, uniform
 from deepclust.views.separable import box, filtering, gaussian, separable
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -33,19 +33,18 @@ class ColorJitter:
         return change(images, draw["chosen"], self.jitter, draw["order"], draw["strength"])
 
     def jitter(self, images: Tensor, order: Tensor, strength: Tensor) -> Tensor:
-        """Images (N, C, H, W), overwritten: changes in `order` (N, 4) with a strength per kind (N, 4)."""
+        """Images (N, C, H, W) changed in `order` (N, 4) with a strength per kind (N, 4)."""
         strength = strength.gather(1, order)
         # One formula mixes an image with black, its mean or its grey self; on a hue step it keeps the image.
-        keep = torch.where(order == HUE, 1, strength)
+        keep = strength.masked_fill(order == HUE, 1)
         weights = torch.stack([keep, (1 - keep) * (order == CONTRAST), (1 - keep) * (order == SATURATION)])
-        weights = move(weights, images.device)[..., None, None, None]
         for step in range(4):
-            keep, to_mean, to_grey = weights[:, :, step]
+            keep, to_mean, to_grey = weights[:, :, step, None, None, None]
             tones = grey(images)
             other = (to_grey * tones).add_(to_mean * mean(tones))
-            images.mul_(keep).add_(other).clamp_(0, 1)
+            images = torch.mul(images, keep, out=images if step else None).add_(other).clamp_(0, 1)
             if images.shape[1] == 3:
-                change_(images, order[:, step] == HUE, turn_hue, strength[:, step])
+                images = change_(images, order[:, step] == HUE, turn_hue, strength[:, step])
         return images
 
 
@@ -76,7 +75,7 @@ class GaussianBlur:
 
     def blur(self, images: Tensor, sigma: Tensor) -> Tensor:
         """Images (N, C, H, W) blurred with deviations (N,), mirrored at the border."""
-        kernels = move(gaussian(sigma, self.kernel_size), images.device)
+        kernels = gaussian(sigma, self.kernel_size)
         down, across = (filtering(kernels, pixels, mirror=True) for pixels in images.shape[-2:])
         return separable(images, down, across)
 
@@ -103,7 +102,7 @@ class PillowBlur:
         variance = sigma**2 / 3
         whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
         share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-        kernels = move(box(whole + share, 2 * int(self.sigma[1] + 2) + 1), images.device)
+        kernels = box(whole + share, 2 * int(self.sigma[1] + 2) + 1)
         down, across = (filtering(kernels, pixels, mirror=False)[:, None] for pixels in images.shape[-2:])
         levels = (images * 255).round()
         for _ in range(3):
@@ -123,7 +122,7 @@ class Solarize:
         return {"chosen": coin(n, self.p, generator)}
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        return change(images, draw["chosen"], solarize, torch.tensor(self.threshold).expand(len(images)))
+        return change(images, draw["chosen"], solarize, images.new_full((len(images),), self.threshold))
 
 
 class Intensity:
@@ -148,10 +147,10 @@ class Intensity:
         }
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        curved = images.clamp(0, 1) ** on(images, draw["gamma"])
+        curved = images.clamp(0, 1) ** per_image(draw["gamma"])
         mixed = blend(curved, mean(grey(curved)), draw["contrast"])
-        lit = mixed * on(images, draw["brightness"])
-        return (lit + move(draw["noise"], images.device)).clamp(0, 1)
+        lit = mixed * per_image(draw["brightness"])
+        return (lit + draw["noise"]).clamp(0, 1)
 
 
 class Cutout:
@@ -179,13 +178,13 @@ class Cutout:
         """Images (N, C, H, W) with a square each: share of the largest side (N,), centre (N, 2) in [0, 1)."""
         height, width = images.shape[-2:]
         pixels = 1 + (side * max(1, round(self.max_side * height))).floor()
-        start = (centre * torch.tensor([height, width])).floor() - (pixels / 2).floor()[:, None]
-        top, left = on(images, start).split(1, dim=1)
+        start = (centre * numbers([height, width], images.device)).floor() - (pixels / 2).floor()[:, None]
+        top, left = per_image(start).split(1, dim=1)
         rows = torch.arange(height, device=images.device)[:, None] - top
         columns = torch.arange(width, device=images.device) - left
-        length = on(images, pixels)
+        length = per_image(pixels)
         inside = (rows >= 0) & (rows < length) & (columns >= 0) & (columns < length)
-        return torch.where(inside, on(images, torch.tensor([self.fill])), images)
+        return torch.where(inside, per_image(numbers(self.fill, images.device)[None]), images)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -203,12 +202,12 @@ def mean(images: Tensor) -> Tensor:
 
 def blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """Shares (N,) of the images and 1 - share of the other ones, kept within [0, 1]."""
-    return torch.lerp(other, images, on(images, share)).clamp(0, 1)
+    return torch.lerp(other, images, per_image(share)).clamp(0, 1)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Values from the threshold (N,) of their image on turned into 1 - value."""
-    return torch.where(images >= on(images, threshold), 1 - images, images)
+    return torch.where(images >= per_image(threshold), 1 - images, images)
 
 
 def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -224,7 +223,7 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     blue_over_green, high_over_red = larger(blue, green), larger(high, red)
     base = -6 * blue_over_green + high_over_red * (12 * blue_over_green - 2)
     hue = (base + (middle - low) / chroma.clamp(min=1e-12)).abs_()  # in sixths of the circle
-    hue.add_(on(images, 6 * turns))
+    hue.add_(per_image(6 * turns))
     hue.sub_((hue / 6).floor_(), alpha=6)  # the remainder, which torch computes three times as fast this way
     share = torch.cat([(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1).clamp_(0, 1)
     return share.mul_(chroma).add_(top - chroma)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.views import photometry
-from deepclust.views.draws import change_, move, on
+from deepclust.views.draws import change_, per_image
 from deepclust.views.geometry import warp
 from deepclust.views.photometry import blend, grey, mean
 
@@ -63,11 +63,11 @@ class RandomOperations:
         images = images.clone()
         for drawn, strength in zip(draw["operation"].unbind(1), draw["strength"].unbind(1), strict=True):
             for number, (operation, _) in enumerate(self.operations):
-                change_(images, drawn == number, operation, strength)
+                images = change_(images, drawn == number, operation, strength)
         return images
 
 
-# Every operation takes images (N, C, H, W) in [0, 1] and strengths (N,) on the CPU, and returns images.
+# Every operation takes images (N, C, H, W) in [0, 1] and strengths (N,), and returns images.
 
 
 def identity(images: Tensor, strength: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ def turn(images: Tensor, degrees: Tensor) -> Tensor:
     """Turned about the centre, counter-clockwise."""
     angle = torch.deg2rad(degrees)
     inverse = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
-    return warp(images, inverse.reshape(-1, 2, 2), torch.zeros(len(images), 2), mode="nearest")
+    return warp(images, inverse.reshape(-1, 2, 2), images.new_zeros(len(images), 2), mode="nearest")
 
 
 def shear_x(images: Tensor, slope: Tensor) -> Tensor:
     """Row y moved to the left by slope * y, so that the upper edge stays."""
-    inverse = torch.eye(2).repeat(len(images), 1, 1)
+    inverse = torch.eye(2, device=images.device).repeat(len(images), 1, 1)
     inverse[:, 0, 1] = slope
     height, width = images.shape[-2:]
     # warp shears about the centre, which moves the upper edge to the right by slope * height / 2
@@ -117,7 +117,8 @@ def shear_y(images: Tensor, slope: Tensor) -> Tensor:
 def translate_x(images: Tensor, share: Tensor) -> Tensor:
     """Moved to the left by a share of the width."""
     shift = torch.stack([-share, torch.zeros_like(share)], 1)
-    return warp(images, torch.eye(2).repeat(len(images), 1, 1), shift, mode="nearest")
+    inverse = torch.eye(2, device=images.device).repeat(len(images), 1, 1)
+    return warp(images, inverse, shift, mode="nearest")
 
 
 def translate_y(images: Tensor, share: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def translate_y(images: Tensor, share: Tensor) -> Tensor:
 
 def keep_bits(images: Tensor, bits: Tensor) -> Tensor:
     """Only the highest bits of every value, their number rounded down, of eight."""
-    levels, step = (images * 255).round(), on(images, 2 ** (8 - bits.floor()))
+    levels, step = (images * 255).round(), per_image(2 ** (8 - bits.floor())).round()  # a GPU's may be inexact
     return (levels - levels % step) / 255
 
 
@@ -148,10 +149,9 @@ def brightness(images: Tensor, share: Tensor) -> Tensor:
 
 def sharpness(images: Tensor, share: Tensor) -> Tensor:
     """A share of the image, the rest the image smoothed over 3 x 3 pixels, its border excepted."""
-    kernel = torch.ones(3, 3)
-    kernel[1, 1] = 5
     channels = images.shape[1]
-    weight = move(kernel / kernel.sum(), images.device).expand(channels, 1, 3, 3)
+    weight = images.new_full((channels, 1, 3, 3), 1 / 13)
+    weight[..., 1, 1].fill_(5 / 13)
     smooth = images.clone()
     smooth[..., 1:-1, 1:-1] = F.conv2d(images, weight, groups=channels)
     return blend(images, smooth, share)

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclust.views import draws
+from deepclust.views.multiview import MultiView
+
 TOLERANCE = 2 / 255  # against one-image implementations, some of which round to 8 bits
 
 
@@ -27,6 +30,12 @@ def pictures(n: int, channels: int, height: int, width: int | None = None, *, se
     images[3:4] = F.interpolate(quarters[None], (height, width), mode="nearest")
     images[4:5] = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).float()
     return (images.clamp(0, 1) * 255).round() / 255
+
+
+def as_on_a_gpu(monkeypatch) -> None:
+    """Makes views on the CPU as on a GPU: all at once, on all rows."""
+    monkeypatch.setattr(draws, "by_rows", lambda images: False)
+    monkeypatch.setattr(MultiView, "_in_pieces", MultiView._at_once)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:

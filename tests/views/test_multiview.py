@@ -17,7 +17,8 @@ from deepclust.views.photometry import (
     Solarize,
 )
 from deepclust.views.strong import RandomOperations
-from tests.views.conftest import pictures, seeded
+from tests.host_waits import host_work
+from tests.views.conftest import as_on_a_gpu, pictures, seeded
 
 SIZE = 16
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -115,7 +116,7 @@ def test_views_do_not_depend_on_the_other_images_or_on_the_pieces():
 def test_all_views_of_a_pipeline_at_once_as_on_a_gpu_are_the_same(channels, monkeypatch):
     told = {"names": ["weak", "same", "strong", "weak"], "mean": MEAN[:channels], "std": STD[:channels]}
     alone = views_of(raw(20, channels), 7, **told)
-    monkeypatch.setattr(MultiView, "_one_by_one", MultiView._by_pipeline)
+    as_on_a_gpu(monkeypatch)
     together = views_of(raw(20, channels), 7, **told)
     for view, other in zip(alone, together, strict=True):
         torch.testing.assert_close(other, view, rtol=0, atol=1e-5)
@@ -224,10 +225,42 @@ def test_gpu_gives_the_views_of_the_cpu_without_waiting(channels):
 
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_no_transform_reads_a_value_from_the_device(name, channels):
-    """Tensors on the meta device have no values: to read one, or to mix in a CPU tensor, is an error."""
-    images = torch.empty(20, channels, SIZE, SIZE, device="meta")
-    pipeline = Pipeline(PIPELINES[name])
-    applied = pipeline.apply(images, pipeline.draw(20, seeded()))
-    expected = pipeline.apply(pictures(20, channels, SIZE), pipeline.draw(20, seeded()))
-    assert applied.is_meta and applied.shape == expected.shape and applied.dtype == expected.dtype
+@pytest.mark.parametrize("chosen", [False, True, None])
+def test_every_transform_does_on_all_rows_what_it_does_on_those_picked(name, channels, chosen, monkeypatch):
+    images = {n: pictures(n, channels, SIZE) for n in (1, 20)}
+    cases = [
+        (transform, n, transform.draw(n, seeded(s))) for transform in PIPELINES[name] for n in images for s in (0, 1)
+    ]
+    for _, _, draw in cases:
+        if chosen is not None and "chosen" in draw:
+            draw["chosen"][:] = chosen
+    expected = [transform.apply(images[n], draw) for transform, n, draw in cases]
+    as_on_a_gpu(monkeypatch)
+    for (transform, n, draw), known in zip(cases, expected, strict=True):
+        kept = images[n].clone()
+        torch.testing.assert_close(transform.apply(images[n], draw), known, rtol=0, atol=1e-6)
+        assert torch.equal(images[n], kept), type(transform).__name__
+
+
+def test_what_is_prepared_stands_in_for_the_making_of_views(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    images, views, made = raw(20), multi_view(["weak", "strong", "weak"]), {}
+
+    def all_views():
+        drawn = [views(images, generator(seed), rows=slice(0, 20), total=20) for seed in range(2)]
+        return [*sum(drawn, ()), views.clean(images), views.clean(images.float())]
+
+    expected = all_views()
+    # what was to be done for a key at first meets the tensors of later calls, as in a graph
+    views.prepared = lambda key, render, *tensors: made.setdefault(key, render)(*tensors)
+    assert all(torch.equal(a, b) for a, b in zip(all_views(), expected, strict=True))
+    assert len(made) == 3  # two views of clean ones: of bytes and of floats
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_host_has_no_part_in_making_views_on_a_gpu(name, channels, monkeypatch):
+    views = multi_view([name, name], mean=MEAN[:channels], std=STD[:channels])
+    made, found = host_work(views, raw(20, channels), monkeypatch)
+    sizes = [view.shape for view in views_of(raw(20, channels), 0, names=[name], mean=None, std=None)]
+    assert not found and [view.shape for view in made] == sizes * 2

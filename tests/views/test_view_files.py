@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_module
 from deepclust.config import build
 from deepclust.randomness import generator
 from deepclust.views.multiview import MultiView
-from tests.views.conftest import pictures
+from tests.host_waits import host_work
+from tests.views.conftest import as_on_a_gpu, pictures
 
 FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "views").glob("*.yaml"))
 CONTENT = {
@@ -53,6 +54,34 @@ def test_file_builds_and_gives_views_of_the_size_asked_for(name, size, channels)
     for view, view_name in zip((*made, views.clean(images)), (*names, "clean"), strict=True):
         pixels = CROPS.get(view_name, size)
         assert view.shape == (12, channels, pixels, pixels) and view.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_file_gives_the_same_views_on_all_rows_at_once(name, channels, monkeypatch):
+    names = sorted(CONTENT[name]) * 2
+    views = build_views(name, size=16, channels=channels, names=names)
+    cases = [((pictures(n, channels, 16, 18) * 255).byte(), seed) for n in (1, 12) for seed in range(4)]
+    if name == "vectors":
+        cases = [(images.float(), seed) for images, seed in cases]
+
+    def made():
+        return [views(images, generator(s), rows=slice(0, len(images)), total=len(images)) for images, s in cases]
+
+    expected = made()
+    as_on_a_gpu(monkeypatch)
+    for found, known in zip(made(), expected, strict=True):
+        for view, other in zip(found, known, strict=True):
+            torch.testing.assert_close(view, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_host_has_no_part_in_making_the_views_of_a_file_on_a_gpu(name, channels, monkeypatch):
+    names = sorted(CONTENT[name]) * 2
+    views = build_views(name, size=16, channels=channels, names=names)
+    made, found = host_work(views, (pictures(12, channels, 16, 18) * 255).byte(), monkeypatch)
+    assert not found and len(made) == len(names) and all(view.is_cuda for view in made)
 
 
 def test_the_pair_of_byol_differs_in_blur_and_solarising_only():
