@@ -103,7 +103,7 @@ def main() -> None:
             "propos",
             [
                 *(*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"),
-                *("hardware.compile=null", "hardware.fused_optimizer=false"),
+                *("hardware.compile=null", "hardware.graphs=false", "hardware.fused_optimizer=false"),
             ],
             *(given.batches, given.rounds + 1, folder / "published"),
         )

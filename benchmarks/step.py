@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepclust.config import build
 from deepclust.datasets.datamodule import read_ahead
+from deepclust.graphs import as_written
 from deepclust.methods.base import ClusteringMethod
 from deepclust.run_folder import load_checkpoint, load_method, peak_memory_bytes
 from deepclust.train import (
@@ -350,7 +351,7 @@ def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folde
     one = others["bare"]
     raw = one.datamodule.read_batch(one.datamodule.epoch_indices(0, one.method.sampling_weights())[0], 0, 0)
     figures["waits"] = waits(lambda: one.step(raw), device)
-    with torch.compiler.set_stance("force_eager"):  # what is compiled could not be seen
+    with torch.compiler.set_stance("force_eager"), as_written():  # what is compiled or replayed could not be seen
         with FlopCounterMode(display=False) as flops:
             one.step(raw)
         with Traffic() as traffic:

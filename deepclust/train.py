@@ -23,6 +23,7 @@ from deepclust.config import build, plain
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.source import ImageSet
 from deepclust.errors import InputError
+from deepclust.graphs import Prepared
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import fused
 from deepclust.run_folder import (
@@ -183,13 +184,25 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def fit_out(method: ClusteringMethod, cfg: DictConfig) -> None:
-    """Make a method with its first weights ready for the device and the processes that it will run on."""
+    """Make a method with its first weights ready for the device and the processes that it will run on.
+
+    Raises:
+        InputError: where two switches of the hardware exclude each other.
+    """
     if cfg.hardware.channels_last:
         method.to(memory_format=torch.channels_last)
     if cfg.sync_batchnorm:
         distributed.synchronise_batch_norm(method)
+    if cfg.hardware.graphs and cfg.hardware.compile in ("reduce-overhead", "max-autotune"):
+        raise InputError(
+            f"hardware.compile={cfg.hardware.compile} makes CUDA graphs, and so does hardware.graphs",
+            expected="one of them to do it",
+            do="set hardware.compile=default, or max-autotune-no-cudagraphs",
+        )
     if cfg.hardware.compile is not None:
         method.compile_networks(cfg.hardware.compile)
+    if cfg.hardware.graphs:
+        method.replay_networks()
     if cfg.hardware.fused_optimizer:
         method.make_optimizer = fused(method.make_optimizer)
 
@@ -265,10 +278,12 @@ def complete_dataset(cfg: DictConfig, images: ImageSet) -> None:
 
 def make_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
     """What feeds training and the clean pass; it is given no labels."""
+    views = build(cfg.multi_view)
+    views.prepared = Prepared(mode=cfg.hardware.compile, replayed=cfg.hardware.graphs)
     return ImageDataModule(
         fit=images.fit,
         extra=images.extra,
-        views=build(cfg.multi_view),
+        views=views,
         batch_size=cfg.batch_size,
         clean_batch_size=cfg.clean_batch_size,
         drop_last=cfg.drop_last,

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch, cache_sized
 from deepclust.errors import InputError
+from deepclust.graphs import Replayed
 from deepclust.optim import Schedule
 from deepclust.progress import track
 
@@ -183,6 +184,11 @@ class ClusteringMethod(LightningModule):
         for module in self.modules():
             if type(module) is type(self.backbone):
                 module.compile(mode=mode, dynamic=False)
+
+    def replay_networks(self) -> None:
+        """Have every network that the method holds replayed on a GPU, compiled or not; names of weights stay."""
+        for network in self.children():
+            network._compiled_call_impl = Replayed(network._compiled_call_impl or network._call_impl, network)
 
     @property
     def weight_dtype(self) -> torch.dtype:
