@@ -71,13 +71,13 @@ def host_work(views: MultiView, images: Tensor, monkeypatch) -> tuple[tuple[Tens
     """The views of images on a GPU, as tensors without values, and what the host has to do with making them there."""
     work = HostWork()
 
-    def replay(key, render, *tensors):
+    def prepared(key, render, *tensors):
         with FakeTensorMode():
             there = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
             with work:
                 return render(*there)
 
     monkeypatch.setattr(MultiView, "_in_pieces", MultiView._at_once)
-    monkeypatch.setattr(views, "replay", replay)
+    monkeypatch.setattr(views, "prepared", prepared)
     n = len(images)
     return views(images, generator(0), rows=slice(0, n), total=n), work.found

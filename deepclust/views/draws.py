@@ -34,29 +34,30 @@ ALIGNMENT = 16  # bytes
 
 def pack(groups: Sequence[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Layout]:
     """Dicts of CPU tensors in one buffer of bytes on a device, copied without waiting for it, and where they lie."""
-    layout, size = [], 0
+    layout, pieces, size = [], [], 0
     for group in groups:
         places = []
         for name, values in group.items():
             places.append((name, values.dtype, tuple(values.shape), size))
+            pieces.append((size, values.contiguous().view(torch.uint8).flatten()))
             size += math.ceil(values.nbytes / ALIGNMENT) * ALIGNMENT
         layout.append(tuple(places))
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for group, room in zip(groups, unpack(buffer, tuple(layout)), strict=True):
-        for name, values in group.items():
-            room[name].copy_(values)
+    for first, piece in pieces:
+        buffer[first : first + len(piece)] = piece
     return buffer.to(device, non_blocking=True), tuple(layout)
 
 
 def unpack(packed: Tensor, layout: Layout) -> list[dict[str, Tensor]]:
-    """The dicts that were packed, as views of the buffer."""
-    return [
-        {
-            name: packed[first : first + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-            for name, dtype, shape, first in places
-        }
-        for places in layout
-    ]
+    """The dicts that were packed."""
+
+    def values(dtype: torch.dtype, shape: tuple[int, ...], first: int) -> Tensor:
+        part = packed[first : first + math.prod(shape) * dtype.itemsize]
+        if dtype == torch.bool:
+            return part.reshape(shape) != 0  # torch.compile knows no view of bytes as booleans
+        return part.view(dtype).reshape(shape)
+
+    return [{name: values(dtype, shape, first) for name, dtype, shape, first in places} for places in layout]
 
 
 def numbers(values: Sequence[float], device: torch.device) -> Tensor:

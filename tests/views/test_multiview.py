@@ -257,6 +257,21 @@ def test_what_is_prepared_stands_in_for_the_making_of_views(monkeypatch):
     assert len(made) == 3  # two views of clean ones: of bytes and of floats
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_views_compile_as_a_whole(name, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    images, views = raw(20), multi_view([name, name])
+    expected = views(images, generator(0), rows=slice(0, 20), total=20)
+
+    def prepared(key, render, *tensors):
+        return torch.compile(lambda *given: render(*given), fullgraph=True, dynamic=False)(*tensors)
+
+    views.prepared = prepared
+    for view, known in zip(views(images, generator(0), rows=slice(0, 20), total=20), expected, strict=True):
+        torch.testing.assert_close(view, known, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_host_has_no_part_in_making_views_on_a_gpu(name, channels, monkeypatch):
