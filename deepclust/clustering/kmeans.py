@@ -269,11 +269,12 @@ def _lloyd(
         else:
             shift = (old_weights - weights).square().sum((1, 2))
         going = moved.any(1) & (shift > tolerance * data.variance)
-        if not going.all():
+        kept = going.nonzero()[:, 0]
+        if len(kept) < len(running):
             running, centroids, weights, assignments = (
-                state[going] for state in (running, centroids, weights, assignments)
+                state[kept] for state in (running, centroids, weights, assignments)
             )
-            sums, counts = sums[going], counts[going]
+            sums, counts = sums[kept], counts[kept]
         if len(running) == 0:
             break
     # Restarts that end in the same partition differ by rounding errors: as float32 they tie, and the lowest wins.
