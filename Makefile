@@ -38,8 +38,8 @@ demo: $(VENV)/.core ## train ProPos on the embedded digits and show the clusters
 test: $(VENV)/.dev lint ## lint, then every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
-test-all: $(VENV)/.dev lint ## every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+test-all: $(VENV)/.dev lint ## every test, with new random examples
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/pytest -n 2
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,11 +1,17 @@
 """What the tests share: composed configurations and whole runs on real images."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
+
+hypothesis.settings.register_profile("same", derandomize=True)  # the same examples in every run
+hypothesis.settings.register_profile("search", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 SMALL = [  # ProPos on digits in about a second an epoch
     "hardware=cpu",
