@@ -71,7 +71,7 @@ class Work:
         self.method: ClusteringMethod = build(cfg.method)
         if cfg.earlier.run is not None:
             self.method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
-        fit_out(self.method, cfg)
+        fit_out(self.method, self.datamodule, cfg)
 
     def trainer(self, folder: Path, *more: Callback, **arguments: Any) -> Any:
         """The trainer of `deepclust train` with its callbacks and logger, and more."""

@@ -7,6 +7,7 @@ on 512 CIFAR images has some 1,900 of them. What is replayed computes the same, 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from deepclust import distributed
 from deepclust.errors import InputError
 
 _replaying = True
+_all: "WeakSet[Replayed]" = WeakSet()
 
 
 @contextmanager
@@ -29,6 +31,12 @@ def as_written() -> Iterator[None]:
         yield
     finally:
         _replaying = before
+
+
+def release() -> None:
+    """Forget all recordings, and so give back their memory, which nothing else may use; later calls record anew."""
+    for call in _all:
+        call.recordings.clear()
 
 
 class Replayed:
@@ -43,23 +51,25 @@ class Replayed:
     def __init__(self, function: Callable[..., Any], network: nn.Module | None = None) -> None:
         self.function = function
         self.network = network
+        self.held: list[tuple[Mapping[str, Tensor | None], str, Tensor | None, int]] | None = None
         self.weights: dict[str, Tensor] = {}
         self.buffers: list[Tensor] = []
-        self.places: tuple[int, ...] = ()
+        self.modules: list[nn.Module] = []
         self.seen: set[Hashable] = set()
         self.recordings: dict[Hashable, list[_Recording]] = {}
+        _all.add(self)
 
-    def __call__(self, *inputs: Any) -> Any:
-        on_gpu = inputs and all(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-        if not (_replaying and on_gpu) or distributed.world_size() > 1:
-            return self.function(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        usual = not _replaying or named or not inputs or not all(map(on_gpu, inputs))
+        if usual or distributed.world_size() > 1:
+            return self.function(*inputs, **named)
         self._follow()
-        grad = torch.is_grad_enabled()
+        grad, device = torch.is_grad_enabled(), inputs[0].device.type
         kind = (
             *((x.shape, x.stride(), x.dtype, grad and x.requires_grad) for x in inputs),
             *(grad and w.requires_grad for w in self.weights.values()),
-            *(self.network is not None and self.network.training, grad),
-            *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+            *(m.training for m in self.modules),
+            *(grad, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         if kind not in self.seen:  # it may be the only one of its kind, such as the last batch
             self.seen.add(kind)
@@ -69,34 +79,44 @@ class Replayed:
         if free is None:
             try:
                 free = _Recording(self, inputs)
-            except RuntimeError as error:
+            except (RuntimeError, TypeError, AttributeError) as error:
                 what = "the views" if self.network is None else type(self.network).__name__
                 raise InputError(
                     f"{what} could not be recorded as a CUDA graph: {error}",
-                    expected="memory for it, and operations that never wait for the GPU",
+                    expected="memory for it, tensors that come back, and operations that never wait for the GPU",
                     do="set hardware.graphs=false",
                 ) from error
             alike.append(free)
         return free(inputs)
 
     def _follow(self) -> None:
-        """Forget the recordings if the weights lie elsewhere by now: they went to the CPU and back, say."""
-        if self.network is None or (self.places and self.places == self._lie()):
+        """Forget the recordings if the network holds other tensors, or the same elsewhere: they went to the CPU and
+        back, say."""
+        if self.network is None:
             return
+        if self.held is not None and all(
+            store.get(name) is tensor and (tensor is None or tensor.data_ptr() == place)
+            for store, name, tensor, place in self.held
+        ):
+            return
+        self.modules = list(self.network.modules())
         self.weights, self.buffers = dict(self.network.named_parameters()), list(self.network.buffers())
-        self.places = self._lie()
+        self.held = [
+            (store, name, tensor, 0 if tensor is None else tensor.data_ptr())
+            for module in self.modules
+            for store in (module._parameters, module._buffers)
+            for name, tensor in store.items()
+        ]
         self.recordings.clear()
-
-    def _lie(self) -> tuple[int, ...]:
-        return tuple(t.data_ptr() for t in (*self.weights.values(), *self.buffers))
 
     def run(self, *inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Any:
         """The function called, with these in place of its weights of those names.
 
         Weights that autocast lowers are not kept for the next call, since they would lie in a recording.
         """
-        on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False):
+        device = inputs[0].device.type
+        on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with torch.autocast(device, dtype=dtype, enabled=on, cache_enabled=False):
             if weights and self.network is not None:
                 return functional_call(self.network, dict(weights), inputs)  # which calls this object
             return self.function(*inputs)
@@ -122,6 +142,41 @@ class Prepared:
         return self.functions[key](*inputs)
 
 
+# What is CUDA's; tests put a stand-in for a CPU here ------------------------------------------------------------------
+
+
+def on_gpu(x: Any) -> bool:
+    """Whether that is a tensor on a GPU."""
+    return isinstance(x, Tensor) and x.is_cuda
+
+
+@contextmanager
+def first_times() -> Iterator[None]:
+    """For the first few calls, in which libraries do what must not be recorded; no random number is used up."""
+    aside, present = torch.cuda.Stream(), torch.cuda.current_stream()
+    aside.wait_stream(present)
+    with torch.random.fork_rng([present.device_index]), torch.cuda.stream(aside):
+        yield
+    present.wait_stream(aside)
+
+
+class Graph:
+    """What a function does on a GPU, recorded; `after` another one, which is replayed before it, on the same memory."""
+
+    def __init__(self, function: Callable[[], Any], after: "Graph | None" = None) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        pool = None if after is None else after.graph.pool()
+        # Other threads may go on meanwhile: the one that reads ahead does.
+        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+            self.result = function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class _Recording:
     """A call of one kind, and its backward pass, as a graph each; leased from the one to the other."""
 
@@ -134,25 +189,20 @@ class _Recording:
         self.trained = {name: w for name, w in call.weights.items() if grad and w.requires_grad}
         buffers = [b.clone() for b in call.buffers]
         with as_written():
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what libraries do the first few times is not to be recorded
+            with first_times():
                 for _ in range(3):
                     outputs, leaves = self._run()
                     gradients_of(outputs, leaves, [torch.ones_like(o) for o in outputs])
                     del outputs, leaves
-            torch.cuda.current_stream().wait_stream(aside)
-            # Other threads may go on meanwhile: the one that reads ahead does.
-            self.forward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
-                outputs, leaves = self._run()
+            self.forward = Graph(self._run)
+            outputs, leaves = self.forward.result
+            del self.forward.result
             self.outputs = [o.detach() for o in outputs]
             self.learns = [o.requires_grad for o in outputs]
             if any(self.learns):
                 self.output_gradients = [torch.zeros_like(o) for o in self.outputs]
-                self.backward = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.backward, self.forward.pool(), capture_error_mode="thread_local"):
-                    self.gradients = gradients_of(outputs, leaves, self.output_gradients)
+                self.backward = Graph(lambda: gradients_of(outputs, leaves, self.output_gradients), self.forward)
+                self.gradients = self.backward.result
         for buffer, value in zip(call.buffers, buffers, strict=True):
             # Running figures, which the first few times have moved. As data, for a pass that awaits its backward pass
             # may hold them.
@@ -181,9 +231,8 @@ class _Recording:
         for own, given in zip(self.output_gradients, gradients, strict=True):
             own.copy_(given)
         self.backward.replay()
-        copies = iter(
-            torch._foreach_mul([g for g in self.gradients if g is not None], 1.0)
-        )  # for autograd adds to them
+        # Copies, for autograd adds to what it is given.
+        copies = iter(torch._foreach_mul([g for g in self.gradients if g is not None], 1.0))
         return [None if g is None else next(copies) for g in self.gradients]
 
 
@@ -205,8 +254,12 @@ class _Lease:
         self.recording = recording
         self.token = recording.lease = object()
 
+    @property
+    def holds(self) -> bool:
+        return self.recording.lease is self.token
+
     def end(self) -> None:
-        if self.recording.lease is self.token:
+        if self.holds:
             self.recording.lease = None
 
     __del__ = end
@@ -225,7 +278,12 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        recording: _Recording = ctx.lease.recording
-        found = recording.replay_backward(gradients)
+        if not ctx.lease.holds:
+            raise InputError(
+                "a replayed network was called back a second time, when its memory may hold another pass",
+                expected="one backward pass for each forward pass",
+                do="set hardware.graphs=false",
+            )
+        found = ctx.lease.recording.replay_backward(gradients)
         ctx.lease.end()
         return (None, *found)

@@ -177,6 +177,6 @@ def command_line() -> str:
 def peak_memory_bytes() -> int:
     """Most memory in use so far: the device's on a GPU, the process's otherwise."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()  # of CUDA graphs, too, which allocate nothing
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

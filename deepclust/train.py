@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deepclust import dashboards, distributed, launch
+from deepclust import dashboards, distributed, graphs, launch
 from deepclust.callbacks.checkpoint import LastCheckpoint
 from deepclust.callbacks.evaluation import Judge, Judgement
 from deepclust.clustering.number import Estimate, estimate_number, sample_rows
@@ -23,7 +23,6 @@ from deepclust.config import build, plain
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.source import ImageSet
 from deepclust.errors import InputError
-from deepclust.graphs import Prepared
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import fused
 from deepclust.run_folder import (
@@ -66,7 +65,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """`train` on the processes that the hardware asks for, after the stage before it; the content of results.json."""
     find_earlier(cfg, folder)
-    return launch.run(train, cfg, folder)
+    try:
+        return launch.run(train, cfg, folder)
+    finally:
+        graphs.release()  # for the runs that follow in this process
 
 
 def find_earlier(cfg: DictConfig, folder: Path) -> None:
@@ -118,7 +120,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     resumed = (folder / CHECKPOINT).exists()
     if cfg.earlier.run is not None and not resumed:
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
-    fit_out(method, cfg)
+    fit_out(method, datamodule, cfg)
 
     judge = make_judge(cfg, images)
     config = plain(cfg)
@@ -142,6 +144,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise KeyboardInterrupt from None
         raise
     train_seconds = time.monotonic() - started
+    graphs.release()  # what follows may need their memory
 
     method.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     if method.e_step_every_n_epochs:
@@ -183,26 +186,27 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return results
 
 
-def fit_out(method: ClusteringMethod, cfg: DictConfig) -> None:
-    """Make a method with its first weights ready for the device and the processes that it will run on.
+def fit_out(method: ClusteringMethod, datamodule: ImageDataModule, cfg: DictConfig) -> None:
+    """Make a method with its first weights, and its views, ready for the device and the processes of its training.
 
     Raises:
-        InputError: where two switches of the hardware exclude each other.
+        InputError: for a mode of torch.compile that does not do here.
     """
     if cfg.hardware.channels_last:
         method.to(memory_format=torch.channels_last)
     if cfg.sync_batchnorm:
         distributed.synchronise_batch_norm(method)
-    if cfg.hardware.graphs and cfg.hardware.compile in ("reduce-overhead", "max-autotune"):
+    if cfg.hardware.compile in ("reduce-overhead", "max-autotune"):
         raise InputError(
-            f"hardware.compile={cfg.hardware.compile} makes CUDA graphs, and so does hardware.graphs",
-            expected="one of them to do it",
-            do="set hardware.compile=default, or max-autotune-no-cudagraphs",
+            f"hardware.compile={cfg.hardware.compile} makes CUDA graphs of its own",
+            expected="default or max-autotune-no-cudagraphs",
+            do="set hardware.graphs=true for CUDA graphs",
         )
     if cfg.hardware.compile is not None:
         method.compile_networks(cfg.hardware.compile)
     if cfg.hardware.graphs:
         method.replay_networks()
+    datamodule.views.prepared = graphs.Prepared(mode=cfg.hardware.compile, replayed=cfg.hardware.graphs)
     if cfg.hardware.fused_optimizer:
         method.make_optimizer = fused(method.make_optimizer)
 
@@ -278,12 +282,10 @@ def complete_dataset(cfg: DictConfig, images: ImageSet) -> None:
 
 def make_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
     """What feeds training and the clean pass; it is given no labels."""
-    views = build(cfg.multi_view)
-    views.prepared = Prepared(mode=cfg.hardware.compile, replayed=cfg.hardware.graphs)
     return ImageDataModule(
         fit=images.fit,
         extra=images.extra,
-        views=views,
+        views=build(cfg.multi_view),
         batch_size=cfg.batch_size,
         clean_batch_size=cfg.clean_batch_size,
         drop_last=cfg.drop_last,

@@ -9,6 +9,7 @@ import torch
 from deepclust.config import build
 from deepclust.train import check_dataset, make_datamodule, run
 from tests.conftest import compose_train
+from tests.tape import Tape, stand_in
 
 WATCHED = ["trainer.log_every_n_steps=1", "trainer.max_epochs=1", "report.map_points=0"]
 
@@ -60,6 +61,27 @@ def test_a_fused_optimiser_takes_weights_that_begin_to_move_later(tmp_path):
 
     plain, fused = learned("false"), learned("true")
     assert len(plain) == 4 and fused == pytest.approx(plain, rel=1e-3)
+
+
+METHODS = ["propos", "secu", "byol", "cc", "coke", "digpro", "drc", "gcc", "lnscc", "scan", "self_label"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in METHODS[-2:])) for n in METHODS])
+def test_replayed_it_learns_the_same_to_the_last_bit(name, tmp_path, monkeypatch):
+    def learned(graphs):
+        short = ["trainer.max_epochs=2", "+trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
+        sizes = ["batch_size=64", "report.map_points=0", f"hardware.graphs={graphs}"]
+        folder = tmp_path / graphs
+        folder.mkdir()
+        results = run(compose_train(f"method={name}", "dataset=digits", "hardware=cpu", *short, *sizes), folder)
+        return losses(folder), results["scores"]
+
+    plain = learned("false")
+    stand_in(monkeypatch)
+    recorded = []
+    monkeypatch.setattr(Tape, "replay", lambda tape, replay=Tape.replay: recorded.append(tape) or replay(tape))
+    assert learned("true") == plain
+    assert recorded or name == "self_label"  # whose networks lie deeper
 
 
 @pytest.mark.parametrize("name", ["propos", "digpro"])

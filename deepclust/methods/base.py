@@ -186,9 +186,13 @@ class ClusteringMethod(LightningModule):
                 module.compile(mode=mode, dynamic=False)
 
     def replay_networks(self) -> None:
-        """Have every network that the method holds replayed on a GPU, compiled or not; names of weights stay."""
+        """Have the networks that the method calls replayed on a GPU, compiled or not; names of weights stay.
+
+        They are its children; those that lie deeper, as in a list of heads, run as ever.
+        """
         for network in self.children():
-            network._compiled_call_impl = Replayed(network._compiled_call_impl or network._call_impl, network)
+            if any(True for _ in network.parameters()):
+                network._compiled_call_impl = Replayed(network._compiled_call_impl or network._call_impl, network)
 
     @property
     def weight_dtype(self) -> torch.dtype:
