@@ -128,7 +128,8 @@ def test_processes_that_are_started_here_are_stopped_too(tmp_path):
     process = start(tmp_path, "hardware=ddp", "hardware.accelerator=cpu", *RARELY, *LINGER)
     stop(process, signal.SIGTERM, tmp_path)
     assert process.returncode == 128 + signal.SIGTERM
-    assert saved_step(tmp_path) == 10
+    assert saved_step(tmp_path) >= 10  # the signal takes its time to be handed on
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_no_batch_no_checkpoint(tmp_path):
