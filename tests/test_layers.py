@@ -8,7 +8,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "deepclust"
 LAYERS = {
-    **dict.fromkeys(("errors", "randomness", "batch", "distributed", "precision", "progress", "stopping", "graphs"), 0),
+    **dict.fromkeys(
+        ("errors", "randomness", "batch", "distributed", "precision", "progress", "stopping", "graphs", "membership"), 0
+    ),
     **dict.fromkeys(("views", "backbones", "heads", "losses", "clustering", "ema", "memory", "optim", "metrics"), 1),
     **dict.fromkeys(("datasets", "methods"), 2),
     **dict.fromkeys(("callbacks", "loggers"), 3),

@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from deepclust.membership import membership
+
 
 class Balance(Protocol):
     """How rows are assigned, and what is remembered of it; alike on all processes if updated with gathered rows."""
@@ -95,11 +97,6 @@ class EntropyBalance(nn.Module):
             self.counts -= sizes(previous.clamp(min=0), self.counts, previous >= 0)
 
     def end_epoch(self) -> None: ...
-
-
-def membership(labels: Tensor, num_clusters: int) -> Tensor:
-    """Whether each row of `labels` (N,) belongs to each cluster (N, K); a negative label belongs to none."""
-    return labels.unsqueeze(-1) == torch.arange(num_clusters, device=labels.device)
 
 
 def sizes(labels: Tensor, like: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from deepclust.clustering.assignment import membership
 from deepclust.errors import InputError
+from deepclust.membership import membership
 from deepclust.progress import track
 from deepclust.randomness import generator
 

@@ -30,7 +30,6 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.assignment import membership
 from deepclust.clustering.pseudo_labels import PseudoLabels
 from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.ema import Target, decay_at
@@ -38,6 +37,7 @@ from deepclust.errors import InputError
 from deepclust.heads import init_normal, mlp
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import prototype_scattering_loss
+from deepclust.membership import membership
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import Schedule
 from deepclust.precision import full_precision

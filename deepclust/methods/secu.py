@@ -32,10 +32,11 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.assignment import Balance, EntropyBalance, SizeBalance, membership, sizes
+from deepclust.clustering.assignment import Balance, EntropyBalance, SizeBalance, sizes
 from deepclust.errors import InputError
 from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
+from deepclust.membership import membership
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import Schedule
 from deepclust.precision import full_precision
