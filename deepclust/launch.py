@@ -25,8 +25,8 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # mallopt's numbers for them
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors give back, to be used again: from the system it comes page by page, zeroed.
 
-    Without, glibc gives back the activations of some steps and not of others: up to a tenth of the time of a small
-    network's training. Nothing is done with another C library, or where the environment has settings for this one.
+    Without, glibc gives back the activations of some steps and not of others (docs/performance.md has what that costs).
+    Nothing is done with another C library, or where the environment has settings for this one.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return

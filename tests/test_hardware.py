@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepclust.config import build
+from deepclust.errors import InputError
 from deepclust.train import check_dataset, make_datamodule, run
 from tests.conftest import compose_train
 from tests.tape import Tape, stand_in
@@ -82,6 +83,12 @@ def test_replayed_it_learns_the_same_to_the_last_bit(name, tmp_path, monkeypatch
     monkeypatch.setattr(Tape, "replay", lambda tape, replay=Tape.replay: recorded.append(tape) or replay(tape))
     assert learned("true") == plain
     assert recorded or name == "self_label"  # whose networks lie deeper
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_that_make_graphs_of_their_own_are_refused(mode, run_small):
+    with pytest.raises(InputError, match=mode):
+        run_small(f"hardware.compile={mode}")
 
 
 @pytest.mark.parametrize("name", ["propos", "digpro"])
