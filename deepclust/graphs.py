@@ -1,4 +1,5 @@
-"""CUDA graphs: the kernels of a network, or of the views, recorded once and from then on started together.
+"""CUDA graphs: the kernels of a network, of the views or of an objective, recorded once and from then on started
+together.
 
 Small images cost a GPU less time than a program needs to start its kernels one by one: a step of ProPos with ResNet-18
 on 512 CIFAR images has some 1,900 of them. What is replayed computes the same, on memory of its own.
@@ -6,7 +7,8 @@ on 512 CIFAR images has some 1,900 of them. What is replayed computes the same, 
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -17,6 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from deepclust import distributed
 from deepclust.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MOST_PARTS = 8  # of a method that are remembered; with values that change every epoch, the oldest are forgotten
 
 _replaying = True
 _all: "WeakSet[Replayed]" = WeakSet()
@@ -40,7 +46,7 @@ def release() -> None:
 
 
 class Replayed:
-    """Stands for calls of `function`, that of `network` where it is one: on a GPU they are replayed from the second on.
+    """Stands for calls of `function`, which may work on a `network`: on a GPU they are replayed from the second on.
 
     Calls are told apart by the shapes and memory order of their tensors, by what is trained, and by autocast; those
     whose backward pass is still to come have recordings of their own. Results are copies, and stay as they are. On a
@@ -51,6 +57,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Any], network: nn.Module | None = None) -> None:
         self.function = function
         self.network = network
+        self.within = None if network is None else Within(function, network)
         self.held: list[tuple[Mapping[str, Tensor | None], str, Tensor | None, int]] | None = None
         self.weights: dict[str, Tensor] = {}
         self.buffers: list[Tensor] = []
@@ -73,7 +80,8 @@ class Replayed:
         )
         if kind not in self.seen:  # it may be the only one of its kind, such as the last batch
             self.seen.add(kind)
-            return self.run(*inputs)
+            with as_written():  # what is inside is recorded with it, if at all
+                return self.run(*inputs)
         alike = self.recordings.setdefault(kind, [])
         free = next((one for one in alike if one.lease is None), None)
         if free is None:
@@ -117,9 +125,21 @@ class Replayed:
         device = inputs[0].device.type
         on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.autocast(device, dtype=dtype, enabled=on, cache_enabled=False):
-            if weights and self.network is not None:
-                return functional_call(self.network, dict(weights), inputs)  # which calls this object
+            if weights and self.within is not None:
+                return functional_call(self.within, {f"network.{name}": w for name, w in weights.items()}, inputs)
             return self.function(*inputs)
+
+
+class Within(nn.Module):
+    """A function that works on a network, as a module, which can be called with other weights."""
+
+    def __init__(self, function: Callable[..., Any], network: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
 
 
 class Prepared:
@@ -140,6 +160,52 @@ class Prepared:
                 made = torch.compile(lambda *tensors: function(*tensors), mode=self.mode, dynamic=False)
             self.functions[key] = Replayed(made) if self.replayed else made
         return self.functions[key](*inputs)
+
+
+def replayable(*, by: Callable[[Any], Hashable] = lambda method: None) -> Callable[[F], F]:
+    """Marks a part of a method's step that takes tensors, or None, and gives tensors: it is replayed where the method
+    has `parts`.
+
+    Beside them, and weights and buffers, the result may hang on plain values of the method: those that `by` gives. For
+    other ones it is recorded anew.
+    """
+
+    def mark(function: F) -> F:
+        @wraps(function)
+        def call(method: Any, *tensors: Tensor | None) -> Any:
+            if method.parts is None:
+                return function(method, *tensors)
+            return method.parts(function, method, tensors, by(method))
+
+        return call  # type: ignore[return-value]
+
+    return mark
+
+
+class Parts:
+    """The `replayable` parts of a method. A copy remembers none of them."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Hashable, Replayed] = {}
+
+    def __reduce__(self) -> Any:
+        return Parts, ()
+
+    def __call__(
+        self, function: Callable[..., Any], method: nn.Module, tensors: tuple[Tensor | None, ...], values: Hashable
+    ) -> Any:
+        present = tuple(x is not None for x in tensors)
+
+        def part(*given: Tensor) -> Any:
+            rest = iter(given)
+            return function(method, *(next(rest) if there else None for there in present))
+
+        key = function.__qualname__, values, present
+        call = self.calls.pop(key, None) or Replayed(part, method)
+        if len(self.calls) == MOST_PARTS:
+            del self.calls[next(iter(self.calls))]
+        self.calls[key] = call  # the latest comes last
+        return call(*(x for x in tensors if x is not None))
 
 
 # What is CUDA's; tests put a stand-in for a CPU here ------------------------------------------------------------------
@@ -192,8 +258,10 @@ class _Recording:
             with first_times():
                 for _ in range(3):
                     outputs, leaves = self._run()
-                    gradients_of(outputs, leaves, [torch.ones_like(o) for o in outputs])
-                    del outputs, leaves
+                    found = gradients_of(outputs, leaves, [torch.ones_like(o) for o in outputs])
+                    reached = [gradient is not None for gradient in found[len(inputs) :]]
+                    self.trained = {n: w for (n, w), yes in zip(self.trained.items(), reached, strict=True) if yes}
+                    del outputs, leaves, found
             self.forward = Graph(self._run)
             outputs, leaves = self.forward.result
             del self.forward.result

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepclust
+from deepclust.graphs import Parts, Within
 from deepclust.randomness import generator
 from deepclust.views.multiview import MultiView
 
@@ -81,3 +83,26 @@ def host_work(views: MultiView, images: Tensor, monkeypatch) -> tuple[tuple[Tens
     monkeypatch.setattr(views, "prepared", prepared)
     n = len(images)
     return views(images, generator(0), rows=slice(0, n), total=n), work.found
+
+
+def watch_parts(method, monkeypatch) -> dict[str, set[str]]:
+    """By part of the method's steps from here on: what the host would have to do with it on a GPU, going forward."""
+    found: dict[str, set[str]] = {}
+
+    def run(parts, function, owner, tensors, values):
+        work = HostWork()
+        with FakeTensorMode():
+
+            def there(t):
+                return None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda")
+
+            state = {f"network.{name}": there(t) for name, t in [*owner.named_parameters(), *owner.named_buffers()]}
+            given = [there(t) for t in tensors]
+            with work:
+                functional_call(Within(lambda *some: function(owner, *some), owner), state, tuple(given))
+        found.setdefault(function.__name__, set()).update(work.found)
+        return function(owner, *tensors)
+
+    method.parts = Parts()
+    monkeypatch.setattr(Parts, "__call__", run)
+    return found

@@ -10,7 +10,7 @@ from torch import nn
 from deepclust import graphs
 from deepclust.ema import Target
 from deepclust.errors import InputError
-from deepclust.graphs import Prepared, Replayed, as_written
+from deepclust.graphs import MOST_PARTS, Parts, Prepared, Replayed, as_written, replayable
 from tests.tape import stand_in
 
 
@@ -227,3 +227,54 @@ def test_functions_by_a_key(device):
             (found,) = prepared(key, doubled, torch.full((3,), float(value), device=device))
             assert found.tolist() == 3 * [2 * value]
     assert len(prepared.functions) == 2 and len(calls) == 2 * (1 + 3 + 1)  # once as it is, first times, recorded
+
+
+class Method(nn.Module):
+    """As much of a method as has to do with its parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = Parts()
+        self.weight, self.other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.register_buffer("sums", torch.zeros(3))
+        self.factor = 1
+
+    @replayable(by=lambda self: self.factor)
+    def part(self, x, shift):
+        self.sums += x.detach().sum(0)
+        return {"y": self.factor * self.weight * (x if shift is None else x + shift)}
+
+    def recordings(self):
+        return sum(len(alike) for call in self.parts.calls.values() for alike in call.recordings.values())
+
+
+def test_parts_of_a_method(device):
+    plain, replayed = Method().to(device), Method().to(device)
+    plain.parts = None
+    for factor in (1, 2, 1):
+        for seed in range(4):
+            drawn = torch.Generator().manual_seed(seed)
+            x = torch.randn(5, 3, generator=drawn).to(device).requires_grad_()
+            for shift in (None, torch.ones(3, device=device)):
+                results = []
+                for method in (plain, replayed):
+                    method.factor = factor
+                    method.zero_grad()
+                    x.grad = None
+                    y = method.part(x, shift)["y"]
+                    y.square().sum().backward()
+                    results += [(y.detach(), x.grad, method.weight.grad, method.sums)]
+                    assert method.other.grad is None
+                for expected, found in zip(*results, strict=True):
+                    torch.testing.assert_close(found, expected)
+                del y
+    assert replayed.recordings() == 4
+    assert copy.deepcopy(replayed).recordings() == 0
+
+
+def test_parts_by_values_that_keep_changing_are_forgotten(device):
+    method = Method().to(device)
+    for method.factor in range(MOST_PARTS + 5):
+        for _ in range(2):
+            assert method.part(torch.ones(1, 3, device=device), None)["y"].tolist() == [3 * [method.factor]]
+    assert method.recordings() == len(method.parts.calls) == MOST_PARTS

@@ -64,24 +64,46 @@ def test_a_fused_optimiser_takes_weights_that_begin_to_move_later(tmp_path):
     assert len(plain) == 4 and fused == pytest.approx(plain, rel=1e-3)
 
 
-METHODS = ["propos", "secu", "byol", "cc", "coke", "digpro", "drc", "gcc", "lnscc", "scan", "self_label"]
+METHODS = [  # that differ in what is replayed
+    "propos",
+    "propos method.step_order=joint method.queue_size=96 method.warmup_epochs=1 trainer.max_epochs=3",
+    "secu",
+    "secu method.balance=entropy method.predictor=true batch_size=100",
+    "byol",
+    "cc",
+    "coke",
+    "coke method.averaging_epochs=2 method.num_slots=2 method.predictor_weight=0.5 trainer.max_epochs=4",
+    "digpro",
+    # Called four times in a step, the predictor gets its gradients added up in another order.
+    "digpro trainer.precision=64-true method.warmup_epochs=1 method.group_reset_every_n_steps=2",
+    "digpro trainer.precision=64-true method.warmup_epochs=1 +trainer.accumulate_grad_batches=2",
+    "drc",
+    "gcc method.warmup_epochs=1 trainer.max_epochs=3",
+    "lnscc method.centres_after_epochs=1 method.clustering_after_epochs=1",
+    "scan",
+    "self_label",
+]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in METHODS[-2:])) for n in METHODS])
 def test_replayed_it_learns_the_same_to_the_last_bit(name, tmp_path, monkeypatch):
+    name, *chosen = name.split()
+
     def learned(graphs):
         short = ["trainer.max_epochs=2", "+trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
         sizes = ["batch_size=64", "report.map_points=0", f"hardware.graphs={graphs}"]
         folder = tmp_path / graphs
         folder.mkdir()
-        results = run(compose_train(f"method={name}", "dataset=digits", "hardware=cpu", *short, *sizes), folder)
+        results = run(compose_train(f"method={name}", "hardware=cpu", *short, *sizes, *chosen), folder)
         return losses(folder), results["scores"]
 
     plain = learned("false")
     stand_in(monkeypatch)
     recorded = []
     monkeypatch.setattr(Tape, "replay", lambda tape, replay=Tape.replay: recorded.append(tape) or replay(tape))
-    assert learned("true") == plain
+    found = learned("true")
+    exact = "trainer.precision=64-true" not in chosen
+    assert found == plain if exact else found[0] == pytest.approx(plain[0], rel=1e-12) and found[1] == plain[1]
     assert recorded or name == "self_label"  # whose networks lie deeper
 
 

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
+from deepclust.graphs import replayable
 from deepclust.losses.balance import entropy_deficit
 from deepclust.losses.contrastive import nt_xent
 from deepclust.methods.base import ClusteringMethod
@@ -64,8 +65,7 @@ class CC(ClusteringMethod):
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         # Each view on its own, so that batch statistics are a view's.
         (u_a, logits_a), (u_b, logits_b) = (self.heads(self.backbone(view)) for view in batch.views)
-        instance = instance_loss(u_a, u_b, temperature=self.instance_temperature)
-        cluster, balance = cluster_losses(logits_a, logits_b, temperature=self.cluster_temperature)
+        instance, cluster, balance = self.objective(u_a, u_b, logits_a, logits_b)
         weight = 0.0 if batch.extra else 1.0
         return {"instance": instance, "cluster": weight * cluster, "balance": weight * balance}
 
@@ -73,6 +73,12 @@ class CC(ClusteringMethod):
         """Embeddings (N, D) before they are normalised and cluster logits (N, K), of the global batch."""
         u, logits = self.instance_head(features), self.cluster_head(features)
         return distributed.gather_with_gradient(u), distributed.gather_with_gradient(logits)
+
+    @replayable()
+    def objective(self, u_a: Tensor, u_b: Tensor, logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, ...]:
+        """The three terms of the embeddings (N, D) and logits (N, K) of both views, by themselves."""
+        instance = instance_loss(u_a, u_b, temperature=self.instance_temperature)
+        return instance, *cluster_losses(logits_a, logits_b, temperature=self.cluster_temperature)
 
     def cluster_logits(self, features: Tensor) -> Tensor:
         return self.cluster_head(features)

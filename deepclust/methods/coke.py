@@ -35,6 +35,7 @@ from deepclust import distributed
 from deepclust.batch import TrainBatch
 from deepclust.clustering.assignment import SizeBalance, sizes
 from deepclust.errors import InputError
+from deepclust.graphs import replayable
 from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
 from deepclust.membership import membership
@@ -140,6 +141,12 @@ def epoch_share(epoch: int, averaging_epoch: int) -> float:
     return 1 / (max(0, epoch - averaging_epoch) + 1)
 
 
+def phase(method: "CoKe") -> int:
+    """What a step hangs on of the present epoch: whether it is the first and, while epochs are averaged, which."""
+    epoch = method.current_epoch
+    return epoch if epoch >= method.averaging_epoch else min(epoch, 1)
+
+
 class CoKe(ClusteringMethod):
     """CoKe with one, two or, if the third and later ones are small crops, more views.
 
@@ -147,6 +154,8 @@ class CoKe(ClusteringMethod):
     the predictor's loss, 0: there is none; `small_crops_weight` that of the small crops' (three or more views).
     `averaging_epochs` last epochs average labels, in `num_slots` slots read at `label_temperature`, and centroids.
     """
+
+    clusters_in_batch: Tensor
 
     def __init__(
         self,
@@ -187,6 +196,7 @@ class CoKe(ClusteringMethod):
         for size in (num_clusters * multiple for multiple in head_multiples):
             balance = SizeBalance(num_clusters=size, step=dual_step, min_share=min_share)
             self.heads.append(CentroidHead(num_features=embedding_size, balance=balance))
+        self.register_buffer("clusters_in_batch", torch.zeros((), dtype=torch.int64), persistent=False)
         self.averaging_epoch = epochs - averaging_epochs
         self.memory = LabelMemory(
             num_heads=len(self.heads),
@@ -220,6 +230,7 @@ class CoKe(ClusteringMethod):
         # The mean over the global batch, of which this process may hold more or less than its even share.
         return {"classification": rows.sum() * distributed.world_size() / batch.draws.total}
 
+    @replayable(by=phase)
     @full_precision
     def objective(self, projections: Tensor, predictions: Tensor | None, indices: Tensor) -> Tensor:
         """Loss of each row (N,), mean over heads; clusters the batch.
@@ -267,7 +278,7 @@ class CoKe(ClusteringMethod):
             now = memory.read(*place, epoch=epoch, temperature=self.label_temperature)
             targets.append(torch.where(old.isnan() | (epoch == 0), now, old))
             if number == 0:
-                self.clusters_in_batch = (sizes(new, head.balance.counts) > 0).sum()
+                self.clusters_in_batch.copy_((sizes(new, head.balance.counts) > 0).sum())
         return targets
 
     # Epochs

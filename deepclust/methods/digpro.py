@@ -34,6 +34,7 @@ from deepclust.clustering.pseudo_labels import PseudoLabels
 from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.ema import Target, decay_at
 from deepclust.errors import InputError
+from deepclust.graphs import replayable
 from deepclust.heads import init_normal, mlp
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import prototype_scattering_loss
@@ -130,11 +131,16 @@ class DigPro(ClusteringMethod):
     def objective(self, batch: TrainBatch, *, noise_std: float) -> tuple[Tensor, Tensor, Tensor]:
         """Alignment, scattering and group loss of one step, unweighted means of both directions; moves all state."""
         a, b = batch.views
+
+        def noise(q: Tensor, purpose: str) -> Tensor:
+            return noise_std * batch.draws.normal_like(q, purpose) if noise_std else torch.zeros_like(q)
+
+        indices = None if batch.extra else batch.indices
         self.begin_step(batch.draws.key)
         q_a, k_b = self.online(a), self.target(b)
-        ahead = self.direction(q_a, k_b, batch, noise_std=noise_std, purpose="noise of a")
+        ahead = self.direction(q_a, k_b, noise(q_a, "noise of a"), indices)
         q_b, k_a = self.online(b), self.target(a)
-        back = self.direction(q_b, k_a, batch, noise_std=noise_std, purpose="noise of b")
+        back = self.direction(q_b, k_a, noise(q_b, "noise of b"), indices)
         rows = torch.cat([distributed.gather(q_a), distributed.gather(q_b)]).to(self.bank.rows.dtype)
         self.bank.push(F.normalize(rows, dim=1))
         self.end_step()
@@ -162,10 +168,12 @@ class DigPro(ClusteringMethod):
         decay = decay_at(self.global_step + 1, num_steps, start=self.ema_decay, end=self.ema_decay_end)
         self.target.follow(self.backbone, self.projector, decay=decay)
 
-    def direction(
-        self, q: Tensor, k: Tensor, batch: TrainBatch, *, noise_std: float, purpose: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Alignment, scattering and group loss of one direction: q online, k target, both (N, D); moves the groups."""
+    @replayable()
+    def direction(self, q: Tensor, k: Tensor, noise: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Alignment, scattering and group loss of one direction: q online, k target, both (N, D); moves the groups.
+
+        Images without `indices` (N,) belong to no cluster.
+        """
         every_q = distributed.gather_with_gradient(q)
         moved = self.groups.moved(every_q)
         group = group_loss(
@@ -173,11 +181,10 @@ class DigPro(ClusteringMethod):
         )
         self.groups.vectors.copy_(moved.detach())
 
-        noise = noise_std * batch.draws.normal_like(q, purpose) if noise_std else torch.zeros_like(q)
         align = alignment(self.predict(q, noise), k)
-        if batch.extra:
+        if indices is None:
             return align, align.new_zeros(()), group
-        labels = self.pseudo_labels.assignments[distributed.gather(batch.indices)]
+        labels = self.pseudo_labels.assignments[distributed.gather(indices)]
         every_k = distributed.gather(k)
         scatter = prototype_scattering_loss(every_q, every_k, labels, self.num_clusters, temperature=self.temperature)
         return align, scatter, group

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from deepclust import distributed
 from deepclust.batch import TrainBatch
+from deepclust.graphs import replayable
 from deepclust.losses.balance import squared_sizes
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
@@ -67,13 +68,18 @@ class DRC(ClusteringMethod):
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         z_a, z_b = (distributed.gather_with_gradient(self.head(self.backbone(view))) for view in batch.views)
-        feature = feature_contrast(z_a, z_b, temperature=self.feature_temperature, normalize=self.normalize_features)
-        probability, sizes = probability_losses(
-            z_a, z_b, temperature=self.probability_temperature, normalize=self.normalize_probabilities
-        )
+        feature, probability, sizes = self.objective(z_a, z_b)
         weight = 0.0 if batch.extra else 1.0
         balance_weight = weight * self.balance_weight * self.balance_batch_size / len(z_a)
         return {"feature": feature, "probability": weight * probability, "balance": balance_weight * sizes}
+
+    @replayable()
+    def objective(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
+        """The three terms of the assignment features (N, K) of both views, by themselves."""
+        feature = feature_contrast(z_a, z_b, temperature=self.feature_temperature, normalize=self.normalize_features)
+        return feature, *probability_losses(
+            z_a, z_b, temperature=self.probability_temperature, normalize=self.normalize_probabilities
+        )
 
     def cluster_logits(self, features: Tensor) -> Tensor:
         return self.head(features)

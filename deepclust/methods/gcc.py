@@ -38,6 +38,7 @@ from torch.optim import Optimizer
 from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.graphs import replayable
 from deepclust.losses.balance import entropy_deficit
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
@@ -130,24 +131,32 @@ class GCC(ClusteringMethod):
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         # Both views together, then each neighbour on its own: these share batch statistics.
         h_0, h_1 = self.backbone(torch.cat(batch.views)).chunk(2)
-        rows = [self.embed(h_0), self.embed(h_1)]
+        if not self.warming_up and not batch.extra:
+            assert batch.companions is not None
+            *positives, partner = (self.backbone(view) for view in batch.companion_views)
+            return self.objective(batch.indices, batch.companions, partner, h_0, h_1, *positives)
+        f_0, f_1 = self.embed(h_0), self.embed(h_1)
         if not batch.extra:
-            self.bank.push(distributed.gather(rows[1]), distributed.gather(batch.indices))
-        if self.warming_up or batch.extra:
-            f_0, f_1 = whole(torch.stack(rows, 1), batch.draws.total).unbind(1)
-            contrast = self.representation_weight * pretext_contrast(f_0, f_1, temperature=self.temperature)
-            # DDP waits for a gradient of every parameter.
-            nothing = 0.0 * (self.cluster_logits(h_0.detach()).sum() + contrast.detach())
-            return {"representation": contrast, "assignment": nothing, "balance": nothing}
-        assert batch.companions is not None
-        *positives, partner = (self.backbone(view) for view in batch.companion_views)
-        rows += [self.embed(h) for h in positives]
-        logits = torch.stack([self.cluster_logits(h_0), self.cluster_logits(partner)], 1)
-        neighbors = distributed.gather(batch.companions)[:, : self.num_positives]
-        return self.objective(
-            whole(torch.stack(rows, 1), batch.draws.total),
-            self.weights[neighbors],
-            whole(logits, batch.draws.total),
+            self.bank.push(distributed.gather(f_1), distributed.gather(batch.indices))
+        f_0, f_1 = whole(torch.stack([f_0, f_1], 1), batch.draws.total).unbind(1)
+        contrast = self.representation_weight * pretext_contrast(f_0, f_1, temperature=self.temperature)
+        # DDP waits for a gradient of every parameter.
+        nothing = 0.0 * (self.cluster_logits(h_0.detach()).sum() + contrast.detach())
+        return {"representation": contrast, "assignment": nothing, "balance": nothing}
+
+    @replayable()
+    def objective(self, indices: Tensor, companions: Tensor, partner: Tensor, *features: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of images `indices` (N,) with a graph; fills the bank.
+
+        `features` (N, D) of both views and of P neighbours, `partner` (N, D) of one more: `companions` (N, P + 1).
+        """
+        rows = [self.embed(h) for h in features]
+        everyone = distributed.gather(indices)
+        self.bank.push(distributed.gather(rows[1]), everyone)
+        logits = torch.stack([self.cluster_logits(features[0]), self.cluster_logits(partner)], 1)
+        neighbors = distributed.gather(companions)[:, : self.num_positives]
+        return self.terms(
+            whole(torch.stack(rows, 1), len(everyone)), self.weights[neighbors], whole(logits, len(everyone))
         )
 
     @full_precision
@@ -155,8 +164,8 @@ class GCC(ClusteringMethod):
         """Unit rows (N, D) of the contrastive head."""
         return F.normalize(self.contrastive_head(features), dim=1)
 
-    def objective(self, features: Tensor, weights: Tensor, logits: Tensor) -> dict[str, Tensor]:
-        """The terms of the global batch, with a graph.
+    def terms(self, features: Tensor, weights: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the global batch, with a graph.
 
         features (N, 2 + P, D): unit rows of both views and of P neighbours, whose weights are `weights` (N, P);
         logits (N, 2, K): of the first view and of the partner.

@@ -34,6 +34,7 @@ from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.graph import Partners, multiplicities, neighbor_graph
 from deepclust.clustering.kmeans import kmeans
 from deepclust.errors import InputError
+from deepclust.graphs import replayable
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import Schedule
 from deepclust.precision import full_precision
@@ -141,6 +142,7 @@ class LNSCC(ClusteringMethod):
         order = torch.randperm(len(z_i) * self.negatives, generator=draws, device=z.device)
         return self.objective(z_i, z_j, order)
 
+    @replayable(by=lambda self: self.current_epoch < self.clustering_after_epochs)
     def objective(self, z_i: Tensor, z_j: Tensor, order: Tensor) -> dict[str, Tensor]:
         """The weighted terms of the embeddings (B, D) of joined pairs, negatives in the `order` (B * negatives,)."""
         joined, random = pair_costs(z_i, z_j, order, a=self.a, b=self.b, negative_weight=self.negative_weight)

@@ -29,6 +29,7 @@ from deepclust import distributed
 from deepclust.batch import TrainBatch
 from deepclust.clustering.pseudo_labels import PseudoLabels
 from deepclust.ema import Target, decay_at
+from deepclust.graphs import replayable
 from deepclust.heads import init_normal, mlp
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import prototype_scattering_loss
@@ -128,28 +129,35 @@ class ProPos(ClusteringMethod):
     def objective(self, batch: TrainBatch, *, noise_std: float) -> tuple[Tensor, Tensor]:
         """Alignment and (unweighted) scattering of one step, means of both directions; moves the target."""
         a, b = batch.views
-
-        def noise(q: Tensor, purpose: str) -> Tensor:
-            return noise_std * batch.draws.normal_like(q, purpose) if noise_std else torch.zeros_like(q)
-
         if self.step_order == "joint":
             self.update_target()
-            q_a, q_b = self.online(torch.cat([a, b])).chunk(2)
-            k_b, k_a = self.target(torch.cat([b, a])).chunk(2)
-            noises = torch.cat([noise(q_a, "noise of a"), noise(q_b, "noise of b")])
-            align = alignment(self.predict(torch.cat([q_a, q_b]), noises), torch.cat([k_b, k_a]))
+            q, k = self.online(torch.cat([a, b])), self.target(torch.cat([b, a]))
         else:
-            q_a, k_b = self.online(a), self.target(b)
-            align = alignment(self.predict(q_a, noise(q_a, "noise of a")), k_b) / 2
-            q_b, k_a = self.online(b), self.target(a)
-            align = align + alignment(self.predict(q_b, noise(q_b, "noise of b")), k_a) / 2
+            q = torch.cat([self.online(a), self.online(b)])
+            k = torch.cat([self.target(b), self.target(a)])
             self.update_target()
-        if batch.extra:
+        noise = torch.zeros_like(q)
+        if noise_std:
+            purposes = ("noise of a", "noise of b")
+            parts = [batch.draws.normal_like(half, p) for half, p in zip(q.chunk(2), purposes, strict=True)]
+            noise = noise_std * torch.cat(parts)
+        return self.terms(q, k, noise, None if batch.extra else batch.indices)
+
+    @replayable()
+    def terms(self, q: Tensor, k: Tensor, noise: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Alignment and scattering of the raw projections q (2N, D) of views a and b with their targets k; fills the
+        queue. Images without `indices` (N,) belong to no cluster."""
+        halves = [(q, k, noise)]
+        if self.step_order == "two_pass":
+            halves = list(zip(q.chunk(2), k.chunk(2), noise.chunk(2), strict=True))
+        align = torch.stack([alignment(self.predict(q, noise), k) for q, k, noise in halves]).mean()
+        if indices is None:
             return align, align.new_zeros(())
-        scatter = (self.scatter(q_a, k_b, batch.indices) + self.scatter(q_b, k_a, batch.indices)) / 2
+        (q_a, q_b), (k_b, k_a) = q.chunk(2), k.chunk(2)
+        scatter = (self.scatter(q_a, k_b, indices) + self.scatter(q_b, k_a, indices)) / 2
         if self.queue is not None:
-            indices = distributed.gather(batch.indices).repeat(2)
-            self.queue.push(torch.cat([distributed.gather(k_b), distributed.gather(k_a)]), indices)
+            images = distributed.gather(indices).repeat(2)
+            self.queue.push(torch.cat([distributed.gather(k_b), distributed.gather(k_a)]), images)
         return align, scatter
 
     @full_precision  # bfloat16 would round the noise away

@@ -31,6 +31,7 @@ from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.errors import InputError
+from deepclust.graphs import replayable
 from deepclust.methods.base import ClusteringMethod
 from deepclust.optim import Schedule
 from deepclust.precision import full_precision
@@ -67,9 +68,14 @@ class Pretext(ClusteringMethod):
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         # Both views at once, so that batch statistics are those of all 2N pictures.
-        rows = F.normalize(self.projector(self.backbone(torch.cat(batch.views))), dim=1)
+        return {"contrast": self.objective(self.projector(self.backbone(torch.cat(batch.views))))}
+
+    @replayable()
+    def objective(self, projections: Tensor) -> Tensor:
+        """The contrast of raw projections (2N, D) of both views."""
+        rows = F.normalize(projections, dim=1)
         anchors, others = (distributed.gather_with_gradient(view) for view in rows.chunk(2))
-        return {"contrast": pretext_loss(anchors, others, temperature=self.temperature)}
+        return pretext_loss(anchors, others, temperature=self.temperature)
 
 
 def projection_head(in_features: int, out_features: int) -> nn.Sequential:
@@ -204,13 +210,16 @@ class SCAN(ClusteringMethod):
                 do="set dataset.source.extra=[]",
             )
         # One after the other, so that batch statistics are a view's.
-        anchors, neighbors = (self.all_logits(images) for images in (batch.views[0], batch.companion_views[0]))
-        consistency, entropies = scan_losses(anchors, neighbors)
+        return self.objective(*(self.backbone(images) for images in (batch.views[0], batch.companion_views[0])))
+
+    @replayable()
+    def objective(self, anchors: Tensor, neighbors: Tensor) -> dict[str, Tensor]:
+        """The weighted terms, of the features (N, D) of images and of a neighbour of each."""
+        consistency, entropies = scan_losses(self.all_logits(anchors), self.all_logits(neighbors))
         return {"consistency": consistency.sum(), "entropy": -self.entropy_weight * entropies.sum()}
 
-    def all_logits(self, images: Tensor) -> Tensor:
-        """Logits (H, N, K) of every head for the images of the global batch."""
-        features = self.backbone(images)
+    def all_logits(self, features: Tensor) -> Tensor:
+        """Logits (H, N, K) of every head for the images of the global batch, from this process's features (n, D)."""
         logits = torch.stack([head(features) for head in self.heads], 1)
         return distributed.gather_with_gradient(logits).transpose(0, 1)
 

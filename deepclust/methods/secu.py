@@ -34,6 +34,7 @@ from deepclust import distributed
 from deepclust.batch import TrainBatch
 from deepclust.clustering.assignment import Balance, EntropyBalance, SizeBalance, sizes
 from deepclust.errors import InputError
+from deepclust.graphs import replayable
 from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
 from deepclust.membership import membership
@@ -72,6 +73,7 @@ class SeCu(ClusteringMethod):
     """
 
     pseudo_labels: Tensor
+    clusters_in_batch: Tensor
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class SeCu(ClusteringMethod):
         self.prototype_schedule = prototype_schedule
         # (H, M): the cluster of every image in every head; -1 until it is seen
         self.register_buffer("pseudo_labels", torch.full((len(self.heads), num_images), -1))
+        self.register_buffer("clusters_in_batch", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def each_head(self) -> list[PrototypeHead]:
         return list(self.heads)  # type: ignore[arg-type]
@@ -143,6 +146,7 @@ class SeCu(ClusteringMethod):
         representation, prototypes = self.objective(torch.stack(projections + predictions), batch.indices)
         return {"representation": mean * representation.sum(), "prototypes": mean * prototypes.sum()}
 
+    @replayable(by=lambda self: self.current_epoch == 0)
     @full_precision
     def objective(self, outputs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Both losses of each row (N,), means over heads and outputs (O, N, D); renews labels and balance.
@@ -175,7 +179,6 @@ class SeCu(ClusteringMethod):
         pairs = list(zip(self.each_head(), similarities, old, strict=True))
         new = torch.stack([head.balance.assign(s, None if first else before) for head, s, before in pairs])
         self.remember(distributed.gather(indices), distributed.gather(new.T).T)
-        self.clusters_in_batch = (sizes(new[0], self.each_head()[0].balance.counts) > 0).sum()
         return torch.full_like(old, -1) if first else old, new
 
     @torch.no_grad()
@@ -185,6 +188,7 @@ class SeCu(ClusteringMethod):
         for head, given, before in zip(self.each_head(), labels, self.pseudo_labels[:, indices], strict=True):
             head.balance.update(given, None if first else before)
         self.pseudo_labels[:, indices] = labels
+        self.clusters_in_batch.copy_((sizes(labels[0], self.each_head()[0].balance.counts) > 0).sum())
 
     # Epochs
 

@@ -13,7 +13,7 @@ from deepclust.run_folder import load_checkpoint, load_method
 from deepclust.testing import check_assignments, check_losses
 from deepclust.train import check_dataset, find_earlier, make_datamodule, run
 from tests.conftest import compose_train
-from tests.host_waits import HostWaits
+from tests.host_waits import HostWaits, watch_parts
 from tests.test_launch import TWO, deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
@@ -207,3 +207,12 @@ def test_a_step_waits_for_no_device(name, trained):
         optimizer.step()
         optimizer.zero_grad()
     assert waits.found <= WAITS.get(name, set())
+
+
+def test_parts_of_a_step_are_fit_for_a_gpu_graph(name, trained, monkeypatch):
+    method, datamodule = at_work(name, trained)
+    found = watch_parts(method, monkeypatch)
+    batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, number=0), 0)
+    method.losses(batch)
+    assert found or name in ("kmeans", "self_label")
+    assert not set().union(*found.values()), found

@@ -226,7 +226,7 @@ def test_targets_of_the_group_loss_are_of_the_old_groups():
     method.predictor = nn.Identity()
     q, k = torch.randn(2, 10, 4)
     old = make_groups(method.groups.vectors.clone())
-    _, _, group = method.direction(q, k, make_batch(10), noise_std=0.0, purpose="x")
+    _, _, group = method.direction(q, k, torch.zeros_like(q), torch.arange(10))
     expected = group_loss(q, old.moved(q), old.assign(k), temperature=0.1)
     torch.testing.assert_close(group, expected)
 
@@ -258,9 +258,8 @@ def _one_direction(rank, q, k, processes):
     size = len(q) // processes
     rows = slice(rank * size, rank * size + size)
     mine = q[rows].clone().requires_grad_()
-    draws = Draws(key=(0,), first=rows.start, total=len(q))
-    batch = TrainBatch((mine,), torch.arange(len(q))[rows], draws)
-    terms = method.direction(mine, k[rows], batch, noise_std=0.1, purpose="noise of a")
+    noise = 0.1 * Draws(key=(0,), first=rows.start, total=len(q)).normal_like(mine, "noise of a")
+    terms = method.direction(mine, k[rows], noise, torch.arange(len(q))[rows])
     sum(terms).backward()
     return torch.stack(terms).detach(), mine.grad / processes, method.groups.vectors
 

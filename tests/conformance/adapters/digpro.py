@@ -120,8 +120,8 @@ def one_direction(params, inputs):
     method.groups.vectors.copy_(inputs["groups"])
     method.pseudo_labels.assignments.copy_(inputs["labels"])
     q = inputs["q"].clone().requires_grad_()
-    batch = TrainBatch((q,), torch.arange(len(q)), GivenDraws(inputs["noise"], None))
-    align, scatter, group = method.direction(q, inputs["k"], batch, noise_std=params["sigma"], purpose="noise of a")
+    noise = params["sigma"] * inputs["noise"]
+    align, scatter, group = method.direction(q, inputs["k"], noise, torch.arange(len(q)))
 
     def gradient(term, variable):
         return torch.autograd.grad(term, variable, retain_graph=True)[0]

@@ -81,7 +81,7 @@ def total(params, inputs):
     projections, neighbors, anchor, neighbor = variables = free(inputs, *names)
     rows = F.normalize(torch.cat([projections, neighbors.transpose(0, 1)], 1), dim=2)
     weights = inputs["neighbor_weights"].T.to(rows.dtype)
-    loss = sum(method.objective(rows, weights, torch.stack([anchor, neighbor], 1)).values())
+    loss = sum(method.terms(rows, weights, torch.stack([anchor, neighbor], 1)).values())
     loss.backward()
     return {"loss": loss} | gradients(**dict(zip(names, variables, strict=True)))
 
