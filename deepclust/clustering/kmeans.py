@@ -182,7 +182,7 @@ class _Data:
 
     def parts(self, products: int) -> list[slice]:
         """Chunks of rows, of which each takes part in so many products."""
-        elements = 2**19 if self.rows.device.type == "cpu" else 2**24  # what a core's cache holds; what fills a GPU
+        elements = 2**19 if self.rows.device.type == "cpu" else 2**25  # what a core's cache holds; what fills a GPU
         size = max(elements // max(products, self.rows.shape[1]), 256)
         return [slice(start, start + size) for start in range(0, len(self.rows), size)]
 
@@ -237,20 +237,34 @@ def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
 def _lloyd(
     data: _Data, centroids: Tensor, restarts: list[int], max_iterations: int, tolerance: float
 ) -> list[KMeansResult]:
-    """The best state of each of R restarts that begin at centroids (R, K, D)."""
+    """The best state of each of R restarts that begin at centroids (R, K, D), in any order."""
     weights, biases = data.linear(centroids)
     assignments = _assign(data, weights, biases)
     sums, counts = _sums(data, assignments, centroids.shape[1])
+    held = torch.tensor(restarts, device=sums.device)  # in the first dimension of all that follows
+    going, iterations = torch.ones_like(held, dtype=torch.bool), torch.zeros_like(held)
     best_inertia = torch.full_like(sums[:, 0, 0], math.inf)
-    best_centroids, best_assignments = centroids.clone(), assignments.clone()
-    iterations = torch.zeros_like(counts[:, 0])
-    running = torch.arange(len(restarts), device=sums.device)  # the restarts that the first dimension still holds
+    best_centroids, best_assignments = centroids, assignments
+
+    def results(which: Tensor) -> list[KMeansResult]:
+        # Restarts that end in the same partition differ by rounding errors: as float32 they tie, and the lowest wins.
+        columns = best_inertia[which].float().tolist(), iterations[which].tolist(), held[which].tolist()
+        rows = zip(best_centroids[which] + data.origin, best_assignments[which], *columns, strict=True)
+        return [KMeansResult(*row) for row in rows]
+
+    ended = []
     for _ in track(range(max_iterations), f"k-means, {max_iterations} iterations at most"):
         centroids = _means(data, sums, counts, centroids, assignments)
         old_weights, (weights, biases) = weights, data.linear(centroids)
         renewed = _assign(data, weights, biases)
         moved = renewed != assignments
-        if sums.is_cpu or moved.sum() < moved.numel() / 32:
+        if data.cosine:
+            shift = (1 - (old_weights * weights).sum(2)).sum(1)
+        else:
+            shift = (old_weights - weights).square().sum((1, 2))
+        go_on = going & moved.any(1) & (shift > tolerance * data.variance)
+        num_moved, left = torch.stack([moved.sum(), go_on.sum()]).tolist()  # at once: a GPU is waited for
+        if sums.is_cpu or num_moved < moved.numel() / 32:
             _move(data, sums, counts, moved, assignments, renewed)
         else:
             sums, counts = _sums(data, renewed, centroids.shape[1])
@@ -259,27 +273,26 @@ def _lloyd(
         # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
         inertia = data.total - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
         inertia.clamp_(min=0)
-        better = (inertia < best_inertia[running]).nonzero()[:, 0]  # once: a GPU is waited for
-        for best, now in (best_inertia, inertia), (best_centroids, centroids), (best_assignments, assignments):
-            best[running[better]] = now[better]
-        iterations[running] += 1
+        better = going & (inertia < best_inertia)
+        best_inertia = inertia.where(better, best_inertia)
+        best_centroids = centroids.where(better[:, None, None], best_centroids)
+        best_assignments = assignments.where(better[:, None], best_assignments)
+        iterations = iterations + going
 
-        if data.cosine:
-            shift = (1 - (old_weights * weights).sum(2)).sum(1)
-        else:
-            shift = (old_weights - weights).square().sum((1, 2))
-        going = moved.any(1) & (shift > tolerance * data.variance)
-        kept = going.nonzero()[:, 0]
-        if len(kept) < len(running):
-            running, centroids, weights, assignments = (
-                state[kept] for state in (running, centroids, weights, assignments)
+        going = go_on
+        # On a GPU those that have ended are taken along for a while: to sort them out takes longer.
+        if left <= (len(held) - 1 if sums.is_cpu else len(held) // 2):
+            ended += results(~going)
+            kept = going.nonzero()[:, 0]
+            held, going, iterations, best_inertia, best_centroids, best_assignments = (
+                state[kept] for state in (held, going, iterations, best_inertia, best_centroids, best_assignments)
             )
-            sums, counts = sums[kept], counts[kept]
-        if len(running) == 0:
+            centroids, weights, assignments, sums, counts = (
+                state[kept] for state in (centroids, weights, assignments, sums, counts)
+            )
+        if left == 0:
             break
-    # Restarts that end in the same partition differ by rounding errors: as float32 they tie, and the lowest wins.
-    columns = best_inertia.float().tolist(), iterations.tolist(), restarts
-    return [KMeansResult(*best) for best in zip(best_centroids + data.origin, best_assignments, *columns, strict=True)]
+    return ended + results(torch.ones_like(going))
 
 
 def _assign(data: _Data, weights: Tensor, biases: Tensor) -> Tensor:
