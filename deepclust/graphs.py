@@ -22,8 +22,6 @@ from deepclust.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MOST_PARTS = 8  # of a method that are remembered; with values that change every epoch, the oldest are forgotten
-
 _replaying = True
 _all: "WeakSet[Replayed]" = WeakSet()
 
@@ -162,34 +160,34 @@ class Prepared:
         return self.functions[key](*inputs)
 
 
-def replayable(*, by: Callable[[Any], Hashable] = lambda method: None) -> Callable[[F], F]:
-    """Marks a part of a method's step that takes tensors, or None, and gives tensors: it is replayed where the method
-    has `parts`.
+def replayable(*, by: Callable[[Any], Hashable] = lambda self: None) -> Callable[[F], F]:
+    """Marks a part of a method's step, between its networks and its loss: it is replayed where the method asks for it.
 
-    Beside them, and weights and buffers, the result may hang on plain values of the method: those that `by` gives. For
-    other ones it is recorded anew.
+    It takes tensors, or None, by position and gives tensors. They hang on nothing else but weights and buffers, which
+    it changes in place if at all, and plain values that `by` gives: for other ones the part is recorded anew. It looks
+    at no values of tensors, and draws no random numbers but those of layers.
     """
 
     def mark(function: F) -> F:
         @wraps(function)
         def call(method: Any, *tensors: Tensor | None) -> Any:
-            if method.parts is None:
+            if method.replayed_parts is None:
                 return function(method, *tensors)
-            return method.parts(function, method, tensors, by(method))
+            return method.replayed_parts(function, method, tensors, by(method))
 
         return call  # type: ignore[return-value]
 
     return mark
 
 
-class Parts:
-    """The `replayable` parts of a method. A copy remembers none of them."""
+class ReplayedParts:
+    """The `replayable` parts of a method, each for the latest plain values. A copy of the method goes without."""
 
     def __init__(self) -> None:
-        self.calls: dict[Hashable, Replayed] = {}
+        self.calls: dict[Hashable, tuple[Hashable, Replayed]] = {}
 
     def __reduce__(self) -> Any:
-        return Parts, ()
+        return type(None), ()
 
     def __call__(
         self, function: Callable[..., Any], method: nn.Module, tensors: tuple[Tensor | None, ...], values: Hashable
@@ -200,11 +198,12 @@ class Parts:
             rest = iter(given)
             return function(method, *(next(rest) if there else None for there in present))
 
-        key = function.__qualname__, values, present
-        call = self.calls.pop(key, None) or Replayed(part, method)
-        if len(self.calls) == MOST_PARTS:
-            del self.calls[next(iter(self.calls))]
-        self.calls[key] = call  # the latest comes last
+        before, call = self.calls.get((function, present), (None, None))
+        if call is None or values != before:
+            if call is not None:
+                call.recordings.clear()  # which hold memory
+            call = Replayed(part, method)
+            self.calls[function, present] = values, call
         return call(*(x for x in tensors if x is not None))
 
 
@@ -259,6 +258,7 @@ class _Recording:
                 for _ in range(3):
                     outputs, leaves = self._run()
                     found = gradients_of(outputs, leaves, [torch.ones_like(o) for o in outputs])
+                    # Weights on which nothing hangs are to have no gradient, and those of other networks are many.
                     reached = [gradient is not None for gradient in found[len(inputs) :]]
                     self.trained = {n: w for (n, w), yes in zip(self.trained.items(), reached, strict=True) if yes}
                     del outputs, leaves, found
@@ -311,7 +311,9 @@ def gradients_of(outputs: list[Tensor], leaves: list[Tensor], given: list[Tensor
         return [None] * len(leaves)
     asked = [leaf for leaf in leaves if leaf.requires_grad]
     given = [g for g, o in zip(given, outputs, strict=True) if o.requires_grad]
-    found = iter(torch.autograd.grad(learning, asked, given, allow_unused=True))
+    # As in a backward pass of its own, which no autocast surrounds: it would lower what was raised to 32 bits.
+    with torch.autocast(leaves[0].device.type, enabled=False):
+        found = iter(torch.autograd.grad(learning, asked, given, allow_unused=True))
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 

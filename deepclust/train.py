@@ -205,7 +205,7 @@ def fit_out(method: ClusteringMethod, datamodule: ImageDataModule, cfg: DictConf
     if cfg.hardware.compile is not None:
         method.compile_networks(cfg.hardware.compile)
     if cfg.hardware.graphs:
-        method.replay()
+        method.use_graphs()
     datamodule.views.prepared = graphs.Prepared(mode=cfg.hardware.compile, replayed=cfg.hardware.graphs)
     if cfg.hardware.fused_optimizer:
         method.make_optimizer = fused(method.make_optimizer)

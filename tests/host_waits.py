@@ -1,7 +1,9 @@
 """Finds, on the CPU, where a step would wait for a GPU and where the host has a part in making views on one."""
 
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepclust
-from deepclust.graphs import Parts, Within
+from deepclust.graphs import ReplayedParts, Within, as_written
 from deepclust.randomness import generator
 from deepclust.views.multiview import MultiView
 
@@ -85,24 +87,26 @@ def host_work(views: MultiView, images: Tensor, monkeypatch) -> tuple[tuple[Tens
     return views(images, generator(0), rows=slice(0, n), total=n), work.found
 
 
-def watch_parts(method, monkeypatch) -> dict[str, set[str]]:
-    """By part of the method's steps from here on: what the host would have to do with it on a GPU, going forward."""
+def watch_parts(monkeypatch) -> dict[str, set[str]]:
+    """By part of a method's steps, from here on: what the host would have to do with it on a GPU, forth and back."""
     found: dict[str, set[str]] = {}
+    call = ReplayedParts.__call__
 
-    def run(parts, function, owner, tensors, values):
-        work = HostWork()
-        with FakeTensorMode():
+    def there(t):
+        if t is None:
+            return None
+        return torch.empty(t.shape, dtype=t.dtype, device="meta", requires_grad=t.requires_grad)
 
-            def there(t):
-                return None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda")
-
-            state = {f"network.{name}": there(t) for name, t in [*owner.named_parameters(), *owner.named_buffers()]}
-            given = [there(t) for t in tensors]
-            with work:
-                functional_call(Within(lambda *some: function(owner, *some), owner), state, tuple(given))
+    def watched(parts, function, method, tensors, values):
+        state = {f"network.{name}": there(t) for name, t in [*method.named_parameters(), *method.named_buffers()]}
+        within = Within(lambda *given: function(method, *given), method)
+        without_autocast = patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know "meta"
+        with HostWork() as work, without_autocast, as_written():
+            outputs = functional_call(within, state, tuple(map(there, tensors)))
+            learning = [o for o in tree_leaves(outputs) if o.requires_grad]
+            torch.autograd.backward(learning, [torch.empty_like(o) for o in learning])
         found.setdefault(function.__name__, set()).update(work.found)
-        return function(owner, *tensors)
+        return call(parts, function, method, tensors, values)
 
-    method.parts = Parts()
-    monkeypatch.setattr(Parts, "__call__", run)
+    monkeypatch.setattr(ReplayedParts, "__call__", watched)
     return found

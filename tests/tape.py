@@ -25,6 +25,7 @@ class Tape(TorchDispatchMode):
         return out
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # the operations are those that autocast has led to
     def replay(self):
         for func, args, kwargs, out in self.done:
             if func.is_view:

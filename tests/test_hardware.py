@@ -10,6 +10,7 @@ from deepclust.config import build
 from deepclust.errors import InputError
 from deepclust.train import check_dataset, make_datamodule, run
 from tests.conftest import compose_train
+from tests.host_waits import watch_parts
 from tests.tape import Tape, stand_in
 
 WATCHED = ["trainer.log_every_n_steps=1", "trainer.max_epochs=1", "report.map_points=0"]
@@ -99,12 +100,13 @@ def test_replayed_it_learns_the_same_to_the_last_bit(name, tmp_path, monkeypatch
 
     plain = learned("false")
     stand_in(monkeypatch)
-    recorded = []
+    recorded, host = [], watch_parts(monkeypatch)
     monkeypatch.setattr(Tape, "replay", lambda tape, replay=Tape.replay: recorded.append(tape) or replay(tape))
     found = learned("true")
     exact = "trainer.precision=64-true" not in chosen
     assert found == plain if exact else found[0] == pytest.approx(plain[0], rel=1e-12) and found[1] == plain[1]
     assert recorded or name == "self_label"  # whose networks lie deeper
+    assert not any(host.values()), host
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])

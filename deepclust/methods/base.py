@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch, cache_sized
 from deepclust.errors import InputError
-from deepclust.graphs import Parts, Replayed
+from deepclust.graphs import Replayed, ReplayedParts
 from deepclust.optim import Schedule
 from deepclust.progress import track
 
@@ -45,7 +45,7 @@ class ClusteringMethod(LightningModule):
         self.schedule = schedule
         self.e_step_every_n_epochs = e_step_every_n_epochs
         self.e_step_seconds = 0.0
-        self.parts: Parts | None = None  # what is replayed of a step beside the networks
+        self.replayed_parts: ReplayedParts | None = None  # of a step, beside the networks
         self.steps_now = True  # whether the optimiser steps after this batch, or gradients still add up
         # The first step (from 1) whose loss was not finite, 0 for none; on the device, so that no step waits for it.
         self.register_buffer("first_bad_step", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -186,13 +186,13 @@ class ClusteringMethod(LightningModule):
             if type(module) is type(self.backbone):
                 module.compile(mode=mode, dynamic=False)
 
-    def replay(self) -> None:
+    def use_graphs(self) -> None:
         """Have the networks that the method calls, compiled or not, and its `replayable` parts replayed on a GPU.
 
         Networks are its children; those that lie deeper, as in a list of heads, belong to a part. Names of weights
         stay.
         """
-        self.parts = Parts()
+        self.replayed_parts = ReplayedParts()
         for network in self.children():
             if any(True for _ in network.parameters()):
                 network._compiled_call_impl = Replayed(network._compiled_call_impl or network._call_impl, network)
