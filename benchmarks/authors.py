@@ -1,7 +1,7 @@
 """The step of the ProPos authors' own code, for `baseline.py --code DIR`; DIR is a copy of github.com/Hzzone/ProPos.
 
 Their wrapper of networks and losses, their ResNet-18 for small images, SGD as their configuration sets it up, in a
-process group of one as they start it. The images come from `baseline.py`'s loader, which makes the views that theirs
+process group of one as they start it. The images come from `published.py`'s loader, which makes the views that theirs
 makes. What of their trainer is left out (logging, the learning rate's schedule, checkpoints) would only add time.
 """
 
@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from baseline import Published
 from measure import bare_packages
+from published import Published
 from step import Work
 from torch import Tensor
 from torch import distributed as dist

@@ -1,6 +1,6 @@
 """ProPos in plain PyTorch, as one writes it without a framework: the same mathematics, nothing beside it.
 
-What `step.py` holds our training against, and what `baseline.py` feeds as the published codes of the field do.
+What `step.py` holds our training against, and what `published.py` feeds as the published codes of the field do.
 """
 
 import copy
