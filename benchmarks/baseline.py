@@ -5,7 +5,8 @@
 The published way: each image becomes a PIL image in a worker of a loader, which augments it twice, image after image;
 32-bit floats, planar memory, one pass through the networks for each view (where the recipe takes one pass for both, it
 does too). Ours: `deepclust train` as it is. Both in turns, an epoch of `--batches` batches each, without the E-step;
-images a second are medians over the rounds, and so is their ratio. The loader's workers are started before the clock.
+images a second are medians over the rounds, and so is their ratio. The loader is timed at work, not as it starts: a
+batch of each worker comes before the clock, then whole rounds of them, `--batches` at least.
 """
 
 import os
@@ -17,7 +18,7 @@ import torch
 from authors import Authors
 from measure import options, ratio, save, table
 from published import Published
-from step import Bare, Turns, Work, configuration
+from step import WARM_EPOCHS, Bare, Turns, Work, configuration
 
 from deepclust.train import quiet_lightning
 
@@ -34,14 +35,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cfg = configuration("propos", given.overrides, given.batches, given.rounds + 1, folder)
+        cfg = configuration("propos", given.overrides, given.batches, given.rounds + WARM_EPOCHS, folder)
         plain = configuration(
             "propos",
             [
                 *(*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"),
                 *("hardware.compile=null", "hardware.graphs=false", "hardware.fused_optimizer=false"),
             ],
-            *(given.batches, given.rounds + 1, folder / "published"),
+            *(given.batches, given.rounds + WARM_EPOCHS, folder / "published"),
         )
         work = Work(cfg)
         others: dict[str, Bare] = {"published way": Published(Work(plain), device, given.batches, given.workers)}

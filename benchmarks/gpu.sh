@@ -51,16 +51,16 @@ go() { # SECONDS NAME COMMAND...: one that fails or lasts too long leaves the ot
 }
 # What matters most comes first, and nothing begins or goes on after 570 s. What lasts is saved as it comes: step.py
 # method by method, estep.py case by case. Where compiled, clean batches are equal, so that the E-step is compiled once.
-go 85 baseline benchmarks/baseline.py --batches $batches --rounds $rounds --out "$out/baseline_gpu.json" \
+go 100 baseline benchmarks/baseline.py --batches $batches --rounds $rounds --out "$out/baseline_gpu.json" \
   ${PROPOS_CODE:+--code "$PROPOS_CODE"} $on $cifar batch_size=$authors_batch
-go 70 "kernels, compiled" benchmarks/kernels.py --batches $batches --out "$out/kernels_gpu.json" \
+go 65 "kernels, compiled" benchmarks/kernels.py --batches $batches --out "$out/kernels_gpu.json" \
   $on $cifar batch_size=$batch clean_batch_size=1000 hardware.compile=default
 # One run of as many epochs as fit; the score of every epoch is in the JSON file.
-go 110 "time to score" benchmarks/time_to_score.py --acc 0.85 --rule kmeans --out "$out/time_to_score_gpu.json" \
+go 100 "time to score" benchmarks/time_to_score.py --acc 0.85 --rule kmeans --out "$out/time_to_score_gpu.json" \
   experiment=propos_cifar10 $on $recipe "+trainer.max_time='00:00:01:15'"
-go 60 estep benchmarks/estep.py --rounds 1 --threads $threads --out "$out/estep_gpu.json" \
+go 50 estep benchmarks/estep.py --rounds 1 --threads $threads --out "$out/estep_gpu.json" \
   ${KMEANS_CODE:+--code "$KMEANS_CODE"}
-go 30 views benchmarks/views.py --images $images --rounds 3 --out "$out/views_gpu.json"
-go 120 "step, all methods" benchmarks/step.py --batches $batches --rounds $rounds --out "$out/step_gpu.json" $on $cifar
-go 100 "step, compiled" benchmarks/step.py --methods propos --batches $batches --rounds $rounds \
+go 25 views benchmarks/views.py --images $images --rounds 3 --out "$out/views_gpu.json"
+go 150 "step, all methods" benchmarks/step.py --batches $batches --rounds $rounds --out "$out/step_gpu.json" $on $cifar
+go 80 "step, compiled" benchmarks/step.py --methods propos --batches $batches --rounds $rounds \
   --out "$out/step_propos_compiled_gpu.json" $on $cifar batch_size=$batch clean_batch_size=1000 hardware.compile=default

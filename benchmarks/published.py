@@ -19,7 +19,9 @@ class TwoViews(Dataset):
     def __init__(
         self, source: ImageSource, order: list[int], *, size: int, mean: list[float], std: list[float]
     ) -> None:
-        self.images = [T.functional.to_pil_image(image) for image in source.read(torch.tensor(order).numpy())]
+        held = sorted(set(order))
+        pictures = map(T.functional.to_pil_image, source.read(torch.tensor(held).numpy()))
+        self.images = dict(zip(held, pictures, strict=True))
         self.indices = order
         colour = [] if source.shape[2] == 1 else [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)]
         grey = [] if source.shape[2] == 1 else [T.RandomGrayscale(0.2)]
@@ -29,11 +31,12 @@ class TwoViews(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, int]:
-        image = self.images[position]
-        return self.transform(image), self.transform(image), self.indices[position]
+        index = self.indices[position]
+        image = self.images[index]
+        return self.transform(image), self.transform(image), index
 
 
 class Published(Bare):
@@ -46,7 +49,11 @@ class Published(Bare):
         cfg, fit = work.cfg, work.datamodule.fit
         channels = fit.shape[2]
         scale = {name: list(cfg.dataset[name] or [0.5] * channels) for name in ("mean", "std")}
-        order = torch.randperm(len(fit))[: batches * cfg.batch_size].tolist()
+        # Each worker makes a batch; the first of all come at once, and late.
+        self.lead = max(workers, 1)
+        self.timed = -(-batches // self.lead) * self.lead
+        needed = (self.lead + self.timed) * cfg.batch_size
+        order = torch.randperm(len(fit)).repeat(-(-needed // len(fit)))[:needed].tolist()
         views = TwoViews(fit, order, size=cfg.dataset.image_size, **scale)
         self.loader = DataLoader(
             views,
@@ -59,13 +66,15 @@ class Published(Bare):
         )
 
     def epoch(self) -> float:
-        wait(self.device)
-        start = time.perf_counter()
-        for a, b, indices in self.loader:
+        """Seconds of `batches` steps, by the rate of those that are timed."""
+        for number, (a, b, indices) in enumerate(self.loader, 1):
             a, b = (view.to(self.device, non_blocking=True) for view in (a, b))
             self.step_on(a, b, indices.to(self.device, non_blocking=True))
+            if number == self.lead:
+                wait(self.device)
+                start = time.perf_counter()
         wait(self.device)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / self.timed * self.batches
 
     def step_on(self, a: Tensor, b: Tensor, indices: Tensor) -> None:
         like = self.method

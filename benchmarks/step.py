@@ -14,6 +14,7 @@ a GPU; there should be none. Figures are saved method by method, and a method th
 fails leaves the others be.
 """
 
+import gc
 import statistics
 import sys
 import tempfile
@@ -41,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepclust.config import build
 from deepclust.datasets.datamodule import read_ahead
-from deepclust.graphs import as_written
+from deepclust.graphs import as_written, release, replaying
 from deepclust.methods.base import ClusteringMethod
 from deepclust.run_folder import load_checkpoint, load_method, peak_memory_bytes
 from deepclust.train import (
@@ -55,6 +56,7 @@ from deepclust.train import (
 )
 
 METHODS = "propos,byol,cc,drc,digpro,secu,coke,gcc,lnscc,scan_pretext,scan"
+WARM_EPOCHS = 2  # not counted: the trainer's own start, and what is recorded or compiled in the first and second epoch
 PARTS = ["reading", "views", "forward", "loss", "backward", "optimiser", "other"]
 
 
@@ -197,19 +199,20 @@ class Turns(Callback):
         wait(pl_module.device)
         spent = time.perf_counter() - self.resumed
         e_step = pl_module.e_step_seconds - self.e_step_before
-        if trainer.current_epoch:  # the first one has the trainer's own start in it
+        counts = trainer.current_epoch >= WARM_EPOCHS
+        if counts:
             self.seconds["framework"].append((spent - e_step) / self.batches)
             self.e_steps.append(e_step)
         for name, other in self.others.items():
             taken = other.epoch() / self.batches
-            if trainer.current_epoch:
+            if counts:
                 self.seconds[name].append(taken)
         self.e_step_before = pl_module.e_step_seconds
         self.resumed = time.perf_counter()
 
 
 class Split(Profiler):
-    """Seconds of each part of a step, the device waited for; without the first epoch."""
+    """Seconds of each part of a step, the device waited for; without the first two epochs, in which graphs are made."""
 
     def __init__(self, method: ClusteringMethod) -> None:
         super().__init__()
@@ -224,6 +227,8 @@ class Split(Profiler):
 
     def timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call of a network, which may call another."""
+        if not replaying():  # inside a part that is being recorded, where nothing may be waited for
+            return call(*args, **kwargs)
         self.depth += 1
         if self.depth == 1 and "training_step" in self.started:
             self.start("networks")
@@ -240,7 +245,7 @@ class Split(Profiler):
     def stop(self, action_name: str) -> None:
         wait(self.method.device)
         name = action_name.rpartition(".")[2]
-        if (began := self.started.pop(name, None)) is not None and self.epochs:
+        if (began := self.started.pop(name, None)) is not None and self.epochs >= WARM_EPOCHS:
             self.seconds[name] += time.perf_counter() - began
         self.epochs += name == "run_training_epoch"
 
@@ -317,9 +322,12 @@ def configuration(name: str, overrides: list[str], batches: int, epochs: int, fo
 def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folder: Path) -> dict[str, Any]:
     """The figures of one method."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    release()  # what the method before has left
+    gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of the method before
-    cfg = configuration(name, overrides, batches, rounds + 1, folder)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    cfg = configuration(name, overrides, batches, rounds + WARM_EPOCHS, folder)
     work = Work(cfg)
     batches = min(batches, work.datamodule.batches_per_epoch)
     others = {"bare": Bare(Work(cfg), device, batches)}
@@ -345,7 +353,7 @@ def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folde
 
     counted = Work(cfg)
     split = Split(counted.method)
-    counted.trainer(folder, profiler=split, max_epochs=2).fit(counted.method, counted.datamodule)
+    counted.trainer(folder, profiler=split, max_epochs=WARM_EPOCHS + 1).fit(counted.method, counted.datamodule)
     figures["parts"] = split.parts(batches)
 
     one = others["bare"]

@@ -5,9 +5,10 @@ Small images cost a GPU less time than a program needs to start its kernels one 
 on 512 CIFAR images has some 1,900 of them. What is replayed computes the same, on memory of its own.
 """
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -37,10 +38,19 @@ def as_written() -> Iterator[None]:
         _replaying = before
 
 
+def replaying() -> bool:
+    """Whether calls are replayed here, rather than run as written, as they are while something is recorded."""
+    return _replaying
+
+
 def release() -> None:
-    """Forget all recordings, and so give back their memory, which nothing else may use; later calls record anew."""
+    """Forget all recordings, and so give back their memory, which nothing else may use; later calls record anew.
+
+    All or none: to destroy one graph takes memory from others with some versions of torch (pytorch issue 193402).
+    """
     for call in _all:
         call.recordings.clear()
+        call.seen.clear()
 
 
 class Replayed:
@@ -160,18 +170,21 @@ class Prepared:
         return self.functions[key](*inputs)
 
 
-def replayable(*, by: Callable[[Any], Hashable] = lambda self: None) -> Callable[[F], F]:
+def replayable(
+    *, by: Callable[[Any], Hashable] = lambda self: None, when: Callable[[Any], bool] = lambda self: True
+) -> Callable[[F], F]:
     """Marks a part of a method's step, between its networks and its loss: it is replayed where the method asks for it.
 
     It takes tensors, or None, by position and gives tensors. They hang on nothing else but weights and buffers, which
-    it changes in place if at all, and plain values that `by` gives: for other ones the part is recorded anew. It looks
-    at no values of tensors, and draws no random numbers but those of layers.
+    it changes in place if at all, and plain values that `by` gives: each is recorded by itself and kept, so there are
+    to be few. It looks at no values of tensors, and draws no random numbers but those of layers. While `when` does not
+    hold it runs as ever.
     """
 
     def mark(function: F) -> F:
         @wraps(function)
         def call(method: Any, *tensors: Tensor | None) -> Any:
-            if method.replayed_parts is None:
+            if method.replayed_parts is None or not when(method):
                 return function(method, *tensors)
             return method.replayed_parts(function, method, tensors, by(method))
 
@@ -181,10 +194,10 @@ def replayable(*, by: Callable[[Any], Hashable] = lambda self: None) -> Callable
 
 
 class ReplayedParts:
-    """The `replayable` parts of a method, each for the latest plain values. A copy of the method goes without."""
+    """The `replayable` parts of a method. A copy of the method goes without."""
 
     def __init__(self) -> None:
-        self.calls: dict[Hashable, tuple[Hashable, Replayed]] = {}
+        self.calls: dict[Hashable, Replayed] = {}
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -198,13 +211,10 @@ class ReplayedParts:
             rest = iter(given)
             return function(method, *(next(rest) if there else None for there in present))
 
-        before, call = self.calls.get((function, present), (None, None))
-        if call is None or values != before:
-            if call is not None:
-                call.recordings.clear()  # which hold memory
-            call = Replayed(part, method)
-            self.calls[function, present] = values, call
-        return call(*(x for x in tensors if x is not None))
+        key = function, present, values
+        if key not in self.calls:
+            self.calls[key] = Replayed(part, method)
+        return self.calls[key](*(x for x in tensors if x is not None))
 
 
 # What is CUDA's; tests put a stand-in for a CPU here ------------------------------------------------------------------
@@ -218,11 +228,18 @@ def on_gpu(x: Any) -> bool:
 @contextmanager
 def first_times() -> Iterator[None]:
     """For the first few calls, in which libraries do what must not be recorded; no random number is used up."""
-    aside, present = torch.cuda.Stream(), torch.cuda.current_stream()
+    present = torch.cuda.current_stream()
+    aside = _aside(present.device)
     aside.wait_stream(present)
     with torch.random.fork_rng([present.device_index]), torch.cuda.stream(aside):
         yield
     present.wait_stream(aside)
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of first times; one, for libraries keep memory for each."""
+    return torch.cuda.Stream(device)
 
 
 class Graph:
@@ -231,9 +248,16 @@ class Graph:
     def __init__(self, function: Callable[[], Any], after: "Graph | None" = None) -> None:
         self.graph = torch.cuda.CUDAGraph()
         pool = None if after is None else after.graph.pool()
-        # Other threads may go on meanwhile: the one that reads ahead does.
-        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
-            self.result = function()
+        # Other threads may go on meanwhile: the one that reads ahead does. Not so the garbage collector, which may find
+        # an old graph, and to destroy one ends the recording.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+                self.result = function()
+        finally:
+            if collects:
+                gc.enable()
 
     def replay(self) -> None:
         self.graph.replay()

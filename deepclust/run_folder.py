@@ -156,7 +156,7 @@ def commit() -> str | None:
     command = [
         "git",
         "-C",
-        str(Path(__file__).parent),
+        str(Path(__file__).resolve().parent),
         "describe",
         "--always",
         "--dirty",

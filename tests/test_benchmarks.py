@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from deepclust import graphs
+from tests.tape import Tape, stand_in
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.slow
 
@@ -47,3 +50,29 @@ def test_propos_by_hand_learns_what_propos_learns(tmp_path, step_order):
 )
 def test_runs_and_writes_its_figures(tmp_path, script, arguments):
     figures(tmp_path, script, *arguments)
+
+
+@pytest.mark.parametrize("method", ["propos", "gcc"])
+def test_nothing_is_waited_for_while_a_graph_is_recorded(method, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    recording, recorded = [], []
+
+    class Recording(Tape):
+        def __init__(self, *given):
+            recording.append(self)
+            super().__init__(*given)
+            recorded.append(recording.pop())
+
+    def wait(device):
+        assert not recording
+
+    stand_in(monkeypatch)
+    monkeypatch.setattr(graphs, "Graph", Recording)
+    monkeypatch.setattr(step, "wait", wait)
+    cfg = step.configuration(method, ["dataset=digits", "hardware=cpu", "hardware.graphs=true"], 3, 3, tmp_path)
+    work = step.Work(cfg)
+    split = step.Split(work.method)
+    work.trainer(tmp_path, profiler=split).fit(work.method, work.datamodule)
+    assert recorded and min(split.parts(3).values()) > 0

@@ -1,6 +1,8 @@
 """Replayed calls compute what the functions compute: on a GPU where there is one, and everywhere with a stand-in."""
 
 import copy
+import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -199,7 +201,8 @@ def test_recordings_are_released(device):
         net(images(device, step)).sum().backward()
     graphs.release()
     assert recordings(net) == []
-    net(images(device, 3)).sum().backward()
+    for step in range(2):
+        net(images(device, step)).sum().backward()
     assert recordings(net) == [1]
 
 
@@ -246,7 +249,7 @@ class Method(nn.Module):
         return {"y": self.factor * self.weight * (x if shift is None else x + shift)}
 
     def recordings(self):
-        return sum(len(alike) for _, call in self.replayed_parts.calls.values() for alike in call.recordings.values())
+        return sum(len(alike) for call in self.replayed_parts.calls.values() for alike in call.recordings.values())
 
 
 def test_parts_of_a_method(device):
@@ -269,7 +272,7 @@ def test_parts_of_a_method(device):
                 for expected, found in zip(*results, strict=True):
                     torch.testing.assert_close(found, expected)
                 del y
-    assert replayed.recordings() == 2  # for the last factor, with and without a shift
+    assert replayed.recordings() == 4  # for both factors, with and without a shift
     assert copy.deepcopy(replayed).replayed_parts is None
 
 
@@ -293,3 +296,11 @@ def test_gradients_in_32_bits_are_no_less_when_replayed(device):
             loss.backward()
         torch.testing.assert_close(replayed.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-5)
     assert replayed.recordings() == 1
+
+
+def test_no_rubbish_is_collected_while_a_graph_is_recorded(monkeypatch):
+    """It may hold an old graph, and to destroy one would end the recording."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    assert graphs.Graph(gc.isenabled).result is False
+    assert gc.isenabled()

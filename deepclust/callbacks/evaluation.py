@@ -12,6 +12,8 @@ from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.methods.base import ClusteringMethod
 from deepclust.metrics import Contingency, cluster_health, scores_from_table
 
+ROWS = 65536  # features at a time
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -90,11 +92,11 @@ class Judge:
         return scores or None, table  # none where every label is unknown
 
 
-def assign(method: ClusteringMethod, features: Tensor, rows: int = 65536) -> tuple[Tensor, Tensor] | None:
+def assign(method: ClusteringMethod, features: Tensor) -> tuple[Tensor, Tensor] | None:
     """Clusters (M,) and confidence (M,) of features (M, D) by the method's own rule; None where it has none."""
     parts = []
     with torch.no_grad():
-        for chunk in features.split(rows):
+        for chunk in features.split(ROWS):
             logits = method.cluster_logits(chunk)
             if logits is None:
                 return None
@@ -110,16 +112,18 @@ def cluster_means(features: Tensor, assignments: Tensor, num_clusters: int) -> T
 
 def spread(features: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:
     """Mean squared distance of features (M, D) to their own centroids (K, D); a scalar above 0."""
-    return (features - centroids[assignments]).square().sum(1).mean().clamp(min=1e-12)
+    pairs = zip(features.split(ROWS), assignments.split(ROWS), strict=True)
+    total = torch.stack([(rows - centroids[own]).square().sum() for rows, own in pairs]).sum()
+    return (total / len(features)).clamp(min=1e-12)
 
 
-def assign_to_centroids(features: Tensor, centroids: Tensor, scale: Tensor, rows: int = 65536) -> tuple[Tensor, Tensor]:
+def assign_to_centroids(features: Tensor, centroids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters (M,) and confidence (M,) of features (M, D): those of equal Gaussians at the centroids (K, D).
 
     Confidence is the largest softmax of minus squared distance over 2 `scale`, the `spread` of what was fitted.
     """
     parts = [
-        (-torch.cdist(chunk, centroids).square() / (2 * scale)).softmax(1).max(1) for chunk in features.split(rows)
+        (-torch.cdist(chunk, centroids).square() / (2 * scale)).softmax(1).max(1) for chunk in features.split(ROWS)
     ]
     return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
 

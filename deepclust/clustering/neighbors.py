@@ -37,8 +37,9 @@ def nearest_neighbors(
     with exact_products(keys.device):
         euclidean = metric == "euclidean"
         # Far from the origin |q|^2 - 2 q.k + |k|^2 would lose the digits that tell the keys apart.
-        origin = keys.mean(0) if euclidean else torch.zeros_like(keys[0])
-        queries, keys = queries - origin, keys - origin
+        if euclidean:
+            origin = keys.mean(0)
+            queries, keys = queries - origin, keys - origin
         biases = keys.square().sum(1) / -2 if euclidean else keys.new_zeros(1)
         values = queries.new_empty(len(queries), k)  # in one piece: many small ones would break up the memory
         indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)

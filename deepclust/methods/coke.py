@@ -142,12 +142,6 @@ def epoch_share(epoch: int, averaging_epoch: int) -> float:
     return 1 / (max(0, epoch - averaging_epoch) + 1)
 
 
-def phase(method: "CoKe") -> int:
-    """What a step hangs on of the present epoch: whether it is the first and, while epochs are averaged, which."""
-    epoch = method.current_epoch
-    return epoch if epoch >= method.averaging_epoch else min(epoch, 1)
-
-
 class CoKe(ClusteringMethod):
     """CoKe with one, two or, if the third and later ones are small crops, more views.
 
@@ -231,7 +225,7 @@ class CoKe(ClusteringMethod):
         # The mean over the global batch, of which this process may hold more or less than its even share.
         return {"classification": rows.sum() * distributed.world_size() / batch.draws.total}
 
-    @replayable(by=phase)
+    @replayable(by=lambda self: self.current_epoch == 0, when=lambda self: self.current_epoch < self.averaging_epoch)
     @full_precision
     def objective(self, projections: Tensor, predictions: Tensor | None, indices: Tensor) -> Tensor:
         """Loss of each row (N,), mean over heads; clusters the batch.
