@@ -39,9 +39,19 @@ def keep_freed_memory() -> None:
 
 
 def run(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """`work(cfg, folder)` on as many processes as the hardware asks for; the result of rank 0."""
+    """`work(cfg, folder)` on as many processes as the hardware asks for; the result of rank 0.
+
+    Raises:
+        InputError: where several devices would be left to Lightning's strategy, which sends buffers around.
+    """
     devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
     cfg.hardware.devices = devices
+    if devices > 1 and cfg.hardware.strategy == "auto":
+        raise InputError(
+            f"hardware.devices is {devices}, and this hardware is for one",
+            expected="hardware=ddp or hardware=slurm for several",
+            do=f"set hardware=ddp hardware.devices={devices}, and hardware.precision and so on as wanted",
+        )
     if processes_exist():
         check_processes(devices, cfg.hardware.num_nodes)
     if devices == 1 or processes_exist():

@@ -14,6 +14,7 @@ from lightning import Callback
 
 from deepclust import launch
 from deepclust.errors import InputError
+from tests.conftest import compose_train
 
 TWO = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
 SHORT = [
@@ -150,3 +151,9 @@ def test_tasks_whose_nodes_are_not_known_are_refused(started_by):
     started_by({name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"})
     with pytest.raises(InputError, match="ntasks-per-node"):
         launch.check_processes(devices=2, num_nodes=2)
+
+
+def test_several_devices_ask_for_their_own_hardware(tmp_path):
+    with pytest.raises(InputError, match="hardware=ddp") as raised:
+        launch.run(lambda *_: {}, compose_train("hardware=cpu", "hardware.devices=2"), tmp_path)
+    assert "hardware.devices=2" in str(raised.value)
