@@ -28,15 +28,31 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def counts(rows: int) -> list[int]:
+    """How many rows each process has, of which this one has so many."""
+    if world_size() == 1:
+        return [rows]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([rows], device=device)
+    every = [torch.zeros_like(mine) for _ in range(world_size())]
+    dist.all_gather(every, mine)
+    return torch.cat(every).tolist()
+
+
+def mean_weight(rows: int) -> float:
+    """What a mean over this process's rows, of which it has so many, is multiplied by, so that DDP's average over the
+    processes is the mean over the rows of all."""
+    return rows * world_size() / sum(counts(rows))
+
+
 def gather(rows: Tensor) -> Tensor:
     """Rows (n_r, ...) of all processes in rank order, without gradient; the counts may differ, also be 0."""
-    if world_size() == 1:
-        return rows.detach()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(c) for c in counts]
+    return rows.detach() if world_size() == 1 else _joined(rows.detach(), counts(len(rows)))
+
+
+def _joined(rows: Tensor, sizes: list[int]) -> Tensor:
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows.detach()
+    padded[: len(rows)] = rows
     pieces = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(pieces, padded)
     return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
@@ -44,22 +60,21 @@ def gather(rows: Tensor) -> Tensor:
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        pieces = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(pieces, rows.contiguous())
-        ctx.size = len(rows)
-        return torch.cat(pieces)
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        first = sum(sizes[: rank()])
+        ctx.mine = slice(first, first + len(rows))
+        return _joined(rows, sizes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
-        return gradient[rank() * ctx.size : (rank() + 1) * ctx.size]
+        return gradient[ctx.mine], None
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Rows (n, ...) of all processes, (world_size * n, ...) in rank order; n must be equal everywhere."""
-    return rows if world_size() == 1 else cast(Tensor, _GatherWithGradient.apply(rows))
+    """Rows (n_r, ...) of all processes in rank order; the counts may differ, also be 0."""
+    return rows if world_size() == 1 else cast(Tensor, _GatherWithGradient.apply(rows, counts(len(rows))))
 
 
 def broadcast_buffers(module: nn.Module) -> None:
@@ -106,7 +121,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of `values` over the processes; gradients of all processes come back."""
-    return gather_with_gradient(values.unsqueeze(0)).sum(0)
+    if world_size() == 1:
+        return values
+    return cast(Tensor, _GatherWithGradient.apply(values.unsqueeze(0), [1] * world_size())).sum(0)
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:

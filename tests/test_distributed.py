@@ -54,10 +54,11 @@ def pairwise(rows):
     return torch.cdist(rows, rows.roll(1, 0)).square().logsumexp(1).mean()
 
 
-def _step(rank, images):
+def _step(rank, images, cuts):
     network = distributed.synchronise_batch_norm(make_network())
-    mine = images.chunk(2)[rank]
-    loss = pairwise(distributed.gather_with_gradient(network(mine)))
+    mine = images[cuts[rank] : cuts[rank + 1]]
+    rows = network(mine)
+    loss = pairwise(distributed.gather_with_gradient(rows)) + distributed.mean_weight(len(rows)) * rows.square().mean()
     loss.backward()
     for p in network.parameters():  # what DDP does
         dist.all_reduce(p.grad)
@@ -65,13 +66,16 @@ def _step(rank, images):
     return loss.detach(), [p.grad for p in network.parameters()], dict(network.named_buffers())
 
 
-def test_loss_gradients_and_running_statistics_equal_one_process(tmp_path):
+@pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 3, 8)])
+def test_loss_gradients_and_running_statistics_equal_one_process(tmp_path, cuts):
     images = torch.randn(8, 3, 8, 8, dtype=torch.float64)
     network = make_network()
-    loss = pairwise(network(images))
+    rows = network(images)
+    loss = pairwise(rows) + rows.square().mean()
     loss.backward()
-    for got_loss, gradients, buffers in on_processes(_step, 2, tmp_path, images):
-        torch.testing.assert_close(got_loss, loss.detach(), rtol=1e-12, atol=0)
+    results = on_processes(_step, 2, tmp_path, images, cuts)
+    torch.testing.assert_close(sum(r[0] for r in results) / 2, loss.detach(), rtol=1e-12, atol=0)
+    for _, gradients, buffers in results:
         for got, parameter in zip(gradients, network.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
         for name, value in network.named_buffers():

@@ -182,6 +182,8 @@ class DigPro(ClusteringMethod):
         self.groups.vectors.copy_(moved.detach())
 
         align = alignment(self.predict(q, noise), k)
+        share = distributed.mean_weight(len(q))
+        align, group = share * align, share * group
         if indices is None:
             return align, align.new_zeros(()), group
         labels = self.pseudo_labels.assignments[distributed.gather(indices)]

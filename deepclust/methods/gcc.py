@@ -138,7 +138,7 @@ class GCC(ClusteringMethod):
         f_0, f_1 = self.embed(h_0), self.embed(h_1)
         if not batch.extra:
             self.bank.push(distributed.gather(f_1), distributed.gather(batch.indices))
-        f_0, f_1 = whole(torch.stack([f_0, f_1], 1), batch.draws.total).unbind(1)
+        f_0, f_1 = distributed.gather_with_gradient(torch.stack([f_0, f_1], 1)).unbind(1)
         contrast = self.representation_weight * pretext_contrast(f_0, f_1, temperature=self.temperature)
         # DDP waits for a gradient of every parameter.
         nothing = 0.0 * (self.cluster_logits(h_0.detach()).sum() + contrast.detach())
@@ -151,13 +151,11 @@ class GCC(ClusteringMethod):
         `features` (N, D) of both views and of P neighbours, `partner` (N, D) of one more: `companions` (N, P + 1).
         """
         rows = [self.embed(h) for h in features]
-        everyone = distributed.gather(indices)
-        self.bank.push(distributed.gather(rows[1]), everyone)
+        self.bank.push(distributed.gather(rows[1]), distributed.gather(indices))
         logits = torch.stack([self.cluster_logits(features[0]), self.cluster_logits(partner)], 1)
         neighbors = distributed.gather(companions)[:, : self.num_positives]
-        return self.terms(
-            whole(torch.stack(rows, 1), len(everyone)), self.weights[neighbors], whole(logits, len(everyone))
-        )
+        gathered = distributed.gather_with_gradient(torch.stack(rows, 1))
+        return self.terms(gathered, self.weights[neighbors], distributed.gather_with_gradient(logits))
 
     @full_precision
     def embed(self, features: Tensor) -> Tensor:
@@ -288,12 +286,3 @@ def degree_weights(neighbors: Tensor, num_positives: int) -> Tensor:
     rows = torch.arange(size, device=neighbors.device).unsqueeze(1).expand_as(neighbors)
     pairs = torch.cat([rows * size + neighbors, neighbors * size + rows]).unique()
     return (num_positives / torch.bincount(pairs // size, minlength=size).double()).sqrt()
-
-
-def whole(rows: Tensor, total: int) -> Tensor:
-    """The rows (`total`, ...) of the global batch, with gradient, from this process's (n, ...); n may differ by one."""
-    share = -(-total // distributed.world_size())
-    filled = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
-    pieces = distributed.gather_with_gradient(filled).split(share)
-    ends = [total * r // len(pieces) for r in range(len(pieces) + 1)]
-    return torch.cat([piece[: b - a] for piece, a, b in zip(pieces, ends, ends[1:], strict=False)])

@@ -1,7 +1,6 @@
 """GCC: its losses against slow versions, the bank and the graph by hand, the two phases, and whole runs."""
 
 import math
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from lightning import Callback
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.methods import gcc
 from deepclust.methods.gcc import (
     GCC,
     FeatureBank,
@@ -20,7 +18,6 @@ from deepclust.methods.gcc import (
     graph_contrast,
     neighbor_lists,
     pretext_contrast,
-    whole,
 )
 from deepclust.train import run
 from tests.conftest import compose_train
@@ -292,24 +289,6 @@ def test_tiny_batches_and_many_clusters(size, clusters):
     sum(terms.values()).backward()
     assert all(torch.isfinite(term) for term in terms.values())
     assert all(torch.isfinite(p.grad).all() for p in method.parameters())
-
-
-@pytest.mark.parametrize(("total", "processes"), [(8, 2), (9, 2), (261, 4), (3, 4)])
-def test_shares_of_unequal_size_make_the_whole_batch(monkeypatch, total, processes):
-    rows = torch.arange(2.0 * total).view(total, 2)
-    ends = [total * r // processes for r in range(processes + 1)]
-    shares = [rows[a:b] for a, b in pairwise(ends)]
-    size = max(len(share) for share in shares)
-    sent = torch.cat([F.pad(share, (0, 0, 0, size - len(share))) for share in shares])
-
-    def gathered(filled):
-        assert len(filled) == size
-        return sent
-
-    monkeypatch.setattr(gcc.distributed, "world_size", lambda: processes)
-    monkeypatch.setattr(gcc.distributed, "gather_with_gradient", gathered)
-    for share in shares:
-        assert torch.equal(whole(share, total), rows)
 
 
 # Whole runs
