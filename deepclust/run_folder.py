@@ -1,6 +1,7 @@
 """What a run leaves behind, and how it is read again."""
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,9 @@ import resource
 import shlex
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,11 +38,33 @@ PACKAGES = (
 )
 
 
+RECIPE = {
+    *("backbone", "method", "dataset", "views", "view_names", "multi_view"),
+    *("seed", "batch_size", "drop_last", "sync_batchnorm"),
+}
+# What of `trainer` changes nothing in what is learned, or is wanted to change: a run may go on for longer.
+NOT_LEARNED = {
+    *(
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "precision",
+        "benchmark",
+        "deterministic",
+        "log_every_n_steps",
+    ),
+    *("max_epochs", "max_steps", "max_time", "num_sanity_val_steps", "use_distributed_sampler", "profiler"),
+    *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger", "callbacks"),
+}
+
+
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """results.json, all at once: its presence means that the run is complete."""
     beside = folder / "results.json.writing"
     beside.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(beside, folder / RESULTS)
+    (folder / "error.txt").unlink(missing_ok=True)  # of an earlier start
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
@@ -77,11 +103,22 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     """The last checkpoint of a run folder, on the CPU.
 
     Raises:
-        InputError: where there is none.
+        InputError: where there is none, or it is damaged.
     """
     path = run / CHECKPOINT
     if not path.exists():
         raise InputError(f"{run} holds no {CHECKPOINT}", expected="the folder of a run", do="check run=DIR")
+    try:
+        with zipfile.ZipFile(path) as file:  # torch does not look at the check sums
+            damaged = file.testzip() is not None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        damaged = True
+    if damaged:
+        raise InputError(
+            f"{path} is damaged",
+            expected="the checkpoint as it was written",
+            do="delete it, and the run starts anew, or bring back a copy",
+        )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -109,14 +146,41 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint that another recipe made.
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a run folder against other processes, which would write over each other's files.
+
+    Raises:
+        InputError: where another process holds it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process trains in {folder}",
+                expected="one at a time",
+                do="wait for it, or start in another folder (hydra.run.dir=DIR)",
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
+
+
+def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any], *, open_keys: bool = False) -> None:
+    """Refuse to go on from a checkpoint that another recipe made; `open_keys`: what the images have not filled in yet
+    may be anything.
 
     Raises:
         InputError: naming the first key that differs.
     """
     before, now = recipe(checkpoint["config"]), recipe(config)
     for key in sorted({*before, *now}):
+        if open_keys and now.get(key) in (None, "auto"):
+            continue
         if before.get(key) != now.get(key):
             cure = "give the same start=DIR" if key.startswith("earlier") else f"set {key}={before.get(key)}"
             raise InputError(
@@ -128,8 +192,11 @@ def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> Non
 
 def recipe(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration decides on what is learned, by dotted key."""
-    parts = {group: config[group] for group in ("backbone", "method", "dataset", "views", "seed", "batch_size")}
+    parts = {group: config.get(group) for group in RECIPE}
     parts["earlier"] = {"sha256": config["earlier"]["sha256"]}  # wherever that run's folder lies by now
+    trainer = config["trainer"]
+    parts["trainer"] = {name: trainer[name] for name in trainer if name not in NOT_LEARNED}
+    parts["hardware"] = {"precision": config["hardware"]["precision"]}
     keys = {key: value for name, node in parts.items() for key, value in flatten(node, name).items()}
     keys.pop("dataset.source.data_dir", None)  # where decoded images are kept
     return keys

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from deepclust.optim import fused
 from deepclust.run_folder import (
     ASSIGNMENTS,
     CHECKPOINT,
+    alone,
     check_same_recipe,
     checksum,
     command_line,
@@ -46,17 +48,25 @@ log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> dict[str, Any]:
-    """One run in Hydra's folder; a finished one is shown and left alone."""
+    """One run in Hydra's folder; a finished one is shown and left alone.
+
+    Raises:
+        InputError: where the folder holds a run of another recipe, or another process trains in it.
+    """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if others := launch.rank() > 0:  # the first of the processes speaks for all
         logging.root.setLevel(logging.WARNING)
     if (results := read_results(folder)) is not None:
+        if (folder / CHECKPOINT).exists():
+            check_same_recipe(load_checkpoint(folder), plain(cfg), open_keys=True)
         log.info("%s is finished already; nothing to do", folder)
     else:
-        choices = HydraConfig.get().runtime.choices  # known in this process only
+        hydra = HydraConfig.get()  # known in this process only
         for group in cfg.names:
-            cfg.names[group] = cfg.names[group] or choices[group]
-        results = run(cfg, folder)
+            cfg.names[group] = cfg.names[group] or hydra.runtime.choices[group]
+        cfg.overrides = list(hydra.overrides.task)
+        with nullcontext() if others else alone(folder):
+            results = run(cfg, folder)
     if not others:
         show_run(results, folder)
     return results
@@ -334,6 +344,7 @@ def describe(cfg: DictConfig, images: ImageSet, trainer: Trainer, judgement: Jud
         "steps": trainer.global_step,
         "world_size": trainer.world_size,
         "command": command_line(),
+        "overrides": list(cfg.overrides or []),
         "versions": versions(),
         "commit": commit(),
         "earlier": {name: cfg.earlier[name] for name in ("run", "sha256")},

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepclust.errors import InputError
+from deepclust.run_folder import alone, load_checkpoint
+
 ARGUMENTS = [
     "train",
     "hardware=cpu",
@@ -112,10 +115,41 @@ def test_killed_after_the_last_epoch(uninterrupted, tmp_path):
     same(uninterrupted, tmp_path)
 
 
-def test_another_recipe_is_refused(uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    "changed", ["backbone.widths=[16,16]", pytest.param("drop_last=false", marks=pytest.mark.slow)]
+)
+def test_another_recipe_is_refused(uninterrupted, tmp_path, changed):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").write_bytes((uninterrupted / "checkpoints/last.ckpt").read_bytes())
-    process = start(tmp_path, "backbone.widths=[16,16]")
+    process = start(tmp_path, changed)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert err.count("\n") == 1 and "backbone.widths" in err and "start in another folder" in err
+    assert err.count("\n") == 1 and changed.partition("=")[0] in err and "start in another folder" in err
+
+
+def test_a_finished_run_of_another_recipe_is_refused(uninterrupted, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/last.ckpt", "results.json"):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    process = start(tmp_path, "seed=7")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "seed=0" in err and "start in another folder" in err
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path, harm):
+    whole = (uninterrupted / "checkpoints/last.ckpt").read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 100]) + whole[middle + 100 :]
+    (tmp_path / "checkpoints").mkdir()
+    damaged = {"cut": whole[:middle], "flipped": flipped, "empty": b""}[harm]
+    (tmp_path / "checkpoints/last.ckpt").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(InputError, match="another process"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass

@@ -45,7 +45,11 @@ def load(folder: Path, *, name: str) -> Run | str:
     lacking = [key for key in (*IDENTITY, "seed", "scores", "timing") if key not in results]
     if lacking:
         return f"results.json lacks {', '.join(lacking)}"
-    return Run(name, results, read_overrides(folder / ".hydra" / "overrides.yaml"))
+    # Hydra's own file is written anew by every start, also by one that is refused.
+    said = results.get("overrides")
+    texts = said if isinstance(said, list) else written_overrides(folder / ".hydra" / "overrides.yaml")
+    pairs = (str(text).lstrip("+").partition("=") for text in texts)
+    return Run(name, results, {key: value for key, _, value in pairs})
 
 
 def _last_words(folder: Path) -> Iterator[str]:
@@ -56,10 +60,10 @@ def _last_words(folder: Path) -> Iterator[str]:
             yield f"{name}: {text[-200:]}"  # a traceback says the most at its end
 
 
-def read_overrides(file: Path) -> dict[str, str]:
+def written_overrides(file: Path) -> list:
+    """What Hydra has written of the overrides."""
     if not file.is_file():
-        return {}
+        return []
     texts = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(texts, list)  # Hydra writes nothing else
-    pairs = (str(text).lstrip("+").partition("=") for text in texts)
-    return {key: value for key, _, value in pairs}
+    return texts
