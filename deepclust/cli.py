@@ -223,11 +223,11 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
 def _write_first(note: Path, text: str) -> bool:
     """Write down an error; False where another process of the run has written the same."""
     try:
-        with note.open("x") as file:
+        with note.open("x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
     except FileExistsError:
         time.sleep(1)  # the other may be writing
-        return note.read_text() != text
+        return note.read_text(encoding="utf-8", errors="surrogateescape") != text
     return True
 
 

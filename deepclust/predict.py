@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     output, unreadable = Path(cfg.output), []
     output.parent.mkdir(parents=True, exist_ok=True)
     beside, done = output.with_name(output.name + ".writing"), 0
-    with beside.open("w", newline="") as file:
+    with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         size, channels = stored_shape(run_cfg)
         for number, (paths, images, broken) in enumerate(read(Path(cfg.images), size, channels, cfg.batch_size)):
@@ -73,7 +73,9 @@ def main(cfg: DictConfig) -> None:
         print(f"one folder per cluster: {cfg.sort_to}")
     if unreadable:
         listed = output.with_name(output.name + ".unreadable.txt")
-        listed.write_text("".join(f"{path}\t{reason}\n" for path, reason in unreadable))
+        listed.write_text(
+            "".join(f"{path}\t{reason}\n" for path, reason in unreadable), encoding="utf-8", errors="surrogateescape"
+        )
         print(f"could not be read: {len(unreadable)}, listed in {listed}")
 
 

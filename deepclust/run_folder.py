@@ -92,7 +92,7 @@ def write_assignments(
     if paths is not None:
         columns["path"] = paths
     beside = path.with_name(path.name + ".writing")
-    with beside.open("w", newline="") as file:
+    with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))

@@ -64,5 +64,5 @@ def trust(
 
 def read_clusters(place: Path) -> np.ndarray:
     """The cluster of each image (M,) in a run folder."""
-    with (place / ASSIGNMENTS).open(newline="") as file:
+    with (place / ASSIGNMENTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return np.array([int(row["cluster"]) for row in csv.DictReader(file)])

@@ -1,6 +1,8 @@
 """What a user can get wrong: one line, exit code 2, before hours are spent."""
 
 import csv
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from deepclust import cli
 from deepclust.errors import InputError
 from deepclust.run_folder import load_checkpoint
+from deepclust.trust import read_clusters
 from tests.test_launch import deepclust
 
 CASES = {
@@ -114,6 +117,26 @@ def test_predict_sorts_files_into_folders(tmp_path, run_small):
         copy = sorted_to / f"cluster_{int(row['cluster']):03d}" / f"{int(row['index']):06d}_{Path(row['path']).name}"
         assert copy.read_bytes() == Path(row["path"]).read_bytes()
     assert len(list(sorted_to.rglob("*.png"))) == 6
+
+
+def test_names_that_are_no_utf8_come_back_byte_for_byte(tmp_path, run_small):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (40, 16, 16), np.uint8)):
+        Image.fromarray(pixels).save(photos / os.fsdecode(b"%02d\xff.png" % number))
+    (photos / os.fsdecode(b"broken\xff.png")).write_bytes(b"no image")
+    given = ["dataset=folder", f"dataset.path={photos}", f"data_dir={tmp_path}/data", "dataset.num_clusters=3"]
+    _, folder = run_small(*given, "dataset.image_size=16", "batch_size=20")
+    names = sorted(name for name in os.listdir(os.fsencode(photos)) if not name.startswith(b"broken"))
+    output, sorted_to = tmp_path / "out.csv", tmp_path / "sorted"
+    deepclust("predict", f"run={folder}", f"images={photos}", f"output={output}", f"sort_to={sorted_to}")
+    for file in (folder / "assignments.csv", output):
+        lines = file.read_bytes().splitlines()[1:]
+        assert [line.rpartition(b",")[2].rpartition(b"/")[2] for line in lines] == names
+    assert b"/broken\xff.png\t" in (tmp_path / "out.csv.unreadable.txt").read_bytes()
+    assert sorted(os.fsencode(copy.name)[7:] for copy in sorted_to.rglob("*.png")) == names
+    assert len(read_clusters(folder)) == 40
+    assert re.search(r"\d\d\?\.png", (folder / "report.html").read_text())
 
 
 def test_evaluate_of_no_run(tmp_path, monkeypatch, capfd):
