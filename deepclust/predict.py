@@ -30,6 +30,8 @@ def main(cfg: DictConfig) -> None:
     cannot be read are listed in OUTPUT.unreadable.txt and left out. With `sort_to` every file also gets into one
     folder per cluster there.
     """
+    if cfg.sort_to is not None:
+        check_empty(Path(cfg.sort_to))
     checkpoint = load_checkpoint(Path(cfg.run))
     run_cfg, method = load_method(checkpoint)
     method.to(pick_device(cfg.accelerator))
@@ -71,12 +73,27 @@ def main(cfg: DictConfig) -> None:
     print(f"{done} images: {output}")
     if cfg.sort_to is not None:
         print(f"one folder per cluster: {cfg.sort_to}")
+    listed = output.with_name(output.name + ".unreadable.txt")
+    listed.unlink(missing_ok=True)  # of an earlier call
     if unreadable:
-        listed = output.with_name(output.name + ".unreadable.txt")
         listed.write_text(
             "".join(f"{path}\t{reason}\n" for path, reason in unreadable), encoding="utf-8", errors="surrogateescape"
         )
         print(f"could not be read: {len(unreadable)}, listed in {listed}")
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse to sort into a folder that holds something: clusters of two calls would be mixed.
+
+    Raises:
+        InputError: unless it is empty or missing.
+    """
+    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+        raise InputError(
+            f"{folder} {'is a file' if folder.is_file() else 'is not empty'}",
+            expected="a new or empty folder to sort into",
+            do="set sort_to=DIR to another, or remove it",
+        )
 
 
 def put(paths: list[str], folder: Path, *, index: int, link: bool) -> None:

@@ -102,7 +102,7 @@ def test_predict_and_evaluate_repeat_the_run(tmp_path, run_small, capsys):
         assert f'"acc": {results["scores"][rule]["acc"]}' in done.stdout
 
 
-def test_predict_sorts_files_into_folders(tmp_path, run_small):
+def test_predict_sorts_files_into_folders(tmp_path, run_small, monkeypatch, capfd):
     _, folder = run_small()
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -117,6 +117,12 @@ def test_predict_sorts_files_into_folders(tmp_path, run_small):
         copy = sorted_to / f"cluster_{int(row['cluster']):03d}" / f"{int(row['index']):06d}_{Path(row['path']).name}"
         assert copy.read_bytes() == Path(row["path"]).read_bytes()
     assert len(list(sorted_to.rglob("*.png"))) == 6
+    again = [f"run={folder}", f"images={photos}", f"sort_to={sorted_to}"]
+    assert f"{sorted_to} is not empty" in refused(monkeypatch, capfd, "predict", *again, f"output={tmp_path}/new.csv")
+    assert not (tmp_path / "new.csv").exists()
+    (photos / "broken.png").unlink()
+    deepclust("predict", f"run={folder}", f"images={photos}", f"output={output}", f"sort_to={tmp_path}/other")
+    assert not (tmp_path / "out.csv.unreadable.txt").exists()
 
 
 def test_names_that_are_no_utf8_come_back_byte_for_byte(tmp_path, run_small):
