@@ -21,7 +21,7 @@ from deepclust.config import build, plain
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.predict import stored_shape
-from deepclust.run_folder import load_checkpoint, load_method
+from deepclust.run_folder import load_finished, load_method
 from deepclust.views.multiview import MultiView
 
 INPUT, OUTPUTS = "images", ("clusters", "confidence", "features")
@@ -71,11 +71,7 @@ class Program(nn.Module):
 def main(cfg: DictConfig) -> Path:
     """Write the file and give its path."""
     check_format(cfg.format)
-    checkpoint = load_checkpoint(Path(cfg.run))
-    if "kmeans_centroids" not in checkpoint:
-        raise InputError(
-            f"{cfg.run} is not a finished run", expected="one that has ended", do="let it go on to its end"
-        )
+    checkpoint = load_finished(Path(cfg.run))
     run_cfg, method = load_method(checkpoint)
     program = Program(
         method=method,

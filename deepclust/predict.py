@@ -18,7 +18,7 @@ from deepclust.datasets.files import FORMATS, read_images, scan
 from deepclust.datasets.source import ArraySource
 from deepclust.errors import InputError
 from deepclust.progress import track
-from deepclust.run_folder import load_checkpoint, load_method, pick_device
+from deepclust.run_folder import load_finished, load_method, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,16 @@ def main(cfg: DictConfig) -> None:
     """
     if cfg.sort_to is not None:
         check_empty(Path(cfg.sort_to))
-    checkpoint = load_checkpoint(Path(cfg.run))
+    checkpoint = load_finished(Path(cfg.run))
     run_cfg, method = load_method(checkpoint)
+    size, channels = stored_shape(run_cfg)
+    if size == 1 or channels not in (1, 3):
+        raise InputError(
+            f"{cfg.run} clusters vectors of {channels} numbers",
+            expected="a run on images",
+            do="run deepclust cluster images=DIR num_clusters=K, which joins network and clusters in one run, "
+            "or deepclust export for a file that takes vectors",
+        )
     method.to(pick_device(cfg.accelerator))
     multi_view = build(run_cfg.multi_view)
     means = checkpoint["cluster_means"].to(method.device)
@@ -42,7 +50,6 @@ def main(cfg: DictConfig) -> None:
     beside, done = output.with_name(output.name + ".writing"), 0
     with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        size, channels = stored_shape(run_cfg)
         for number, (paths, images, broken) in enumerate(read(Path(cfg.images), size, channels, cfg.batch_size)):
             if number == 0:
                 writer.writerow(["index", "cluster", "confidence", "distance", *(["path"] if paths else [])])

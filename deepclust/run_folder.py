@@ -122,6 +122,18 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def load_finished(run: Path) -> dict[str, Any]:
+    """The checkpoint of a run that has ended, which holds what new images are held against.
+
+    Raises:
+        InputError: where the run has not ended, or is none.
+    """
+    checkpoint = load_checkpoint(run)
+    if "kmeans_centroids" not in checkpoint:
+        raise InputError(f"{run} is not a finished run", expected="one that has ended", do="let it go on to its end")
+    return checkpoint
+
+
 def load_method(checkpoint: dict[str, Any]) -> tuple[DictConfig, ClusteringMethod]:
     """The configuration and the trained method, in evaluation mode, of a checkpoint."""
     cfg = OmegaConf.create(checkpoint["config"])

@@ -13,8 +13,10 @@ from PIL import Image
 
 from deepclust import cli
 from deepclust.errors import InputError
-from deepclust.run_folder import load_checkpoint
+from deepclust.run_folder import CHECKPOINT, load_checkpoint
+from deepclust.train import run
 from deepclust.trust import read_clusters
+from tests.conftest import compose_train
 from tests.test_launch import deepclust
 
 CASES = {
@@ -143,6 +145,19 @@ def test_names_that_are_no_utf8_come_back_byte_for_byte(tmp_path, run_small):
     assert sorted(os.fsencode(copy.name)[7:] for copy in sorted_to.rglob("*.png")) == names
     assert len(read_clusters(folder)) == 40
     assert re.search(r"\d\d\?\.png", (folder / "report.html").read_text())
+
+
+def test_predict_refuses_what_it_cannot_use(tmp_path, run_small, monkeypatch, capfd):
+    _, folder = run_small("trainer.max_epochs=1")
+    asked = [f"images={tmp_path}", f"output={tmp_path}/out.csv"]
+    checkpoint = load_checkpoint(folder)  # as it is saved before the end
+    torch.save({k: v for k, v in checkpoint.items() if k != "cluster_means" and "kmeans" not in k}, folder / CHECKPOINT)
+    assert "is not a finished run" in refused(monkeypatch, capfd, "predict", f"run={folder}", *asked)
+    np.save(tmp_path / "train_features.npy", np.random.default_rng(0).normal(size=(60, 5)).astype("f4"))
+    vectors = ["dataset=features", f"dataset.path={tmp_path}", "dataset.num_clusters=3", "report.map_points=0"]
+    run(compose_train(*vectors, "method=kmeans", "hardware=cpu", "batch_size=20"), tmp_path)
+    assert "clusters vectors of 5 numbers" in refused(monkeypatch, capfd, "predict", f"run={tmp_path}", *asked)
+    assert not list(tmp_path.glob("out.csv*"))
 
 
 def test_evaluate_of_no_run(tmp_path, monkeypatch, capfd):
