@@ -368,6 +368,16 @@ def explain(
         if unknown is not None and f"{override.key_or_group}.".startswith(f"{unknown}."):
             others = [str(o.input_line) for o in parsed if o is not override and not o.is_sweep_override()]
             groups, keys = known_keys(config_name, config_dir, others)
+            for swept in parsed:
+                if swept.is_sweep_override() and swept.key_or_group in groups and swept is not override:
+                    choices = [f"{swept.key_or_group}={option}" for option in swept.sweep_string_iterator()]
+                    lack = [c for c in choices if unknown not in known_keys(config_name, config_dir, [*others, c])[1]]
+                    if 0 < len(lack) < len(choices):
+                        return InputError(
+                            f"{' and '.join(lack)} {'has' if len(lack) == 1 else 'have'} no key {unknown}",
+                            expected="a key that every job of the sweep has",
+                            do=f"sweep without {' and '.join(lack)}, or leave {override.input_line} out",
+                        )
             return _unknown_key(override, command, [*groups, *keys])
     if isinstance(error.__cause__, OmegaConfBaseException):
         return explain_value(error.__cause__)
@@ -406,6 +416,13 @@ def explain(
 
 def _unknown_key(override: Override, command: str, known: Collection[str]) -> InputError:
     line, key = str(override.input_line), override.key_or_group
+    section, _, name = key.rpartition(".")
+    if section == "trainer" and not override.is_delete() and name in _trainer_arguments():
+        return InputError(
+            f"there is no key {key}",
+            expected="a key that is there, or + before another argument of lightning.Trainer",
+            do=f"write +{line}",
+        )
     within_hydra = [name for name in known if name.startswith("hydra") == key.startswith("hydra")]
     meant = nearest(key, within_hydra)
     return InputError(
@@ -413,6 +430,12 @@ def _unknown_key(override: Override, command: str, known: Collection[str]) -> In
         expected=meant or f"one that {command} --cfg job shows",
         do=f"write {line.replace(key, meant, 1)}" if meant else f"leave {line} out",
     )
+
+
+def _trainer_arguments() -> Collection[str]:
+    from lightning import Trainer  # takes seconds, which only such a mistake costs
+
+    return inspect.signature(Trainer).parameters
 
 
 def known_keys(config_name: str, config_dir: str | None, overrides: Sequence[str]) -> tuple[list[str], list[str]]:

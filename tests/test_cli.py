@@ -277,6 +277,21 @@ def test_trouble_with_the_configuration_inside_a_job_is_the_users(toy, capsys):
             "the group method has no option 'propso'",
             "write method=propos",
         ),
+        (
+            "-m method=propos,open method.temperature=3",
+            "method=open has no key method.temperature",
+            "sweep without method=open, or leave method.temperature=3 out",
+        ),
+        (
+            "-m method=propos,open method.tmperature=3",
+            "there is no key or group method.tmperature",
+            "write method.temperature=3",
+        ),
+        (
+            "trainer.accumulate_grad_batches=2",
+            "there is no key trainer.accumulate_grad_batches",
+            "write +trainer.accumulate_grad_batches=2",
+        ),
         ("-m sed=1,2", "there is no key or group sed", "write seed=1,2"),
     ],
 )
