@@ -97,7 +97,11 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     network = choose_network(cfg)
     log.info(network.says)
     dataset = describe_images(cfg, network, root, folder)
-    images: ImageSet = build(dataset["source"])
+    try:
+        images: ImageSet = build(dataset["source"])
+    except InputError as error:  # about the key of `train`
+        cure = error.do.replace("dataset.path", "images")
+        raise InputError(error.what, expected=error.expected, do=cure) from error
     check_enough(cfg, images)
 
     place = None if network.trained else train_network(cfg, network, dataset, images, folder)
@@ -154,10 +158,11 @@ def check_enough(cfg: DictConfig, images: ImageSet) -> None:
     """Raise InputError where there are fewer images than clusters, or a single one."""
     least = 20 if cfg.num_clusters == "auto" else max(2, cfg.num_clusters)
     if len(images.fit) < least:
+        smaller = "" if cfg.num_clusters == "auto" else "smaller "
         raise InputError(
             f"{cfg.images} holds {len(images.fit)} images that can be read, and num_clusters is {cfg.num_clusters}",
             expected=f"{least} images at least",
-            do="set num_clusters to a smaller number, or add images",
+            do="add images" if len(images.fit) < 2 else f"set num_clusters to a {smaller}number, or add images",
         )
 
 

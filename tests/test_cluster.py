@@ -169,6 +169,14 @@ def test_weights_that_a_package_brings_and_what_is_said_without(photos, tmp_path
 def test_few_images_are_clustered_by_k_means_and_too_few_are_refused(photos, tmp_path):
     with pytest.raises(InputError, match="121 images at least"):
         call(tmp_path / "run", photos, "num_clusters=121")
+    one = tmp_path / "one"
+    one.mkdir()
+    with pytest.raises(InputError, match="set images=DIR to a folder of images"):
+        call(tmp_path / "run", one, *SMALL)
+    shutil.copy(next(photos.rglob("*.png")), one)
+    for number in ("1", "2"):
+        with pytest.raises(InputError, match=r"2 images at least; add images$"):
+            call(tmp_path / "run", one, *SMALL, f"num_clusters={number}")
     for said, why in (("num_clusters=some", "num_clusters is some"), ("rule=cc", "rule is cc")):
         with pytest.raises(InputError, match=why):
             call(tmp_path / "run", photos, said)
