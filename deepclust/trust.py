@@ -26,6 +26,7 @@ def trust(
 
     That is about what can be repeated with these features. Seeds agree as well on features that tell little but
     colours apart, such as those of a small network that has seen a few hundred photos (`own_network`); it is said.
+    With one cluster, or one for every image, they agree whatever the features are: that is said in place of a level.
     """
     found = {seed: read_clusters(place) for seed, place in runs.items()}
     sizes = np.bincount(found[cfg.seed])
@@ -33,14 +34,17 @@ def trust(
     number, largest = results["num_clusters"], float(sizes.max() / sizes.sum())
     said: dict[str, Any] = {"seeds": list(runs), "empty_clusters": health["empty_clusters"], "largest_share": largest}
     giant = largest > min(0.9, GIANT / number) and number > 1
-    words = []
+    settled = {1: "one cluster holds every image", len(found[cfg.seed]): "there is a cluster for every image"}.get(
+        number
+    )
+    words = [] if settled is None else [f"nothing to tell by, for {settled}"]
     level = None
-    if len(found) > 1:
+    if len(found) > 1 and settled is None:
         said["ari_between_seeds"] = mean(float(adjusted_rand_score(a, b)) for a, b in combinations(found.values(), 2))
         level = next((name for least, name in LEVELS.items() if said["ari_between_seeds"] >= least), "hardly")
         level = DOWN[level] if giant or health["empty_clusters"] else level
         words.append(f"{len(found)} seeds agree to {said['ari_between_seeds']:.2f} (ARI; 1 is the same)")
-    if results["method"] != "kmeans":
+    if results["method"] != "kmeans" and settled is None:
         rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
         plain_kmeans = dealt_kmeans(
             rows,

@@ -183,3 +183,14 @@ def test_few_images_are_clustered_by_k_means_and_too_few_are_refused(photos, tmp
     results = call(tmp_path / "run", photos, *SMALL, "num_clusters=13", "num_seeds=1")
     assert results["method"] == "kmeans" and "ari_with_kmeans" not in results["trust"]
     assert results["trust"]["says"].startswith("how far to trust the clusters: no cluster is empty")
+
+
+@pytest.mark.parametrize(("number", "why"), [(1, "one cluster holds every image"), (6, "a cluster for every image")])
+def test_agreement_that_cannot_fail_is_no_reason_to_trust(photos, tmp_path, number, why):
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in sorted(photos.rglob("*.png"))[:6]:
+        shutil.copy(file, few)
+    trust = call(tmp_path / "run", few, *SMALL, f"num_clusters={number}", "rule=kmeans")["trust"]
+    assert why in trust["says"] and "repeatable" not in trust["says"] and "agree" not in trust["says"]
+    assert "ari_between_seeds" not in trust and trust["seeds"] == [0, 1]
