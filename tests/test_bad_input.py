@@ -1,6 +1,7 @@
 """What a user can get wrong: one line, exit code 2, before hours are spent."""
 
 import csv
+import json
 import os
 import re
 import sys
@@ -158,6 +159,20 @@ def test_predict_refuses_what_it_cannot_use(tmp_path, run_small, monkeypatch, ca
     run(compose_train(*vectors, "method=kmeans", "hardware=cpu", "batch_size=20"), tmp_path)
     assert "clusters vectors of 5 numbers" in refused(monkeypatch, capfd, "predict", f"run={tmp_path}", *asked)
     assert not list(tmp_path.glob("out.csv*"))
+
+
+def test_evaluate_warns_where_an_image_is_gone(tmp_path, run_small):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (40, 16, 16), np.uint8)):
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    given = ["dataset=folder", f"dataset.path={photos}", f"data_dir={tmp_path}/data", "dataset.num_clusters=3"]
+    _, folder = run_small(*given, "dataset.image_size=16", "batch_size=20", "trainer.max_epochs=1")
+    assert "the run had" not in deepclust("evaluate", f"run={folder}").stderr
+    (photos / "7.png").unlink()
+    done = deepclust("evaluate", f"run={folder}")
+    assert "the run had 40 images and there are 39 now" in done.stderr
+    assert json.loads(done.stdout)["run"] == str(folder)
 
 
 def test_evaluate_of_no_run(tmp_path, monkeypatch, capfd):
