@@ -372,11 +372,12 @@ def explain(
                 if swept.is_sweep_override() and swept.key_or_group in groups and swept is not override:
                     choices = [f"{swept.key_or_group}={option}" for option in swept.sweep_string_iterator()]
                     lack = [c for c in choices if unknown not in known_keys(config_name, config_dir, [*others, c])[1]]
-                    if 0 < len(lack) < len(choices):
+                    if lack and (len(lack) < len(choices) or unknown in keys):  # keys: those of the default option
                         return InputError(
                             f"{' and '.join(lack)} {'has' if len(lack) == 1 else 'have'} no key {unknown}",
                             expected="a key that every job of the sweep has",
-                            do=f"sweep without {' and '.join(lack)}, or leave {override.input_line} out",
+                            do=f"leave {override.input_line} out"
+                            + (f", or sweep without {' and '.join(lack)}" if len(lack) < len(choices) else ""),
                         )
             return _unknown_key(override, command, [*groups, *keys])
     if isinstance(error.__cause__, OmegaConfBaseException):

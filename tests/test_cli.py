@@ -47,6 +47,7 @@ def toy(tmp_path, monkeypatch):
     (configs / "experiment" / "paper.yaml").write_text("# @package _global_\nseed: 7\n")
     (configs / "method" / "propos.yaml").write_text("temperature: 0.5\n")
     (configs / "method" / "open.yaml").write_text("path: ???\n")
+    (configs / "method" / "other.yaml").write_text("speed: 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deepclust.config.CONFIGS", "toy_configs")
@@ -280,7 +281,12 @@ def test_trouble_with_the_configuration_inside_a_job_is_the_users(toy, capsys):
         (
             "-m method=propos,open method.temperature=3",
             "method=open has no key method.temperature",
-            "sweep without method=open, or leave method.temperature=3 out",
+            "leave method.temperature=3 out, or sweep without method=open",
+        ),
+        (
+            "-m method=open,other method.temperature=3",
+            "method=open and method=other have no key method.temperature",
+            "leave method.temperature=3 out",
         ),
         (
             "-m method=propos,open method.tmperature=3",
