@@ -196,7 +196,7 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     from deepclust import launch
-    from deepclust.config import explain_value, plain
+    from deepclust.config import check_numbers, explain_value, plain
 
     launch.keep_freed_memory()
     note = None if run_folder is None else run_folder / "error.txt"
@@ -204,7 +204,7 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
         note.unlink(missing_ok=True)
     try:
         try:
-            plain(cfg)  # what is missing is said before torch is imported
+            check_numbers(plain(cfg))  # what is missing or cannot be is said before torch is imported
             with _shown(f"deepclust {verb}: loading ..."):
                 module = importlib.import_module(f"deepclust.{verb}")
             return module.main(cfg)

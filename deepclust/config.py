@@ -47,6 +47,8 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueEr
 _NOT_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
+_LEAST = {"batch_size": 1, "clean_batch_size": 1, "trainer.max_epochs": 0, "seed": -(2**63)}  # of whole numbers
+
 # ${last_part:PATH}: the name of a file or folder, without those above it.
 OmegaConf.register_new_resolver("last_part", lambda path: Path(os.path.abspath(path)).name, replace=True)
 
@@ -75,6 +77,23 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise explain_value(error) from error
     return values
+
+
+def check_numbers(values: dict[str, Any]) -> None:
+    """Hold the numbers that no constructor checks against what they may be; those of earlier stages too.
+
+    Raises:
+        InputError: naming the key, where one is no whole number or too small or large.
+    """
+    for key, value in _entries(values):
+        least = _LEAST.get(re.sub(r"^((before|network)\.)+", "", key))
+        if least is None or (value is None and key.startswith("network.")):  # there it is worked out
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            limits = "between -2^63 and 2^63" if least < 0 else f"{least} or more"
+            raise InputError(
+                f"{key} is {value!r}", expected=f"a whole number, {limits}", do=f"set {key} to such a number"
+            )
 
 
 def _has_no_value(*keys: str) -> InputError:

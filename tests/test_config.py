@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from deepclust.config import build, load_run_config, nearest, plain
+from deepclust.config import build, check_numbers, load_run_config, nearest, plain
 from deepclust.errors import InputError
 
 HERE = "tests_of_config"
@@ -108,6 +108,14 @@ def test_plain_of_a_section_names_the_whole_key():
 def test_plain_says_which_reference_leads_nowhere(text, what, do):
     error = refusal(lambda: plain(config(text)))
     assert (error.what, error.do) == (what, do)
+
+
+def test_numbers_that_are_worked_out_later_and_none_epochs_pass():
+    check_numbers(
+        {"seed": -1, "batch_size": 1, "trainer": {"max_epochs": 0}, "network": {"trainer": {"max_epochs": None}}}
+    )
+    error = refusal(lambda: check_numbers({"network": {"batch_size": True}}))
+    assert error.what == "network.batch_size is True"
 
 
 def test_run_config_is_read_from_the_run_folder(tmp_path):
