@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepclust.errors import InputError
+
 
 def target_of(online: nn.Module) -> nn.Module:
     """A copy of `online` that takes no gradient: where a target network starts."""
@@ -25,10 +27,20 @@ def update_target(target: nn.Module, online: nn.Module, decay: float) -> None:
 
 
 class Target(nn.Module):
-    """The target of BYOL, ProPos and DigPro: copies of a backbone and its projector; images -> unit rows (N, D)."""
+    """The target of BYOL, ProPos and DigPro: copies of a backbone and its projector; images -> unit rows (N, D).
+
+    Raises:
+        InputError: where the backbone has no weights that could follow.
+    """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
+        if not any(True for _ in backbone.parameters()):
+            raise InputError(
+                f"the backbone {type(backbone).__name__} has no weights, and the method trains those of a network",
+                expected="a backbone with weights, such as those in conf/backbone",
+                do="choose one with backbone=NAME; for vectors, method=lnscc or method=kmeans",
+            )
         self.backbone = target_of(backbone)
         self.projector = target_of(projector)
 

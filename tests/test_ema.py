@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from deepclust.backbones.identity import Identity
 from deepclust.ema import Target, target_of, update_target
+from deepclust.errors import InputError
 
 
 def networks():
@@ -47,3 +49,8 @@ def test_update_of_a_single_network():
         target.weight.fill_(0.0)
     update_target(target, online, 0.75)
     assert torch.equal(target.weight, torch.full((2, 2), 0.25))
+
+
+def test_target_of_no_network_is_refused():
+    with pytest.raises(InputError, match="Identity has no weights"):
+        Target(Identity(in_channels=3, image_size=1), nn.Linear(3, 4))

@@ -112,6 +112,12 @@ class LNSCC(ClusteringMethod):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         images = datamodule.clean_batches(datamodule.fit, self.device)
         rows = distributed.gather(torch.cat([batch.flatten(1) for batch in images]))
+        if len(rows) < 3:
+            raise InputError(
+                f"the number of images is {len(rows)}, and LNSCC learns from a graph of nearest neighbours",
+                expected="3 images or more, and many more to find clusters",
+                do="add images",
+            )
         k = self.num_neighbors
         if k >= len(rows):
             k = len(rows) - 1

@@ -48,3 +48,32 @@ def test_refuses_splits_of_two_widths(tmp_path):
     write(tmp_path, "test_features.npy", np.zeros((3, 4), np.float32))
     with pytest.raises(InputError, match="2 numbers"):
         load_features(path=str(tmp_path), num_classes=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train_images.npy", np.zeros((4, 2, 2, 1), np.uint8), "train_images.npy holds 4 pictures; expected 5"),
+        ("train_paths.json", '["a", "b"', "train_paths.json holds no list of files"),
+        ("train_paths.json", "[1, 2, 3, 4, 5]", "train_paths.json holds no list of files"),
+        ("train_paths.json", '["a", "b"]', "train_paths.json names 2 files"),
+    ],
+)
+def test_refuses_what_does_not_go_with_the_vectors(tmp_path, name, content, said):
+    write(tmp_path, "train_features.npy", np.zeros((5, 3), np.float32))
+    if isinstance(content, str):
+        (tmp_path / name).write_text(content)
+    else:
+        write(tmp_path, name, content)
+    with pytest.raises(InputError, match=said):
+        load_features(path=str(tmp_path), num_classes=None)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_refuses_rows_that_are_not_finite(tmp_path, split):
+    rows = np.zeros((7, 3), np.float32)
+    write(tmp_path, "train_features.npy", rows)
+    rows[4, 1], rows[6, 0] = np.nan, -np.inf
+    write(tmp_path, f"{split}_features.npy", rows)
+    with pytest.raises(InputError, match=rf"{split}_features.npy holds NaN or infinity in 2 of 7 rows \(4, 6\)"):
+        load_features(path=str(tmp_path), num_classes=None)

@@ -247,6 +247,11 @@ def test_fewer_images_than_neighbours(caplog):
     assert "8 are taken" in caplog.text and method.sampling_weights().gt(0).all()
 
 
+def test_too_few_images_for_a_graph_are_refused():
+    with pytest.raises(InputError, match="number of images is 2"):
+        at_epoch(make(), 0, blobs(30)[:2]).on_train_start()
+
+
 def test_extra_images_are_refused():
     with pytest.raises(InputError, match="extra"):
         make().losses(batch_of(8, extra=True))
