@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a fault of the program, 2 the user can mend it, 130 interr
 """
 
 import contextlib
+import errno
 import importlib
 import io
 import logging
@@ -201,13 +202,15 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     launch.keep_freed_memory()
     note = None if run_folder is None else run_folder / "error.txt"
     if note is not None and launch.rank() == 0:
-        note.unlink(missing_ok=True)
+        with _storage_explained(run_folder):
+            note.unlink(missing_ok=True)
     try:
         try:
             check_numbers(plain(cfg))  # what is missing or cannot be is said before torch is imported
             with _shown(f"deepclust {verb}: loading ..."):
                 module = importlib.import_module(f"deepclust.{verb}")
-            return module.main(cfg)
+            with _storage_explained(run_folder):
+                return module.main(cfg)
         except OmegaConfBaseException as error:
             raise explain_value(error) from error
     except Exception as error:
@@ -221,14 +224,35 @@ def _work(verb: str, cfg: Any, run_folder: Path | None) -> Any:
 
 
 def _write_first(note: Path, text: str) -> bool:
-    """Write down an error; False where another process of the run has written the same."""
+    """Write down an error, if that can be; False where another process of the run has written the same."""
     try:
         with note.open("x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
     except FileExistsError:
         time.sleep(1)  # the other may be writing
         return note.read_text(encoding="utf-8", errors="surrogateescape") != text
+    except OSError:  # a full disk, perhaps the very error; who called tells it
+        pass
     return True
+
+
+@contextlib.contextmanager
+def _storage_explained(run_folder: Path | None) -> Iterator[None]:
+    """What the system says of a full or closed disk, as an error that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        again = "start the same command again"
+        if run_folder is not None:
+            again += " in the same folder: training goes on from the last checkpoint"
+        raise InputError(
+            f"{error.strerror}: {error.filename or run_folder or Path.cwd()}",
+            expected="room for what is written" if full else "permission to read and write there",
+            do=f"{'free space' if full else 'give it, or name another place,'} and {again}",
+        ) from error
 
 
 def _account(jobs: _Jobs) -> int:

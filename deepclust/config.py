@@ -420,8 +420,9 @@ def explain(
     if "No match in the defaults list" in str(error):
         what = f"{command} has no group {_named_in(error)}"
         return InputError(what, expected="one of its own groups", do=f"see {command} --help")
-    if isinstance(error, OSError) and error.filename:
-        what = f"{error.strerror}: {error.filename}"
+    system = error if isinstance(error, OSError) else error.__cause__  # which logging wraps
+    if isinstance(system, OSError) and system.strerror:
+        what = f"{system.strerror}: {system.filename}" if system.filename else system.strerror
         return InputError(what, expected="a place to write to", do="choose one with hydra.run.dir=DIR")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first, *more = lines or [type(error).__name__]

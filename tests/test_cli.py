@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import pickle
@@ -404,3 +405,68 @@ def test_processes_of_one_run_tell_an_error_once(tmp_path):
     assert cli._write_first(note, "the same\n")
     assert not cli._write_first(note, "the same\n")
     assert cli._write_first(note, "another\n")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("sweep", [True, False])
+def test_full_disk_is_one_line_even_where_it_cannot_be_written_down(toy, capsys, monkeypatch, kept, sweep):
+    def act(cfg):
+        with open("/dev/full", "w") as file:
+            file.write("more than there is room for")
+
+    honest = Path.open
+
+    def refuses(path, mode="r", **how):
+        if mode == "x":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return honest(path, mode, **how)
+
+    if not kept:
+        monkeypatch.setattr(Path, "open", refuses)
+    toy.act = act
+    assert toy(*(["-m", "seed=0,1"] if sweep else [])) == 2
+    err = capsys.readouterr().err
+    assert len(toy.jobs) == 1 + sweep and err.count("\n") == (3 if sweep else 1)
+    folder = toy.folder / ("sweep/0" if sweep else "run")
+    assert (
+        f"No space left on device: {folder}; expected" in err and "free space and start the same command again" in err
+    )
+    assert (folder / "error.txt").exists() == kept
+
+
+def test_error_that_cannot_be_written_down_hides_nothing(toy, capsys):
+    def act(cfg):
+        (toy.folder / "run").rename(toy.folder / "moved")
+        raise MEND
+
+    toy.act = act
+    assert toy() == 2
+    assert capsys.readouterr().err == f"deepclust: error: {MEND}\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EROFS, 2), (errno.EACCES, 2), (errno.EDQUOT, 2), (errno.EIO, None)]
+)
+def test_place_that_is_closed_is_named(toy, capsys, number, code):
+    toy.act = fail_at(0, OSError(number, os.strerror(number), "/there"))
+    if code is None:
+        with pytest.raises(OSError, match="/there"):
+            toy()
+        return
+    assert toy() == code
+    assert f"error: {os.strerror(number)}: /there; expected" in capsys.readouterr().err
+
+
+def test_run_folder_whose_log_cannot_be_written_is_named(toy, capsys):
+    (toy.folder / "run" / "toy.log").mkdir(parents=True)
+    assert toy() == 2
+    assert f"error: Is a directory: {toy.folder / 'run' / 'toy.log'}; expected a place" in capsys.readouterr().err
+
+
+def test_old_error_that_cannot_be_removed_does_not_silence_the_new(toy, capsys, monkeypatch):
+    def refuses(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    assert toy() == 2
+    assert not toy.jobs and "error: Read-only file system: " in capsys.readouterr().err
