@@ -31,15 +31,29 @@ def published_figures() -> list[dict]:
 def main(cfg: DictConfig) -> None:
     """Print the table that the configuration asks for, or write it to a file."""
     output = None if cfg.output is None else Path(cfg.output)
-    form = str(cfg.format if output is None else ENDINGS.get(output.suffix))
+    form = str((cfg.format or "text") if output is None else ENDINGS.get(output.suffix))
     if form not in ENDINGS.values():
         raise InputError(
             f"format={cfg.format}" if output is None else f"output={output} ends in {output.suffix!r}",
             expected=" or ".join(ENDINGS.values() if output is None else ENDINGS),
             do="choose one of these",
         )
+    if cfg.format not in (None, form):
+        raise InputError(
+            f"format={cfg.format} and output={output} disagree",
+            expected=f"{form}, which files ending in {output.suffix if output else ''} hold",
+            do="leave format out, or choose another ending",
+        )
     runs = Path(cfg.runs)
     comparison = compare(runs, published=published_figures(), ignore=list(cfg.ignore))
+    if not comparison.rows:
+        (name, why), *others = comparison.left_out
+        more = f", and {len(others)} more" if others else ""
+        raise InputError(
+            f"runs={runs} holds no run for the table: {name} ({why}){more}",
+            expected="a finished run",
+            do="finish one by starting its command again in the same folder, or name another folder",
+        )
     if form == "csv":  # has no place for notes
         for name, why in comparison.left_out:
             print(f"not in the table: {name} ({why})", file=sys.stderr)

@@ -142,6 +142,41 @@ def test_unfinished_runs_are_listed_with_the_reason(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"dataset": None}, "dataset"),
+        ({"seed": [1]}, "seed"),
+        ({"num_clusters": "ten"}, "num_clusters"),
+        ({"scores": [0.5]}, "scores"),
+        ({"scores": {"kmeans": 0.5}}, "scores"),
+        ({"scores": {"kmeans": {"acc": "high", "nmi": 0.5, "ari": 0.5}}}, "scores"),
+        ({"baseline": {"kmeans_on_pixels": {"acc": 0.5}}}, "baseline"),
+        ({"timing": 60.0}, "timing"),
+        ({"timing": {"train_seconds": "long"}}, "timing"),
+    ],
+)
+def test_results_of_another_kind_are_left_out(tmp_path: Path, changed: dict, key: str) -> None:
+    write_run(tmp_path / "good", baseline=None)
+    write_run(tmp_path / "odd", seed=1)
+    results = json.loads((tmp_path / "odd" / "results.json").read_text())
+    (tmp_path / "odd" / "results.json").write_text(json.dumps(results | changed))
+    found = compare(tmp_path, published=[], ignore=IGNORE)
+    assert [row.folders for row in found.rows] == [("good",)]
+    assert found.left_out == [("odd", f"results.json holds something else than expected as {key}")]
+
+
+@pytest.mark.parametrize("text", ["[a=1, 'b", "a: 1", "", "3"])
+def test_runs_with_broken_overrides_are_left_out(tmp_path: Path, text: str) -> None:
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "odd", seed=1)
+    (tmp_path / "odd" / ".hydra" / "overrides.yaml").write_text(text)
+    found = compare(tmp_path, published=[], ignore=IGNORE)
+    assert [row.folders for row in found.rows] == [("good",)]
+    ((name, why),) = found.left_out
+    assert name == "odd" and why.startswith(".hydra/overrides.yaml cannot be read: ")
+
+
+@pytest.mark.parametrize(
     ("overrides", "settings"),
     [
         (["method.temperature=0.5"], ["", "method.temperature=0.5"]),
@@ -318,11 +353,22 @@ def test_main_prints_or_writes(runs: Path, capsys: pytest.CaptureFixture) -> Non
     [
         (["runs=.", "format=pdf"], "format=pdf"),
         (["runs=.", "output=table.pdf"], "ends in '.pdf'"),
+        (["runs=.", "output=table.csv", "format=html"], "format=html and output=table.csv disagree; expected csv"),
     ],
 )
 def test_main_names_what_is_wrong(overrides: list[str], what: str) -> None:
     with pytest.raises(InputError, match=what):
         run_main(*overrides)
+
+
+def test_main_takes_a_format_that_agrees(runs: Path) -> None:
+    run_main(f"runs={runs}", "format=csv", f"output={runs / 'table.csv'}")
+    assert (runs / "table.csv").read_text().startswith("dataset,method")
+
+
+def test_main_refuses_a_table_without_runs(runs: Path) -> None:
+    with pytest.raises(InputError, match=r"no run for the table: \. \(unfinished: no results.json\)"):
+        run_main(f"runs={runs / 'stopped'}")
 
 
 def test_config_writes_nothing_beside_the_output() -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepclust.comparison.runs import IDENTITY
-from deepclust.comparison.table import METRICS, Comparison, Row, percent, standings
+from deepclust.comparison.runs import IDENTITY, METRICS
+from deepclust.comparison.table import Comparison, Row, percent, standings
 
 COLUMNS = ["Data set", "Method", "Backbone", "K", "Epochs", "Settings", "Clusters by"]
 COLUMNS += [*(metric.upper() for metric in METRICS), "p", "Seeds", "Minutes"]

@@ -5,10 +5,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 IDENTITY = ("dataset", "method", "backbone", "num_clusters", "epochs")
+METRICS = ("acc", "nmi", "ari")
+KINDS = {"dataset": str, "method": str, "backbone": str, "num_clusters": int, "epochs": int, "seed": int}
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,40 @@ def load(folder: Path, *, name: str) -> Run | str:
         return "; ".join(["unfinished: no results.json", *_last_words(folder)])
     try:
         results = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f"results.json cannot be read: {error}"
     if not isinstance(results, dict) or results.get("format") != 1:
         return "results.json is not of format 1"
     lacking = [key for key in (*IDENTITY, "seed", "scores", "timing") if key not in results]
     if lacking:
         return f"results.json lacks {', '.join(lacking)}"
-    # Hydra's own file is written anew by every start, also by one that is refused.
-    said = results.get("overrides")
-    texts = said if isinstance(said, list) else written_overrides(folder / ".hydra" / "overrides.yaml")
+    if odd := [key for key in results if not _fits(key, results[key])]:
+        return f"results.json holds something else than expected as {', '.join(odd)}"
+    try:
+        # Hydra's own file is written anew by every start, also by one that is refused.
+        said = results.get("overrides")
+        texts = said if isinstance(said, list) else written_overrides(folder / ".hydra" / "overrides.yaml")
+    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+        return f".hydra/overrides.yaml cannot be read: {' '.join(str(error).split())}"
     pairs = (str(text).lstrip("+").partition("=") for text in texts)
     return Run(name, results, {key: value for key, _, value in pairs})
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether results.json may hold this value by this key, as far as the table reads it."""
+    if key in KINDS:
+        return isinstance(value, KINDS[key])
+    if value is None or key not in ("scores", "baseline", "timing"):
+        return True
+    if not isinstance(value, dict):
+        return False
+    if key == "timing":
+        return all(isinstance(value.get(name) or 0, int | float) for name in ("train_seconds", "earlier_seconds"))
+    return all(
+        isinstance(rule, dict) and all(isinstance(rule.get(metric), int | float) for metric in METRICS)
+        for rule in value.values()
+        if rule is not None
+    )
 
 
 def _last_words(folder: Path) -> Iterator[str]:
@@ -65,5 +92,6 @@ def written_overrides(file: Path) -> list:
     if not file.is_file():
         return []
     texts = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(texts, list)  # Hydra writes nothing else
+    if not isinstance(texts, list):
+        raise ValueError("it holds no list")
     return texts

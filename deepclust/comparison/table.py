@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepclust.comparison.runs import IDENTITY, Run, load, run_folders
+from deepclust.comparison.runs import IDENTITY, METRICS, Run, load, run_folders
 from deepclust.errors import InputError
 
-METRICS = ("acc", "nmi", "ari")
 RULES = {"method": "method", "kmeans": "k-means"}  # key in results.json -> what the table calls it
 PIXELS = "pixels"
 LEAST_SEEDS = 3  # of which a test on differences can say anything
@@ -114,7 +113,7 @@ def _rows_of(runs: Sequence[Run], *, settings: str) -> list[Row]:
     """One row per rule that has scores, or one without."""
     first = runs[0].results
     timings = [t for run in runs if (t := run.results["timing"] or {}).get("train_seconds") is not None]
-    seconds = [t["train_seconds"] + t.get("earlier_seconds", 0.0) for t in timings]  # with the stages before
+    seconds = [t["train_seconds"] + (t.get("earlier_seconds") or 0.0) for t in timings]  # with the stages before
     blank = Row(
         **{key: first[key] for key in IDENTITY},
         settings=settings,
@@ -137,7 +136,7 @@ def _pixel_rows(runs: Sequence[Run]) -> list[Row]:
     found: dict[str, dict[int, Mapping]] = defaultdict(dict)
     clusters = {}
     for run in runs:
-        if scores := run.results.get("baseline", {}).get("kmeans_on_pixels"):
+        if scores := (run.results.get("baseline") or {}).get("kmeans_on_pixels"):
             found[run.results["dataset"]][run.results["seed"]] = scores
             clusters[run.results["dataset"]] = run.results["num_clusters"]
     return [
