@@ -249,7 +249,7 @@ def _storage_explained(run_folder: Path | None) -> Iterator[None]:
         if run_folder is not None:
             again += " in the same folder: training goes on from the last checkpoint"
         raise InputError(
-            f"{error.strerror}: {error.filename or run_folder or Path.cwd()}",
+            f"{error.strerror}: {(full and error.filename2) or error.filename or run_folder or Path.cwd()}",
             expected="room for what is written" if full else "permission to read and write there",
             do=f"{'free space' if full else 'give it, or name another place,'} and {again}",
         ) from error

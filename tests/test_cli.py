@@ -457,6 +457,12 @@ def test_place_that_is_closed_is_named(toy, capsys, number, code):
     assert f"error: {os.strerror(number)}: /there; expected" in capsys.readouterr().err
 
 
+def test_full_disk_is_that_of_the_copy_and_not_of_what_is_copied(toy, capsys):
+    toy.act = fail_at(0, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/from", None, "/there/to"))
+    assert toy() == 2
+    assert "No space left on device: /there/to; expected" in capsys.readouterr().err
+
+
 def test_run_folder_whose_log_cannot_be_written_is_named(toy, capsys):
     (toy.folder / "run" / "toy.log").mkdir(parents=True)
     assert toy() == 2
