@@ -68,7 +68,8 @@ class ProPosByHand:
         if like.step_order == "two_pass":
             self.follow()
         self.optimizer.zero_grad()
-        loss.backward()
+        with torch.autocast(a.device.type, enabled=False):
+            loss.backward()
         self.optimizer.step()
 
     def scattering(self, q: Tensor, k: Tensor, labels: Tensor) -> Tensor:
