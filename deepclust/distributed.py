@@ -28,26 +28,25 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def counts(rows: int) -> list[int]:
-    """How many rows each process has, of which this one has so many."""
+def counts(rows: Tensor) -> list[int]:
+    """How many rows each process has, of which `rows` are this one's."""
     if world_size() == 1:
-        return [rows]
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = torch.tensor([rows], device=device)
+        return [len(rows)]
+    mine = torch.tensor([len(rows)], device=rows.device)
     every = [torch.zeros_like(mine) for _ in range(world_size())]
     dist.all_gather(every, mine)
     return torch.cat(every).tolist()
 
 
-def mean_weight(rows: int) -> float:
-    """What a mean over this process's rows, of which it has so many, is multiplied by, so that DDP's average over the
-    processes is the mean over the rows of all."""
-    return rows * world_size() / sum(counts(rows))
+def mean_weight(rows: Tensor) -> float:
+    """What a mean over this process's `rows` is multiplied by, so that DDP's average over the processes is the mean
+    over the rows of all."""
+    return len(rows) * world_size() / sum(counts(rows))
 
 
 def gather(rows: Tensor) -> Tensor:
     """Rows (n_r, ...) of all processes in rank order, without gradient; the counts may differ, also be 0."""
-    return rows.detach() if world_size() == 1 else _joined(rows.detach(), counts(len(rows)))
+    return rows.detach() if world_size() == 1 else _joined(rows.detach(), counts(rows))
 
 
 def _joined(rows: Tensor, sizes: list[int]) -> Tensor:
@@ -74,7 +73,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Rows (n_r, ...) of all processes in rank order; the counts may differ, also be 0."""
-    return rows if world_size() == 1 else cast(Tensor, _GatherWithGradient.apply(rows, counts(len(rows))))
+    return rows if world_size() == 1 else cast(Tensor, _GatherWithGradient.apply(rows, counts(rows)))
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -106,7 +106,7 @@ class Replayed:
         return free(inputs)
 
     def _follow(self) -> None:
-        """Forget the recordings if the network holds other tensors, or the same elsewhere: they went to the CPU and
+        """Forget all recordings if the network holds other tensors, or the same elsewhere: they went to the CPU and
         back, say."""
         if self.network is None:
             return
@@ -123,7 +123,8 @@ class Replayed:
             for store in (module._parameters, module._buffers)
             for name, tensor in store.items()
         ]
-        self.recordings.clear()
+        if self.recordings:
+            release()
 
     def run(self, *inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Any:
         """The function called, with these in place of its weights of those names.

@@ -36,27 +36,16 @@ PACKAGES = (
     "numpy",
     "scikit-learn",
 )
-
-
-RECIPE = {
+RECIPE = (
     *("backbone", "method", "dataset", "views", "view_names", "multi_view"),
     *("seed", "batch_size", "drop_last", "sync_batchnorm"),
-}
+)
 # What of `trainer` changes nothing in what is learned, or is wanted to change: a run may go on for longer.
-NOT_LEARNED = {
-    *(
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "strategy",
-        "precision",
-        "benchmark",
-        "deterministic",
-        "log_every_n_steps",
-    ),
-    *("max_epochs", "max_steps", "max_time", "num_sanity_val_steps", "use_distributed_sampler", "profiler"),
-    *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger", "callbacks"),
-}
+NOT_LEARNED = (
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "benchmark", "deterministic"),
+    *("max_epochs", "max_steps", "max_time", "num_sanity_val_steps", "use_distributed_sampler", "log_every_n_steps"),
+    *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger", "callbacks", "profiler"),
+)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

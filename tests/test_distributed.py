@@ -58,7 +58,7 @@ def _step(rank, images, cuts):
     network = distributed.synchronise_batch_norm(make_network())
     mine = images[cuts[rank] : cuts[rank + 1]]
     rows = network(mine)
-    loss = pairwise(distributed.gather_with_gradient(rows)) + distributed.mean_weight(len(rows)) * rows.square().mean()
+    loss = pairwise(distributed.gather_with_gradient(rows)) + distributed.mean_weight(rows) * rows.square().mean()
     loss.backward()
     for p in network.parameters():  # what DDP does
         dist.all_reduce(p.grad)

@@ -117,9 +117,8 @@ class LabelMemory(nn.Module):
         if epoch <= self.averaging_epoch or num_slots == 1:
             self.labels[head, indices, 0] = new
             if epoch == self.averaging_epoch and num_slots > 1:
-                # Tensors: a number would be brought to the device, and waited for.
-                self.weights[head, indices, 0] = torch.ones_like(new, dtype=self.weights.dtype)
-                self.following[head, indices] = torch.ones_like(new)
+                self.weights[head, indices, 0] = 1.0
+                self.following[head, indices] = 1
             return
         labels, weights = self.labels[head, indices], self.weights[head, indices]
         match = labels == new.unsqueeze(1)

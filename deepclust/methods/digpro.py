@@ -182,7 +182,7 @@ class DigPro(ClusteringMethod):
         self.groups.vectors.copy_(moved.detach())
 
         align = alignment(self.predict(q, noise), k)
-        share = distributed.mean_weight(len(q))
+        share = distributed.mean_weight(q)
         align, group = share * align, share * group
         if indices is None:
             return align, align.new_zeros(()), group

@@ -151,7 +151,7 @@ class ProPos(ClusteringMethod):
         if self.step_order == "two_pass":
             halves = list(zip(q.chunk(2), k.chunk(2), noise.chunk(2), strict=True))
         align = torch.stack([alignment(self.predict(q, noise), k) for q, k, noise in halves]).mean()
-        align = distributed.mean_weight(len(q)) * align
+        align = distributed.mean_weight(q) * align
         if indices is None:
             return align, align.new_zeros(())
         (q_a, q_b), (k_b, k_a) = q.chunk(2), k.chunk(2)
