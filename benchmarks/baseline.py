@@ -20,7 +20,7 @@ from measure import options, ratio, save, table
 from published import Published
 from step import WARM_EPOCHS, Bare, Turns, Work, configuration
 
-from deepclust.train import quiet_lightning
+from deepclust.engine.lightning import silence_lightning
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    quiet_lightning()
+    silence_lightning()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -21,7 +21,7 @@ from step import Bare, Work, configuration
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from deepclust.train import quiet_lightning
+from deepclust.engine.lightning import silence_lightning
 
 PROFILED = 4  # steps
 KINDS = {  # the first that is found in the name of a kernel
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    quiet_lightning()
+    silence_lightning()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(
             given.method, given.overrides, batches=given.batches, rounds=given.rounds, folder=Path(folder)

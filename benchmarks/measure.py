@@ -17,8 +17,8 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from deepclust.launch import keep_freed_memory
-from deepclust.run_folder import commit, versions
+from deepclust.engine.launch import keep_freed_memory
+from deepclust.runs.provenance import read_commit, read_versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -83,13 +83,13 @@ def machine() -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "command": " ".join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
-        "commit": commit(),
+        "commit": read_commit(),
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions(),
+        "versions": read_versions(),
     }
 
 

@@ -10,7 +10,7 @@ from step import Bare, Work
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deepclust.datasets.source import ImageSource
+from deepclust.datasets.image_sources import ImageSource
 
 
 class TwoViews(Dataset):

@@ -17,7 +17,7 @@ from typing import Any
 from lightning import Callback
 from measure import in_turns, options, save, table
 
-CLI = "import sys; from deepclust.cli import main; sys.argv[0] = 'deepclust'; sys.exit(main())"
+CLI = "import sys; from deepclust.cli.main import main; sys.argv[0] = 'deepclust'; sys.exit(main())"
 STARTS = {
     "python": ["-c", "pass"],
     "import torch": ["-c", "import torch"],

@@ -40,20 +40,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepclust.config import build
+from deepclust.commands.train import find_earlier_run
+from deepclust.config.build import build, build_each
 from deepclust.datasets.datamodule import read_ahead
-from deepclust.graphs import as_written, release, replaying
+from deepclust.engine.cuda_graphs import as_written, release, replaying
+from deepclust.engine.lightning import silence_lightning
 from deepclust.methods.base import ClusteringMethod
-from deepclust.run_folder import load_checkpoint, load_method, peak_memory_bytes
-from deepclust.train import (
-    build_each,
-    check_dataset,
-    find_earlier,
-    fit_out,
-    make_datamodule,
-    make_judge,
-    quiet_lightning,
-)
+from deepclust.runs.assemble import build_datamodule, build_evaluator, build_method, prepare_for_hardware
+from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.resolve import resolve_config
+from deepclust.runs.results import measure_peak_memory
 
 METHODS = "propos,byol,cc,drc,digpro,secu,coke,gcc,lnscc,scan_pretext,scan"
 WARM_EPOCHS = 2  # not counted: the trainer's own start, and what is recorded or compiled in the first and second epoch
@@ -64,22 +60,20 @@ class Work:
     """A method and its data as a run has them before the first step."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-        images = build(cfg.dataset.source)
-        check_dataset(cfg, images)
-        self.images = images
-        self.datamodule = make_datamodule(cfg, images)
-        torch.manual_seed(cfg.seed)
-        self.method: ClusteringMethod = build(cfg.method)
-        if cfg.earlier.run is not None:
-            self.method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
-        fit_out(self.method, self.datamodule, cfg)
+        earlier = find_earlier_run(cfg, Path())  # `configuration` has run it
+        self.images = build(cfg.dataset.source)
+        self.cfg, _ = resolve_config(cfg, self.images, earlier)
+        self.datamodule = build_datamodule(self.cfg, self.images)
+        self.method: ClusteringMethod = build_method(self.cfg)
+        if earlier is not None:
+            self.method.start_from(load_method(load_checkpoint(Path(earlier["run"])))[1])
+        prepare_for_hardware(self.cfg, self.method, self.datamodule)
 
     def trainer(self, folder: Path, *more: Callback, **arguments: Any) -> Any:
         """The trainer of `deepclust train` with its callbacks and logger, and more."""
-        at_hand = {"folder": folder, "judge": make_judge(self.cfg, self.images), "config": {}}
-        callbacks = [*build_each(self.cfg.callbacks, at_hand), *more]
-        return build(self.cfg.trainer, callbacks=callbacks, logger=build_each(self.cfg.logger, at_hand), **arguments)
+        available = {"folder": folder, "evaluator": build_evaluator(self.cfg, self.images), "config": {}}
+        callbacks = [*build_each(self.cfg.callbacks, available), *more]
+        return build(self.cfg.trainer, callbacks=callbacks, logger=build_each(self.cfg.logger, available), **arguments)
 
 
 class Bare:
@@ -315,7 +309,8 @@ def configuration(name: str, overrides: list[str], batches: int, epochs: int, fo
     if "warmup_epochs" in cfg.method:
         cfg.method.warmup_epochs = 1  # the whole objective is measured
     (folder / name).mkdir(parents=True)
-    find_earlier(cfg, folder / name)
+    earlier = find_earlier_run(cfg, folder / name)
+    cfg.start = None if earlier is None else earlier["run"]
     return cfg
 
 
@@ -346,7 +341,7 @@ def measure(name: str, overrides: list[str], *, batches: int, rounds: int, folde
         "images_per_second": cfg.batch_size / statistics.median(seconds["framework"]),
         "e_step_of_epoch": statistics.median(turns.e_steps)
         / (cfg.dataset.num_images / cfg.batch_size * statistics.median(seconds["framework"])),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": measure_peak_memory(),
     }
     if name == "propos":
         figures["by_hand_weights_differ_by"] = others["by hand"].difference(work.method)  # type: ignore[attr-defined]
@@ -375,7 +370,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    quiet_lightning()
+    silence_lightning()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     low = "bf16" in str(composed(*here(), *given.overrides).hardware.precision)
     limits = roof(device, low)

@@ -17,8 +17,8 @@ import torch
 from lightning import Callback
 from measure import composed, options, save, table, wait
 
-from deepclust.callbacks.evaluation import Judge
-from deepclust.train import run
+from deepclust.callbacks.evaluation import Evaluator
+from deepclust.commands.train import run
 
 
 class Clock(Callback):
@@ -26,8 +26,8 @@ class Clock(Callback):
 
     curve: list[tuple[float, int, float]] = []  # noqa: RUF012  of the latest run in this process
 
-    def __init__(self, *, judge: Judge, acc: float, rule: str) -> None:
-        self.judge, self.acc, self.rule = judge, acc, rule
+    def __init__(self, *, evaluator: Evaluator, acc: float, rule: str) -> None:
+        self.evaluator, self.acc, self.rule = evaluator, acc, rule
         self.seconds, self.e_step_before = 0.0, 0.0
         Clock.curve = []
 
@@ -38,7 +38,7 @@ class Clock(Callback):
         wait(pl_module.device)
         self.seconds += time.perf_counter() - self.resumed
         stopped = time.perf_counter()
-        scores = self.judge(pl_module, trainer.datamodule).scores[self.rule]
+        scores = self.evaluator(pl_module, trainer.datamodule).scores[self.rule]
         assert scores is not None, f"the method has no rule {self.rule}"
         Clock.curve.append((self.seconds, trainer.current_epoch + 1, scores["acc"]))
         # A time limit of the trainer's may have stopped it as well.
@@ -66,7 +66,7 @@ def main() -> None:
         cfg = composed(
             *given.overrides,
             *(f"seed={seed}", "~callbacks.evaluation", "report.map_points=0", "pixel_baseline_max_values=0"),
-            *("+callbacks.clock._target_=time_to_score.Clock", "+callbacks.clock.needs={judge: judge}"),
+            *("+callbacks.clock._target_=time_to_score.Clock", "+callbacks.clock.needs={evaluator: evaluator}"),
             *(f"+callbacks.clock.acc={given.acc}", f"+callbacks.clock.rule={given.rule}"),
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_module
 from measure import in_turns, options, ratio, save, table
 from torch import Tensor
 
-from deepclust.config import build
-from deepclust.randomness import generator
+from deepclust.config.build import build
+from deepclust.engine.randomness import generator
 from deepclust.views.multiview import MultiView
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepclust.randomness import generator, seed_global
+from deepclust.engine.randomness import generator, seed_global
 
 
 @dataclass

@@ -7,7 +7,8 @@ class InputError(ValueError):
     Raised at the boundary (configuration, files, first batch), wherever the text can say what to do about it.
     """
 
-    told: bool | None = None  # whether another process of the run has printed it; None: all have it, the first prints
+    # Whether another process of the run has printed it. None: unknown; then the first process prints it.
+    is_printed: bool | None = None
 
     def __init__(self, what: str, *, expected: str, do: str) -> None:
         super().__init__(f"{what}; expected {expected}; {do}")

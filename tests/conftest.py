@@ -9,6 +9,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from tests.toy_verb import toy  # noqa: F401  a fixture for all tests
+
 hypothesis.settings.register_profile("same", derandomize=True)  # the same examples in every run
 hypothesis.settings.register_profile("search", derandomize=False)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
@@ -38,7 +40,7 @@ def compose_train(*overrides: str) -> DictConfig:
 @pytest.fixture
 def run_small(tmp_path: Path):
     """A function that trains with SMALL and more overrides in a folder of its own; gives (results, folder)."""
-    from deepclust.train import run
+    from deepclust.commands.train import run
 
     def run_it(*overrides: str, name: str = "run") -> tuple[dict[str, Any], Path]:
         folder = tmp_path / name

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deepclust
-from deepclust.graphs import ReplayedParts, Within, as_written
-from deepclust.randomness import generator
+from deepclust.engine.cuda_graphs import ReplayedParts, Within, as_written
+from deepclust.engine.randomness import generator
 from deepclust.views.multiview import MultiView
 
 PACKAGE = Path(deepclust.__file__).parent

@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
-from deepclust.train import run
+from deepclust.commands.train import run
 from tests.conftest import compose_train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 IMPORTS = (
-    "from torch import nn\nfrom deepclust import distributed\nfrom deepclust.methods.base import ClusteringMethod\n"
+    "from torch import nn\n"
+    "from deepclust.engine import distributed\n"
+    "from deepclust.methods.base import ClusteringMethod\n"
 )
 
 

@@ -11,7 +11,7 @@ from sklearn import metrics as reference
 
 from deepclust.errors import InputError
 from deepclust.metrics import Contingency, cluster_health, mapping_from_table, scores_from_table
-from tests.test_distributed import on_processes
+from tests.engine.test_distributed import on_processes
 
 SCORES = ("acc", "purity", "nmi", "ari", "ami")
 

@@ -29,7 +29,7 @@ DATA = '''
 
 import numpy as np
 
-from deepclust.datasets.source import ArraySource, ImageSet
+from deepclust.datasets.image_sources import ArraySource, ImageSet
 
 
 def load(*, size):
@@ -73,7 +73,7 @@ method:
   temperature: 0.5
   e_step_every_n_epochs: 0
   optimizer: {_target_: torch.optim.Adam, _partial_: true, lr: 1.0e-3}
-  schedule: {_target_: deepclust.optim.Constant}
+  schedule: {_target_: deepclust.nn.schedules.Constant}
 """,
     "my_conf/dataset/shapes.yaml": """
 name: shapes
@@ -99,7 +99,7 @@ def test_a_package_outside_ours(tmp_path: Path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.lstrip("\n"))
-    command = [sys.executable, "-c", "from deepclust.cli import main; raise SystemExit(main())", "train"]
+    command = [sys.executable, "-c", "from deepclust.cli.main import main; raise SystemExit(main())", "train"]
     chosen = ["method=mine", "dataset=shapes", "views=noise", "backbone=conv_small", "hardware=cpu"]
     done = subprocess.run(
         [*command, "--config-dir", "my_conf", *chosen, "hydra.run.dir=run"],

@@ -12,10 +12,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
+from deepclust.engine.signals import StopRequest
 from deepclust.methods.base import ClusteringMethod
-from deepclust.stopping import StopRequest
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 2  # raised where checkpoints of before can no longer be read
 
 
 class LastCheckpoint(Checkpoint):
@@ -112,7 +114,7 @@ class LastCheckpoint(Checkpoint):
         self.saved_at = time.monotonic()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint.update(self.more, config=self.config)
+        checkpoint.update(self.more, format=CHECKPOINT_FORMAT, config=self.config)
         checkpoint["train_seconds"] = self.train_seconds
         checkpoint["e_step_seconds"] = pl_module.e_step_seconds
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from deepclust.progress import Work
+from deepclust.engine.progress import Work
 
 NOTED = ("train/loss", "eval/method/acc", "eval/cluster_size_entropy")
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from deepclust.engine.progress import track
+from deepclust.engine.randomness import generator
 from deepclust.errors import InputError
-from deepclust.membership import membership
-from deepclust.progress import track
-from deepclust.randomness import generator
+from deepclust.nn.one_hot import one_hot_mask
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -362,7 +362,7 @@ def _sums_by_products(data: _Data, assignments: Tensor, num_clusters: int) -> tu
     sums = torch.zeros(shape, dtype=torch.float64, device=data.rows.device)
     counts = torch.zeros(shape[:2], dtype=torch.int64, device=data.rows.device)
     for part in data.parts(len(assignments) * num_clusters):
-        members = membership(assignments[:, part], num_clusters).mT  # (R, K, m)
+        members = one_hot_mask(assignments[:, part], num_clusters).mT  # (R, K, m)
         sums += members.double() @ data.rows[part].double()
         counts += members.sum(2)
     return sums, counts

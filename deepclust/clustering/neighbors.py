@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deepclust.clustering.kmeans import exact_products, require_finite
+from deepclust.engine.progress import track
 from deepclust.errors import InputError
-from deepclust.progress import track
 
 CPU_ELEMENTS, GPU_ELEMENTS = 2**23, 2**27  # products held at a time
 

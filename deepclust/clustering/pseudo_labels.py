@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from deepclust.clustering.restarts import dealt_kmeans
+from deepclust.clustering.distributed_kmeans import dealt_kmeans
 
 
 class PseudoLabels(nn.Module):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepclust.comparison.runs import IDENTITY, METRICS
+from deepclust.comparison.finished_runs import IDENTITY, METRICS
 from deepclust.comparison.table import Comparison, Row, percent, standings
 
 COLUMNS = ["Data set", "Method", "Backbone", "K", "Epochs", "Settings", "Clusters by"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepclust.comparison.runs import IDENTITY, METRICS, Run, load, run_folders
+from deepclust.comparison.finished_runs import IDENTITY, METRICS, Run, load, run_folders
 from deepclust.errors import InputError
 
 RULES = {"method": "method", "kmeans": "k-means"}  # key in results.json -> what the table calls it

@@ -9,11 +9,11 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from deepclust import distributed
 from deepclust.batch import Draws, ImageBatch, TrainBatch
-from deepclust.datasets.source import ImageSource, ResidentSource
+from deepclust.datasets.image_sources import ImageSource, ResidentSource
+from deepclust.engine import distributed
+from deepclust.engine.randomness import generator
 from deepclust.errors import InputError
-from deepclust.randomness import generator
 from deepclust.views.multiview import MultiView
 
 

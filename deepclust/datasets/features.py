@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepclust.datasets.arrays import open_images, open_labels, open_npy, read_class_names
-from deepclust.datasets.source import ArraySource, ImageSet, VectorSource
+from deepclust.datasets.array_files import open_images, open_labels, open_npy, read_class_names
+from deepclust.datasets.image_sources import ArraySource, ImageSet, VectorSource
 from deepclust.errors import InputError
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from deepclust.datasets.arrays import open_images
-from deepclust.datasets.convert import make_once, read_collecting, write_images, write_unreadable
-from deepclust.datasets.files import SUFFIXES, scan
-from deepclust.datasets.source import ArraySource, ImageSet
+from deepclust.datasets.array_files import open_images
+from deepclust.datasets.conversion import make_once, read_collecting, write_images, write_unreadable
+from deepclust.datasets.image_decoding import SUFFIXES, scan
+from deepclust.datasets.image_sources import ArraySource, ImageSet
 from deepclust.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.precision import full_precision
+from deepclust.engine.precision import full_precision
 
 
 @full_precision

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from deepclust.precision import full_precision
+from deepclust.engine.precision import full_precision
 
 
 @full_precision

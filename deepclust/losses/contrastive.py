@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.precision import full_precision
+from deepclust.engine.precision import full_precision
 
 
 @full_precision

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.membership import membership
-from deepclust.precision import full_precision
+from deepclust.engine.precision import full_precision
+from deepclust.nn.one_hot import one_hot_mask
 
 ABSENT_LOGIT = -10.0  # the authors' code fills the columns of absent clusters with this, after the temperature
 
@@ -15,7 +15,7 @@ def batch_prototypes(embeddings: Tensor, labels: Tensor, num_clusters: int) -> T
 
     `labels` (N,) are cluster ids; rows with a negative id belong to no prototype.
     """
-    members = membership(labels, num_clusters).to(embeddings.dtype)
+    members = one_hot_mask(labels, num_clusters).to(embeddings.dtype)
     means = members.T @ F.normalize(embeddings, dim=1) / members.sum(0).clamp(min=1).unsqueeze(1)
     return F.normalize(means, dim=1)
 
@@ -39,7 +39,7 @@ def prototype_scattering(online: Tensor, target: Tensor, present: Tensor, *, tem
 @full_precision
 def prototype_scattering_loss(q: Tensor, k: Tensor, labels: Tensor, num_clusters: int, *, temperature: float) -> Tensor:
     """Prototype scattering of raw online rows q (N, D) against target rows k (N, D) with `labels` (N,); a scalar."""
-    present = membership(labels, num_clusters).any(0)
+    present = one_hot_mask(labels, num_clusters).any(0)
     online = batch_prototypes(q, labels, num_clusters)
     target = batch_prototypes(k, labels, num_clusters)
     return prototype_scattering(online, target, present, temperature=temperature)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch, cache_sized
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import Replayed, ReplayedParts
+from deepclust.engine.progress import track
 from deepclust.errors import InputError
-from deepclust.graphs import Replayed, ReplayedParts
-from deepclust.optim import Schedule
-from deepclust.progress import track
+from deepclust.nn.schedules import Schedule
 
 
 class ClusteringMethod(LightningModule):
@@ -143,9 +143,9 @@ class ClusteringMethod(LightningModule):
     def on_train_epoch_start(self) -> None:
         every = self.e_step_every_n_epochs
         if every and self.current_epoch % every == 0:
-            self.renew(self.current_epoch)
+            self.run_e_step(self.current_epoch)
 
-    def renew(self, epoch: int) -> None:
+    def run_e_step(self, epoch: int) -> None:
         """The E-step on the present weights, as it stands before `epoch` (from 0)."""
         started = time.perf_counter()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.graphs import replayable
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.losses.balance import entropy_deficit
 from deepclust.losses.contrastive import nt_xent
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.schedules import Schedule
 
 log = logging.getLogger(__name__)
 PAPER_BATCH_SIZE = 256

@@ -31,17 +31,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.assignment import SizeBalance, sizes
+from deepclust.clustering.balanced_assignment import SizeBalance, sizes
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.graphs import replayable
-from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
-from deepclust.membership import membership
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.heads import deep_mlp, mlp
+from deepclust.nn.one_hot import one_hot_mask
+from deepclust.nn.schedules import Schedule
 
 
 class CentroidHead(nn.Module):
@@ -67,7 +67,7 @@ class CentroidHead(nn.Module):
         The first rows that a cluster gets in an epoch replace what it inherited.
         """
         before = self.balance.counts.clone()
-        members = membership(labels, len(before)).to(features.dtype)
+        members = one_hot_mask(labels, len(before)).to(features.dtype)
         self.balance.update(labels, None)
         means = (self.running * before + features.T @ members) / self.balance.counts.clamp(min=1)
         if not averaging:

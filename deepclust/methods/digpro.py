@@ -28,20 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
+from deepclust.clustering.distributed_kmeans import dealt_kmeans
 from deepclust.clustering.pseudo_labels import PseudoLabels
-from deepclust.clustering.restarts import dealt_kmeans
-from deepclust.ema import Target, decay_at
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.graphs import replayable
-from deepclust.heads import init_normal, mlp
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import prototype_scattering_loss
-from deepclust.membership import membership
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.ema import Target, decay_at
+from deepclust.nn.heads import init_normal, mlp
+from deepclust.nn.one_hot import one_hot_mask
+from deepclust.nn.schedules import Schedule
 
 
 class DigPro(ClusteringMethod):
@@ -236,7 +236,7 @@ class MomentumGroups(nn.Module):
     @full_precision
     def moved(self, rows: Tensor) -> Tensor:
         """The groups (K, D) after raw rows (N, D): a decaying mean, differentiable in the rows; none, no change."""
-        members = membership(self.assign(rows), len(self.vectors)).to(rows.dtype)
+        members = one_hot_mask(self.assign(rows), len(self.vectors)).to(rows.dtype)
         sizes = members.sum(0).unsqueeze(1)
         means = members.T @ rows / sizes.clamp(min=1)
         return torch.where(sizes > 0, self.decay * self.vectors + (1 - self.decay) * means, self.vectors)

@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.graphs import replayable
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.losses.balance import squared_sizes
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.schedules import Schedule
 
 
 class DRC(ClusteringMethod):

@@ -35,15 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.neighbors import nearest_neighbors
-from deepclust.graphs import replayable
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.losses.balance import entropy_deficit
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.schedules import Schedule
 
 
 class FeatureBank(nn.Module):

@@ -8,10 +8,10 @@ from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from deepclust.batch import TrainBatch
+from deepclust.clustering.distributed_kmeans import dealt_kmeans
 from deepclust.clustering.kmeans import Metric
-from deepclust.clustering.restarts import dealt_kmeans
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
+from deepclust.nn.schedules import Schedule
 
 
 class KMeans(ClusteringMethod):

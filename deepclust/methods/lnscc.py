@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.graph import Partners, multiplicities, neighbor_graph
 from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.neighbor_graph import Partners, multiplicities, neighbor_graph
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.graphs import replayable
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.schedules import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class LNSCC(ClusteringMethod):
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == self.centres_after_epochs:
-            self.renew(self.current_epoch)
+            self.run_e_step(self.current_epoch)
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:

@@ -25,18 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
 from deepclust.clustering.pseudo_labels import PseudoLabels
-from deepclust.ema import Target, decay_at
-from deepclust.graphs import replayable
-from deepclust.heads import init_normal, mlp
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import prototype_scattering_loss
-from deepclust.memory import Queue
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.ema import Target, decay_at
+from deepclust.nn.heads import init_normal, mlp
+from deepclust.nn.queue import Queue
+from deepclust.nn.schedules import Schedule
 
 
 class ProPos(ClusteringMethod):

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.graphs import replayable
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.schedules import Schedule
 
 SMALLEST_SHARE = 1e-8  # what the entropy takes for the share of an empty cluster
 PAIRS_AT_A_TIME = 2**24  # numbers of neighbours' assignments held at once

@@ -30,17 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.clustering.assignment import Balance, EntropyBalance, SizeBalance, sizes
+from deepclust.clustering.balanced_assignment import Balance, EntropyBalance, SizeBalance, sizes
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import replayable
+from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.graphs import replayable
-from deepclust.heads import deep_mlp, mlp
 from deepclust.losses.discrimination import cross_entropies, mixed_targets
-from deepclust.membership import membership
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.heads import deep_mlp, mlp
+from deepclust.nn.one_hot import one_hot_mask
+from deepclust.nn.schedules import Schedule
 
 
 class PrototypeHead(nn.Module):
@@ -162,7 +162,7 @@ class SeCu(ClusteringMethod):
         for head, similarity, target, label in zip(self.each_head(), similarities, learnt, new, strict=True):
             prototypes.append(stable_cross_entropies(similarity / self.prototype_temperature, label).mean(0))
             logits = rows @ head.frozen / self.temperature
-            known = membership(target, logits.shape[2]).to(logits.dtype)
+            known = one_hot_mask(target, logits.shape[2]).to(logits.dtype)
             targets = mixed_targets(known, logits[:2], label_weight=self.label_weight)
             repeated = targets.repeat(len(logits) // 2, 1, 1)  # predictions learn what projections learn
             representation.append(cross_entropies(logits, repeated).mean(0))
@@ -233,6 +233,6 @@ class SeCu(ClusteringMethod):
 
 def stable_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row (O, N) of logits (O, N, K) and labels (N,); gradient to the labels' logits only."""
-    own = membership(labels, logits.shape[2])
+    own = one_hot_mask(labels, logits.shape[2])
     rows = torch.where(own, logits, logits.detach()).flatten(0, 1)
     return F.cross_entropy(rows, labels.repeat(len(logits)), reduction="none").unflatten(0, logits.shape[:2])

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust import distributed
 from deepclust.batch import TrainBatch
-from deepclust.ema import target_of, update_target
+from deepclust.engine import distributed
+from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
-from deepclust.optim import Schedule
-from deepclust.precision import full_precision
+from deepclust.nn.ema import target_of, update_target
+from deepclust.nn.schedules import Schedule
 
 
 class SelfLabel(ClusteringMethod):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepclust.report.markup import line, number, words
+from deepclust.report.html_fragments import line, number, words
 
 POINTS = 300  # of a curve; more are averaged
 DECADES = 3  # a curve of positive values that spans more has a logarithmic axis
@@ -60,7 +60,7 @@ def number_of_clusters(told: Mapping | None) -> str:
     for name, title in titles.items():
         x, y = np.array(told["curves"][name], dtype=float).T
         plots.append(_plot(f"{title}; names {told['named'][name]}", {"at last": (x, y)}, "clusters"))
-    return f'{line([told["says"]])}<div class="plots">{"".join(plots)}</div>'
+    return f'{line([told["message"]])}<div class="plots">{"".join(plots)}</div>'
 
 
 def _read(file: Path) -> dict[str, Line]:

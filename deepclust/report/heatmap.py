@@ -6,7 +6,7 @@ from html import escape
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from deepclust.report.markup import class_name, data_uri, line
+from deepclust.report.html_fragments import class_name, data_uri, line
 
 HEAT = (37, 99, 235)  # colour
 CELLS = 40 * 40  # a larger table is drawn as one picture, without its numbers

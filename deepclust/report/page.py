@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from deepclust.report.cluster_pictures import Sheet, clusters
 from deepclust.report.curves import curves as draw_curves
 from deepclust.report.curves import number_of_clusters
-from deepclust.report.embedding import EmbeddingMap
+from deepclust.report.embedding_map import EmbeddingMap
 from deepclust.report.heatmap import heat_map
-from deepclust.report.markup import line, number, words
-from deepclust.report.scatter import scatter
-from deepclust.report.script import SCRIPT
-from deepclust.report.sheets import Sheet, clusters
-from deepclust.report.style import STYLE
+from deepclust.report.html_fragments import line, number, words
+from deepclust.report.map_script import SCRIPT
+from deepclust.report.scatter_plot import scatter
+from deepclust.report.style_sheet import STYLE
 
 METRICS = {
     "acc": "images whose cluster is matched to their class, one cluster a class",
@@ -120,7 +120,7 @@ def _head(results: Mapping, sheets: Sequence[Sheet]) -> str:
             tiles.append((share, "largest", "percent of the images are in the largest cluster"))
         below = [["without labels nothing can be said about right or wrong"]]
     if "trust" in results:
-        below.append([results["trust"]["says"]])
+        below.append([results["trust"]["message"]])
     if health:
         below.append([f"{words(key)} {number(value)}" for key, value in health.items()])
     cards = "".join(f"<div><b>{value}</b> {name}<p>{meaning}</p></div>" for value, name, meaning in tiles)

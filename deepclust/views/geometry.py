@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.errors import InputError
-from deepclust.views.draws import change, coin, numbers, uniform
-from deepclust.views.separable import resampling, separable, shifting
+from deepclust.views.random_draws import change, coin, numbers, uniform
+from deepclust.views.separable_filters import resampling, separable, shifting
 
 
 class RandomResizedCrop:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepclust.errors import InputError
-from deepclust.views.draws import Layout, pack, per_image, rows_of, unpack
+from deepclust.views.random_draws import Layout, pack, per_image, rows_of, unpack
 
 Recipes = list[tuple[str, dict[str, Tensor]]]  # the pipeline and the draw of every view
 Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # from images and packed draws to views

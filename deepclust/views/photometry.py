@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepclust.views.draws import change, change_, coin, numbers, per_image, uniform
-from deepclust.views.separable import box, filtering, gaussian, separable
+from deepclust.views.random_draws import change, change_, coin, numbers, per_image, uniform
+from deepclust.views.separable_filters import box, filtering, gaussian, separable
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

@@ -184,11 +184,11 @@ def test_all_restarts_at_a_time_as_on_a_gpu_give_what_each_alone_gives(metric, m
     rows = torch.cat([blobs(300, 4, 5), blobs(100, 4, 1).round()])  # the last ones are near several centroids at once
     rows = torch.cat([rows, rows[:50]])
     told = {"num_clusters": 5, "metric": metric, "restarts": range(6), "key": KEY, **SETTINGS}
-    alone = kmeans(rows, **told)
+    acquire_run_lock = kmeans(rows, **told)
     monkeypatch.setattr(module, "_together", lambda restarts: [slice(0, len(restarts))])
     together = kmeans(rows, **told)
-    assert together.assignments.equal(alone.assignments) and together.restart == alone.restart
-    torch.testing.assert_close(together.centroids, alone.centroids)
+    assert together.assignments.equal(acquire_run_lock.assignments) and together.restart == acquire_run_lock.restart
+    torch.testing.assert_close(together.centroids, acquire_run_lock.centroids)
 
 
 @pytest.mark.parametrize("metric", METRICS)

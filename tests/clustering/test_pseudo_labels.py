@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import normalize
 
+from deepclust.clustering.distributed_kmeans import dealt_kmeans
 from deepclust.clustering.pseudo_labels import PseudoLabels
-from deepclust.clustering.restarts import dealt_kmeans
 
 SETTINGS = {"max_iterations": 50, "tolerance": 1e-4}
 

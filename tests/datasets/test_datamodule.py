@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepclust.datasets.datamodule import ImageDataModule
-from deepclust.datasets.source import ArraySource
+from deepclust.datasets.image_sources import ArraySource
 from deepclust.views.geometry import Resize
 from deepclust.views.multiview import MultiView
 
@@ -73,8 +73,8 @@ def test_shares_of_a_batch_make_it_whole_with_its_companions(monkeypatch):
     indices = data.epoch_indices(0, None)[-1]
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("deepclust.distributed.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("deepclust.distributed.world_size", lambda: 3)
+        monkeypatch.setattr("deepclust.engine.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("deepclust.engine.distributed.world_size", lambda: 3)
         batch = data.read_batch(indices, 0, 1)
         size = len(batch.images)
         assert batch.draws.total == 5
@@ -90,7 +90,7 @@ def test_shares_of_a_batch_make_it_whole_with_its_companions(monkeypatch):
 
 def test_without_companions_there_are_none():
     data = make(20, 8, drop_last=False)
-    alone = SimpleNamespace(weight_dtype=torch.float32, companions=lambda indices, draws: None)
-    data.trainer = SimpleNamespace(lightning_module=alone)
+    acquire_run_lock = SimpleNamespace(weight_dtype=torch.float32, companions=lambda indices, draws: None)
+    data.trainer = SimpleNamespace(lightning_module=acquire_run_lock)
     batch = data.on_after_batch_transfer(data.read_batch(np.arange(8), 0, 0), 0)
     assert batch.companion_views == () and batch.companions.shape == (8, 0)

@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from deepclust.datasets.files import decode
 from deepclust.datasets.folder import load_folder
-from deepclust.datasets.source import ArraySource, ImageSet
+from deepclust.datasets.image_decoding import decode
+from deepclust.datasets.image_sources import ArraySource, ImageSet
 from deepclust.errors import InputError
 
 

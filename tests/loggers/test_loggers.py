@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from deepclust.dashboards import send
 from deepclust.loggers import weights_and_biases
 from deepclust.loggers.metrics_csv import MetricsCsv
+from deepclust.runs.dashboards import send_to_dashboards
 
 
 def rows(folder):
@@ -171,7 +171,7 @@ def test_a_run_on_the_service_is_closed_where_its_table_cannot_be_sent(monkeypat
 
     monkeypatch.setattr(WandbLogger, "experiment", Run())
     results = {"scores": {"kmeans": {"acc": 0.5}}, "health": {}}
-    send([WandbLogger()], results, [], np.ones((2, 2)), None)
+    send_to_dashboards([WandbLogger()], results, [], np.ones((2, 2)), None)
     assert said == ["log", "finish"] and Run.summary == {"final/kmeans/acc": 0.5} and "no network" in caplog.text
 
 
@@ -181,5 +181,5 @@ def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
 
     monkeypatch.setattr(TensorBoardLogger, "experiment", property(broken))
     logger = TensorBoardLogger(save_dir="/nowhere")
-    send([logger], {"scores": {}, "health": {}, "steps": 1}, [], None, None)
+    send_to_dashboards([logger], {"scores": {}, "health": {}, "steps": 1}, [], None, None)
     assert "no space left" in caplog.text

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.distributed import gather_with_gradient
+from deepclust.engine.distributed import gather_with_gradient
 from deepclust.losses.contrastive import info_nce, nt_xent
-from tests.test_distributed import on_processes
+from tests.engine.test_distributed import on_processes
 
 
 def slow_info_nce(anchors, others, temperature):

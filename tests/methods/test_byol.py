@@ -2,7 +2,7 @@
 
 import torch
 
-from deepclust.config import build
+from deepclust.config.build import build
 from deepclust.testing import make_batch
 from tests.conftest import compose_train
 from tests.methods.test_contract import Stand

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepclust.clustering.assignment import SizeBalance
+from deepclust.clustering.balanced_assignment import SizeBalance
 from deepclust.errors import InputError
 from deepclust.methods.coke import CentroidHead, CoKe, LabelMemory, epoch_share
-from deepclust.optim import Constant
+from deepclust.nn.schedules import Constant
 from tests.conformance.adapters.secu import on_ranks
 from tests.methods.test_secu import (
     IMAGES,
@@ -236,7 +236,7 @@ def test_losses_are_full_precision_under_autocast():
 
 def test_processes_together_are_one():
     """Uneven shares, a share of nothing, and images that move from one process to another between epochs."""
-    alone, ranks = make(), [make() for _ in range(3)]
+    acquire_run_lock, ranks = make(), [make() for _ in range(3)]
     for epoch, cuts in enumerate([(0, 3, 7, 10), (0, 6, 6, 10), (0, 1, 5, 10)]):
         order = list(range(10))[:: 1 if epoch % 2 == 0 else -1]
 
@@ -249,14 +249,14 @@ def test_processes_together_are_one():
             return [p.grad for p in method.parameters()]
 
         gradients = on_ranks(step, 3)
-        alone.zero_grad()
-        at_epoch(alone, epoch).losses(batch_of(order, seed=epoch))["classification"].backward()
-        for parameter, *theirs in zip(alone.parameters(), *gradients, strict=True):
+        acquire_run_lock.zero_grad()
+        at_epoch(acquire_run_lock, epoch).losses(batch_of(order, seed=epoch))["classification"].backward()
+        for parameter, *theirs in zip(acquire_run_lock.parameters(), *gradients, strict=True):
             torch.testing.assert_close(sum(theirs) / 3, parameter.grad, rtol=1e-9, atol=1e-12)
-        for method in (alone, *ranks):
+        for method in (acquire_run_lock, *ranks):
             for head in method.each_head():
                 head.end_epoch(1.0, averaging=False)
-            for name, value in alone.named_buffers():
+            for name, value in acquire_run_lock.named_buffers():
                 torch.testing.assert_close(method.get_buffer(name), value, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -8,14 +8,16 @@ import torch
 from lightning import Callback
 from omegaconf import OmegaConf
 
-from deepclust.config import build
-from deepclust.graphs import ReplayedParts
-from deepclust.run_folder import load_checkpoint, load_method
+from deepclust.commands.train import find_earlier_run, run
+from deepclust.config.build import build
+from deepclust.engine.cuda_graphs import ReplayedParts
+from deepclust.runs.assemble import build_datamodule
+from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.resolve import resolve_config
 from deepclust.testing import check_assignments, check_losses
-from deepclust.train import check_dataset, find_earlier, make_datamodule, run
 from tests.conftest import compose_train
+from tests.engine.test_launch import TWO, deepclust
 from tests.host_waits import HostWaits, watch_parts
-from tests.test_launch import TWO, deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
 pytestmark = pytest.mark.parametrize("name", METHODS)
@@ -76,10 +78,9 @@ def at_work(name: str, trained):
     cfg = small(name)
     if cfg.before is not None:
         cfg.start = str(trained(name)[1] / "before")
-    find_earlier(cfg, Path())
     images = build(cfg.dataset.source)
-    check_dataset(cfg, images)
-    method, datamodule = build(cfg.method), make_datamodule(cfg, images)
+    cfg, _ = resolve_config(cfg, images, find_earlier_run(cfg, Path()))
+    method, datamodule = build(cfg.method), build_datamodule(cfg, images)
     if cfg.earlier.run is not None:
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
     method._trainer = datamodule.trainer = Stand(method, datamodule)
@@ -169,17 +170,17 @@ def test_two_processes_learn_what_one_learns(name, trained, tmp_path):
 
 
 def test_permuted_labels_change_nothing_that_is_learned(name, trained, tmp_path, monkeypatch):
-    from deepclust.datasets import standard
+    from deepclust.datasets import named_datasets
 
     honest_results, folder = trained(name)  # before there are other labels
-    honest = standard.load_embedded_digits
+    honest = named_datasets.load_embedded_digits
 
     def permuted(*args, **kwargs):
         images = honest(*args, **kwargs)
         images.labels[:] = np.random.default_rng(0).permutation(images.labels)
         return images
 
-    monkeypatch.setattr(standard, "load_embedded_digits", permuted)
+    monkeypatch.setattr(named_datasets, "load_embedded_digits", permuted)
     results = run(small(name, *WATCHED), tmp_path)
     expected = state_of(folder)
     for key, value in state_of(tmp_path).items():

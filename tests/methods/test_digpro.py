@@ -11,7 +11,7 @@ from torch import nn
 from deepclust.batch import Draws, TrainBatch
 from deepclust.errors import InputError
 from deepclust.methods.digpro import DigPro, FeatureBank, MomentumGroups, group_loss, resets_at
-from tests.test_distributed import on_processes
+from tests.engine.test_distributed import on_processes
 
 
 def make_groups(vectors, decay=0.99):

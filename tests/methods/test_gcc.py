@@ -10,6 +10,7 @@ from lightning import Callback
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
+from deepclust.commands.train import run
 from deepclust.methods.gcc import (
     GCC,
     FeatureBank,
@@ -19,7 +20,6 @@ from deepclust.methods.gcc import (
     neighbor_lists,
     pretext_contrast,
 )
-from deepclust.train import run
 from tests.conftest import compose_train
 
 M, P = 40, 3

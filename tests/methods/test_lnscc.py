@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.graph import neighbor_graph
+from deepclust.clustering.neighbor_graph import neighbor_graph
+from deepclust.commands.train import train
 from deepclust.errors import InputError
 from deepclust.methods.lnscc import (
     LNSCC,
@@ -22,10 +23,9 @@ from deepclust.methods.lnscc import (
     similarity_curve,
     soft_assignments,
 )
-from deepclust.optim import Constant
-from deepclust.train import train
+from deepclust.nn.schedules import Constant
 from tests.conftest import compose_train
-from tests.test_distributed import on_processes
+from tests.engine.test_distributed import on_processes
 
 CURVE = {"a": 1.5, "b": 0.9}
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.ema import decay_at
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
-from deepclust.memory import Queue
-from deepclust.optim import WarmupCosine
+from deepclust.nn.ema import decay_at
+from deepclust.nn.queue import Queue
+from deepclust.nn.schedules import WarmupCosine
 
 
 def slow_scattering(q, k, labels, num_clusters, temperature):

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust import distributed
 from deepclust.batch import Draws, TrainBatch
+from deepclust.commands.train import run
+from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.methods import scan
 from deepclust.methods.scan import SCAN, Pretext, entropy, pretext_loss, scan_losses, selection_losses
-from deepclust.optim import Constant
-from deepclust.run_folder import CHECKPOINT, RESULTS, load_checkpoint, load_method
-from deepclust.train import run
+from deepclust.nn.schedules import Constant
+from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.folder import CHECKPOINT, RESULTS
 from tests.conftest import compose_train
 
 IMAGES, CLUSTERS = 30, 4

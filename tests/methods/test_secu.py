@@ -13,10 +13,10 @@ from lightning import Callback
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
+from deepclust.commands.train import train
 from deepclust.errors import InputError
 from deepclust.methods.secu import SeCu, stable_cross_entropies
-from deepclust.optim import Constant
-from deepclust.train import train
+from deepclust.nn.schedules import Constant
 from tests.conformance.adapters.secu import on_ranks
 from tests.conftest import compose_train
 
@@ -184,7 +184,7 @@ def test_an_image_not_seen_before_learns_its_new_label(balance):
 @pytest.mark.parametrize("balance", ["size", "entropy"])
 def test_processes_together_are_one(balance):
     """Uneven shares, a share of nothing, and images that move from one process to another between epochs."""
-    alone, ranks = make(balance=balance), [make(balance=balance) for _ in range(3)]
+    acquire_run_lock, ranks = make(balance=balance), [make(balance=balance) for _ in range(3)]
     everything = list(range(10))
     for epoch, cuts in enumerate([(0, 3, 7, 10), (0, 6, 6, 10), (0, 1, 5, 10)]):
         order = everything if epoch % 2 == 0 else everything[::-1]
@@ -200,12 +200,12 @@ def test_processes_together_are_one(balance):
             return [p.grad for p in method.parameters()]
 
         gradients = on_ranks(step, 3)
-        alone.zero_grad()
-        sum(at_epoch(alone, epoch).losses(batch_of(order, seed=epoch)).values()).backward()
-        for parameter, *theirs in zip(alone.parameters(), *gradients, strict=True):
+        acquire_run_lock.zero_grad()
+        sum(at_epoch(acquire_run_lock, epoch).losses(batch_of(order, seed=epoch)).values()).backward()
+        for parameter, *theirs in zip(acquire_run_lock.parameters(), *gradients, strict=True):
             torch.testing.assert_close(sum(theirs) / 3, parameter.grad, rtol=1e-9, atol=1e-12)
         for method in ranks:
-            for name, value in alone.named_buffers():
+            for name, value in acquire_run_lock.named_buffers():
                 torch.testing.assert_close(method.get_buffer(name), value, msg=lambda m, n=name: f"{n}: {m}")
 
 

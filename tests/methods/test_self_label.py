@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
+from deepclust.commands.train import run
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.methods.scan import SCAN
 from deepclust.methods.self_label import SelfLabel, self_label_loss
-from deepclust.optim import Constant
-from deepclust.run_folder import load_checkpoint, load_method
-from deepclust.train import run
+from deepclust.nn.schedules import Constant
+from deepclust.runs.checkpoint import load_checkpoint, load_method
 from tests.conftest import compose_train
 
 COMMON = {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant()}

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.views import draws
+from deepclust.views import random_draws
 from deepclust.views.multiview import MultiView
 
 TOLERANCE = 2 / 255  # against one-image implementations, some of which round to 8 bits
@@ -34,7 +34,7 @@ def pictures(n: int, channels: int, height: int, width: int | None = None, *, se
 
 def as_on_a_gpu(monkeypatch) -> None:
     """Makes views on the CPU as on a GPU: all at once, on all rows."""
-    monkeypatch.setattr(draws, "by_rows", lambda images: False)
+    monkeypatch.setattr(random_draws, "by_rows", lambda images: False)
     monkeypatch.setattr(MultiView, "_in_pieces", MultiView._at_once)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from deepclust.engine.randomness import generator
 from deepclust.errors import InputError
-from deepclust.randomness import generator
 from deepclust.views.geometry import Affine, HorizontalFlip, RandomCrop, RandomResizedCrop, Resize
 from deepclust.views.multiview import MultiView, Pipeline
 from deepclust.views.photometry import (
@@ -16,7 +16,7 @@ from deepclust.views.photometry import (
     PillowBlur,
     Solarize,
 )
-from deepclust.views.strong import RandomOperations
+from deepclust.views.strong_augmentation import RandomOperations
 from tests.host_waits import host_work
 from tests.views.conftest import as_on_a_gpu, pictures, seeded
 
@@ -115,10 +115,10 @@ def test_views_do_not_depend_on_the_other_images_or_on_the_pieces():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_all_views_of_a_pipeline_at_once_as_on_a_gpu_are_the_same(channels, monkeypatch):
     told = {"names": ["weak", "same", "strong", "weak"], "mean": MEAN[:channels], "std": STD[:channels]}
-    alone = views_of(raw(20, channels), 7, **told)
+    acquire_run_lock = views_of(raw(20, channels), 7, **told)
     as_on_a_gpu(monkeypatch)
     together = views_of(raw(20, channels), 7, **told)
-    for view, other in zip(alone, together, strict=True):
+    for view, other in zip(acquire_run_lock, together, strict=True):
         torch.testing.assert_close(other, view, rtol=0, atol=1e-5)
         assert other.stride() == view.stride()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from deepclust.config import build
-from deepclust.randomness import generator
+from deepclust.config.build import build
+from deepclust.engine.randomness import generator
 from deepclust.views.multiview import MultiView
 from tests.host_waits import host_work
 from tests.views.conftest import as_on_a_gpu, pictures

@@ -5,9 +5,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from deepclust.clustering.assignment import SizeBalance
+from deepclust.clustering.balanced_assignment import SizeBalance
 from deepclust.methods.coke import CentroidHead, CoKe, LabelMemory, epoch_share
-from deepclust.optim import Constant, DeadEpochCosine, Lars
+from deepclust.nn.optimizers import Lars
+from deepclust.nn.schedules import Constant, DeadEpochCosine
 from tests.conformance.adapters.secu import at_epoch, linear, train, with_prefixes
 
 NEVER = 10**9  # an epoch that no case reaches

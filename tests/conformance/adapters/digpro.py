@@ -9,10 +9,10 @@ from lightning import Trainer
 from torch import nn
 
 from deepclust.batch import TrainBatch
-from deepclust.ema import decay_at
 from deepclust.losses.prototypes import prototype_scattering_loss
 from deepclust.methods.digpro import DigPro, FeatureBank, MomentumGroups, resets_at
-from deepclust.optim import WarmupCosine
+from deepclust.nn.ema import decay_at
+from deepclust.nn.schedules import WarmupCosine
 from tests.conformance.adapters.propos import NETWORKS, GivenBatches, GivenDraws, caught_terms, named
 from tests.conformance.test_vectors import check_close
 

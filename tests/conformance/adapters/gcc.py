@@ -13,7 +13,7 @@ from deepclust.methods.gcc import (
     neighbor_lists,
     pretext_contrast,
 )
-from deepclust.optim import EpochCosine
+from deepclust.nn.schedules import EpochCosine
 
 
 def free(inputs, *names):

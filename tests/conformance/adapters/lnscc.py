@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from deepclust.clustering.graph import affinities, local_scales, multiplicities, union
+from deepclust.clustering.neighbor_graph import affinities, local_scales, multiplicities, union
 from deepclust.methods.lnscc import (
     LNSCC,
     balance_loss,
@@ -14,7 +14,7 @@ from deepclust.methods.lnscc import (
     similarity_curve,
     soft_assignments,
 )
-from deepclust.optim import Constant
+from deepclust.nn.schedules import Constant
 
 
 def free(inputs, *names):

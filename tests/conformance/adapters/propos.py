@@ -9,16 +9,16 @@ from lightning import LightningDataModule, Trainer
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
+from deepclust.clustering.distributed_kmeans import dealt_kmeans
 from deepclust.clustering.kmeans import lloyd, seed_kmeans_plus_plus
-from deepclust.clustering.restarts import dealt_kmeans
-from deepclust.datasets.standard import cifar100_superclass
-from deepclust.ema import decay_at, update_target
-from deepclust.heads import mlp
+from deepclust.datasets.named_datasets import cifar100_superclass
 from deepclust.losses.alignment import alignment
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
 from deepclust.methods.propos import ProPos, balanced_weights
 from deepclust.metrics import Contingency
-from deepclust.optim import WarmupCosine
+from deepclust.nn.ema import decay_at, update_target
+from deepclust.nn.heads import mlp
+from deepclust.nn.schedules import WarmupCosine
 
 NETWORKS = {  # the vectors' names of the networks, and ours
     "online_encoder": "backbone",

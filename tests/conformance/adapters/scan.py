@@ -4,7 +4,7 @@ import torch
 
 from deepclust.methods.scan import SMALLEST_SHARE, entropy, pretext_loss, scan_losses, selection_losses
 from deepclust.methods.self_label import class_weights, confident, self_label_loss
-from deepclust.optim import EpochCosine
+from deepclust.nn.schedules import EpochCosine
 
 
 def free(inputs, *names):

@@ -11,13 +11,14 @@ import torch
 from lightning import Callback, Trainer
 from torch import nn
 
-from deepclust import distributed
 from deepclust.backbones.resnet import ResNet
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.assignment import EntropyBalance, SizeBalance
-from deepclust.heads import deep_mlp, mlp
+from deepclust.clustering.balanced_assignment import EntropyBalance, SizeBalance
+from deepclust.engine import distributed
 from deepclust.methods.secu import SeCu
-from deepclust.optim import Constant, DeadEpochCosine, Lars, RisingCosine
+from deepclust.nn.heads import deep_mlp, mlp
+from deepclust.nn.optimizers import Lars
+from deepclust.nn.schedules import Constant, DeadEpochCosine, RisingCosine
 from deepclust.views.photometry import PillowBlur, Solarize
 from tests.conformance.adapters.propos import GivenBatches
 

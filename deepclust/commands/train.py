@@ -1,0 +1,159 @@
+"""`deepclust train`: from a configuration to a finished run folder, on one page."""
+
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning import LightningDataModule, Trainer
+from omegaconf import DictConfig
+
+from deepclust.callbacks.checkpoint import LastCheckpoint
+from deepclust.config.build import build
+from deepclust.config.values import resolve_to_dict
+from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine import cuda_graphs, distributed
+from deepclust.engine.devices import count_devices
+from deepclust.engine.launch import launched_rank, run_on_devices
+from deepclust.engine.lightning import silence_lightning
+from deepclust.methods.base import ClusteringMethod
+from deepclust.runs.assemble import (
+    build_datamodule,
+    build_evaluator,
+    build_method,
+    build_trainer,
+    prepare_for_hardware,
+)
+from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.earlier_stage import configure_earlier_stage, describe_earlier_run
+from deepclust.runs.finish import write_run
+from deepclust.runs.folder import CHECKPOINT, acquire_run_lock
+from deepclust.runs.recipe import check_same_recipe
+from deepclust.runs.resolve import record_choices, resolve_config
+from deepclust.runs.results import compose_results, read_results
+from deepclust.runs.summary import print_summary
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> dict[str, Any]:
+    """Run one training in Hydra's folder and return the content of results.json. A finished run is only shown.
+
+    Raises:
+        InputError: if the folder holds a run of another recipe, or another process trains in it.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    is_first = launched_rank() == 0  # the first of the processes speaks for all
+    if not is_first:
+        logging.root.setLevel(logging.WARNING)
+    if (results := read_results(folder)) is not None:
+        if (folder / CHECKPOINT).exists():
+            check_same_recipe(load_checkpoint(folder), resolve_to_dict(cfg), allow_open_values=True)
+        log.info("%s is finished already; nothing to do", folder)
+    else:
+        with acquire_run_lock(folder) if is_first else nullcontext():
+            results = run(record_choices(cfg), folder)
+    if is_first:
+        print_summary(results, folder)
+    return results
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run the stage before this one, if there is one, then `train` on the devices; return what `train` returns."""
+    earlier = find_earlier_run(cfg, folder)
+    try:
+        return run_on_devices(
+            train,
+            cfg,
+            folder,
+            earlier,
+            num_devices=count_devices(cfg.hardware.accelerator, cfg.hardware.devices),
+            num_nodes=cfg.hardware.num_nodes,
+            strategy_is_auto=cfg.hardware.strategy == "auto",
+        )
+    finally:
+        cuda_graphs.release()  # their memory, for the runs that follow in this process
+
+
+def find_earlier_run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """Describe the run that this one starts from: `cfg.start`, else the stage before it, which is run first.
+
+    Raises:
+        InputError: if `cfg.start` is no finished run.
+    """
+    if cfg.start is not None:
+        return describe_earlier_run(Path(cfg.start))
+    if cfg.before is None:
+        return None
+    earlier_folder = folder / "before"
+    if read_results(earlier_folder) is None:
+        earlier_folder.mkdir(exist_ok=True)
+        earlier_cfg = configure_earlier_stage(cfg)
+        log.info("first the stage before: %s in %s", earlier_cfg.names.method, earlier_folder)
+        run(earlier_cfg, earlier_folder)
+        distributed.wait_for_all()  # until the first process has written what is read next
+    return describe_earlier_run(earlier_folder)
+
+
+def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Fit, cluster, score and write the run folder; return the content of results.json. Runs on every process.
+
+    Raises:
+        InputError: if configuration, images and the checkpoint in the folder do not fit each other.
+    """
+    silence_lightning()
+    images: ImageSet = build(cfg.dataset.source)
+    cfg, estimate = resolve_config(cfg, images, earlier)
+    datamodule = build_datamodule(cfg, images)
+    method = build_method(cfg)
+    checkpoint = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
+    if checkpoint is not None:
+        check_same_recipe(load_checkpoint(folder), resolve_to_dict(cfg))
+    elif cfg.earlier.run is not None:
+        method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
+    prepare_for_hardware(cfg, method, datamodule)
+    evaluator = build_evaluator(cfg, images)
+    trainer = build_trainer(cfg, folder, evaluator)
+
+    train_seconds = fit(trainer, method, datamodule, checkpoint)
+    method.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+    if method.e_step_every_n_epochs:
+        method.run_e_step(trainer.current_epoch)  # what the last E-step inferred lags behind the weights
+    started = time.monotonic()
+    evaluation = evaluator(method, datamodule)
+    evaluate_seconds = time.monotonic() - started
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LastCheckpoint):
+            train_seconds += callback.seconds_before
+            callback.save(trainer, method, **evaluation.assignment_state)
+
+    results = compose_results(
+        cfg,
+        images,
+        trainer,
+        evaluation,
+        train_seconds=train_seconds,
+        e_step_seconds=method.e_step_seconds,
+        evaluate_seconds=evaluate_seconds,
+        pixel_scores=evaluator.score_pixels(max_values=cfg.pixel_baseline_max_values),
+        estimate=estimate,
+    )
+    if trainer.is_global_zero:
+        write_run(folder, results, evaluation, images, cfg, loggers=trainer.loggers)
+    return results
+
+
+def fit(trainer: Trainer, method: ClusteringMethod, datamodule: LightningDataModule, checkpoint: Path | None) -> float:
+    """Train, from a checkpoint on where there is one, and return the seconds that it took."""
+    started = time.monotonic()
+    try:
+        trainer.fit(method, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint))
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    seconds = time.monotonic() - started
+    cuda_graphs.release()  # what follows may need their memory
+    return seconds

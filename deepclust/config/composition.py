@@ -1,0 +1,45 @@
+"""How configurations are composed: from which package, by which of Hydra's rules, and what can be overridden."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from deepclust.config.keys import list_keys
+
+CONFIG_PACKAGE = "deepclust.conf"
+VERSION_BASE = "1.3"  # the version of Hydra whose behaviour the configurations are written for
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
+
+# ${last_part:PATH}: the name of a file or folder, without those above it.
+OmegaConf.register_new_resolver("last_part", lambda path: Path(os.path.abspath(path)).name, replace=True)
+
+
+def list_groups_and_keys(
+    config_name: str, config_dir: str | None, overrides: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the groups and the dotted keys that can be overridden, as far as the configuration composes.
+
+    Without `overrides` where it does not compose with them; nothing where it does not compose at all.
+    """
+    searchpath = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    GlobalHydra.instance().clear()
+    for accepted in (overrides, []):
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),
+                initialize_config_module(CONFIG_PACKAGE, version_base=VERSION_BASE),
+            ):
+                cfg = compose(config_name, overrides=[*accepted, *searchpath], return_hydra_config=True)
+                groups = GlobalHydra.instance().config_loader().list_groups("")
+        except COMPOSITION_ERRORS:
+            continue
+        return groups, list_keys(cfg)
+    return [], []

@@ -1,0 +1,69 @@
+"""Devices: how many a run uses, which one a command uses, and a method made ready for the device of its training."""
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from deepclust.engine import distributed
+from deepclust.engine.cuda_graphs import Prepared
+from deepclust.errors import InputError
+
+
+def select_device(accelerator: str) -> torch.device:
+    """Return the device that `accelerator` (auto, cpu, gpu) means on this machine."""
+    use_gpu = torch.cuda.is_available() if accelerator == "auto" else accelerator in ("gpu", "cuda")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def count_devices(accelerator: str, devices: int | str) -> int:
+    """Return how many devices `hardware.devices` means on this machine."""
+    if devices != "auto":
+        return int(devices)
+    return max(torch.cuda.device_count(), 1) if accelerator in ("auto", "gpu", "cuda") else 1
+
+
+def apply_hardware_options(
+    method: Any,
+    views: Any,
+    *,
+    channels_last: bool,
+    sync_batchnorm: bool,
+    compile: str | None,
+    graphs: bool,
+    fused_optimizer: bool,
+) -> None:
+    """Make a method with its first weights, and its views, ready for the device and the processes of its training.
+
+    The options are those of conf/hardware, and `sync_batchnorm`.
+
+    Raises:
+        InputError: for a mode of torch.compile that makes CUDA graphs of its own.
+    """
+    if channels_last:
+        method.to(memory_format=torch.channels_last)
+    if sync_batchnorm:
+        distributed.synchronise_batch_norm(method)
+    if compile in ("reduce-overhead", "max-autotune"):
+        raise InputError(
+            f"hardware.compile={compile} makes CUDA graphs of its own",
+            expected="default or max-autotune-no-cudagraphs",
+            do="set hardware.graphs=true for CUDA graphs",
+        )
+    if compile is not None:
+        method.compile_networks(compile)
+    if graphs:
+        method.use_graphs()
+    views.prepared = Prepared(mode=compile, replayed=graphs)
+    if fused_optimizer:
+        method.make_optimizer = use_fused_kernel(method.make_optimizer)
+
+
+def use_fused_kernel(make_optimizer: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """Return `make_optimizer` with torch's step in one kernel, where that optimiser has one; equal but for rounding."""
+    if "fused" not in signature(make_optimizer).parameters:
+        return make_optimizer
+    return partial(make_optimizer, fused=True)

@@ -1,0 +1,127 @@
+"""Starts the processes of one run, or finds those that torchrun or Slurm's srun started.
+
+Lightning would start the other ranks by running the command line again, `-m` and all, and each would sweep for itself
+with its own parameters. So the processes are started here, every one with the same arguments, and Lightning finds
+itself inside a ready group.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from deepclust.errors import InputError
+from deepclust.exit_codes import exit_code_of_signal
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # the numbers of these options for glibc's mallopt
+
+
+def run_on_devices(
+    work: Callable[..., Any], *arguments: Any, num_devices: int, num_nodes: int, strategy_is_auto: bool
+) -> Any:
+    """Call `work(*arguments)` in one process for each device and return the result of rank 0.
+
+    The arguments must be picklable. Where torchrun or srun has started the processes, each of them calls this.
+
+    Raises:
+        InputError: if several devices would be left to Lightning's strategy, which sends buffers around, or the
+            processes that were started do not fit the devices; also what `work` raises.
+        Exception: what `work` raises.
+    """
+    if num_devices > 1 and strategy_is_auto:
+        raise InputError(
+            f"hardware.devices is {num_devices}, and this hardware is for one",
+            expected="hardware=ddp or hardware=slurm for several",
+            do=f"set hardware=ddp hardware.devices={num_devices}, and hardware.precision and so on as wanted",
+        )
+    if processes_exist():
+        check_processes(num_devices, num_nodes)
+    if num_devices == 1 or processes_exist():
+        return work(*arguments)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from deepclust.engine.signals import STOP_SIGNALS, call_handler, restore_handlers
+
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        start_method="spawn",
+        max_restarts=0,
+        signals_to_handle=",".join(number.name for number in handlers),  # handed on to the processes
+    )
+    try:
+        results = elastic_launch(config, call_in_worker)(work, *arguments)
+    except SignalException as stopped:
+        call_handler(handlers[stopped.sigval], signal.Signals(stopped.sigval))
+        sys.exit(exit_code_of_signal(stopped.sigval))
+    finally:
+        restore_handlers(handlers)
+    for result in results.values():
+        if isinstance(result, InputError):
+            raise result
+    return results[0]
+
+
+def call_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work` in a process that was started here. An InputError is returned: raised, it would arrive as text."""
+    keep_freed_memory()
+    try:
+        return work(*arguments)
+    except InputError as error:
+        return error
+
+
+def processes_exist() -> bool:
+    """Return whether this process is one of several that torchrun or Slurm's srun started."""
+    is_srun = "SLURM_STEP_ID" in os.environ  # a batch script has the number of tasks too, and is alone
+    has_several_tasks = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "TORCHELASTIC_RUN_ID" in os.environ or (is_srun and has_several_tasks and not is_interactive)
+
+
+def check_processes(num_devices: int, num_nodes: int) -> None:
+    """Check that torchrun or srun has started a process for each device.
+
+    Raises:
+        InputError: if it has not, or srun was not told how many of them share a node.
+    """
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE"))
+    total = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
+    if (per_node, total) != (str(num_devices), str(num_devices * num_nodes)):
+        raise InputError(
+            f"{total} processes were started, {per_node or 'an unknown number'} a node, and hardware asks for "
+            f"{num_nodes} x {num_devices}",
+            expected="a process for each device",
+            do="choose hardware=slurm and start it by srun --nodes=M --ntasks-per-node=N, or set hardware.num_nodes=M "
+            "hardware.devices=N",
+        )
+
+
+def launched_rank() -> int:
+    """Return this process's rank among those that torchrun or srun started, before they have connected; else 0."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if processes_exist() else 0
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that tensors free: from the system it comes back page by page, zeroed.
+
+    Otherwise glibc returns the activations of some steps and not of others; docs/performance.md says what that costs.
+    Nothing is done with another C library, or where the environment has settings for this one.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(MMAP_THRESHOLD, 2**25)  # bytes; the most that every version takes
+    mallopt(TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,18 @@
+"""The exit codes of the command line: which end of a command has which code."""
+
+from deepclust.errors import InputError
+
+DONE = 0
+PROGRAM_FAULT = 1  # a fault of the program, shown with a traceback
+INPUT_ERROR = 2  # something that the user can mend, said in one line
+INTERRUPTED = 130  # Ctrl-C
+
+
+def exit_code_of_error(error: BaseException) -> int:
+    """Return the exit code of a command, or of a job, that ended with this error."""
+    return INPUT_ERROR if isinstance(error, InputError) else PROGRAM_FAULT
+
+
+def exit_code_of_signal(number: int) -> int:
+    """Return the exit code of a run that a signal ended, as a shell reports it: 128 + the signal's number."""
+    return 128 + number

@@ -1,0 +1,77 @@
+"""The parts of a run, built from its resolved configuration: data, method, evaluator and trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from omegaconf import DictConfig
+
+from deepclust.callbacks.evaluation import Evaluator
+from deepclust.config.build import build, build_each
+from deepclust.config.values import resolve_to_dict
+from deepclust.datasets.datamodule import ImageDataModule
+from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.devices import apply_hardware_options
+from deepclust.engine.lightning import disable_lightning_requeue
+from deepclust.methods.base import ClusteringMethod
+
+
+def build_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
+    """Build what feeds training and the clean pass. It is given no labels."""
+    return ImageDataModule(
+        fit=images.fit,
+        extra=images.extra,
+        views=build(cfg.multi_view),
+        batch_size=cfg.batch_size,
+        clean_batch_size=cfg.clean_batch_size,
+        drop_last=cfg.drop_last,
+        resident_bytes=cfg.hardware.resident_bytes,
+        seed=cfg.seed,
+    )
+
+
+def build_method(cfg: DictConfig) -> ClusteringMethod:
+    """Build the method with its initial weights, which the seed decides on; every later draw has a key of its own."""
+    torch.manual_seed(cfg.seed)
+    return build(cfg.method)
+
+
+def prepare_for_hardware(cfg: DictConfig, method: ClusteringMethod, datamodule: ImageDataModule) -> None:
+    """Apply the options of `cfg.hardware` to a method and to the views of its data."""
+    apply_hardware_options(
+        method,
+        datamodule.views,
+        channels_last=cfg.hardware.channels_last,
+        sync_batchnorm=cfg.sync_batchnorm,
+        compile=cfg.hardware.compile,
+        graphs=cfg.hardware.graphs,
+        fused_optimizer=cfg.hardware.fused_optimizer,
+    )
+
+
+def build_evaluator(cfg: DictConfig, images: ImageSet) -> Evaluator:
+    """Build what scores the run."""
+    return Evaluator(
+        images=images.evaluation,
+        labels=images.labels,
+        num_classes=cfg.dataset.num_classes or 0,
+        num_clusters=cfg.dataset.num_clusters,
+        seed=cfg.seed,
+        **cfg.evaluation,
+    )
+
+
+def build_trainer(cfg: DictConfig, folder: Path, evaluator: Evaluator) -> Trainer:
+    """Build the trainer with the callbacks and loggers of the configuration."""
+    available: dict[str, Any] = {"folder": folder, "evaluator": evaluator, "config": resolve_to_dict(cfg)}
+    callbacks: list[Callback] = build_each(cfg.callbacks, available)
+    trainer: Trainer = build(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=build_each(cfg.logger, available),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+    )
+    disable_lightning_requeue(trainer)
+    return trainer

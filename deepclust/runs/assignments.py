@@ -1,0 +1,46 @@
+"""assignments.csv: the cluster of every image, written and read."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from deepclust.runs.folder import ASSIGNMENTS
+
+
+def write_assignments(
+    folder: Path,
+    assignments: Tensor,
+    confidence: Tensor,
+    *,
+    labels: Any | None = None,
+    paths: list[str] | None = None,
+) -> None:
+    """Write one line an image: index, cluster, confidence and, where they are known, label and path.
+
+    `assignments` and `confidence` are (M,), in the order of the data set.
+    """
+    columns: dict[str, Any] = {
+        "index": range(len(assignments)),
+        "cluster": assignments.tolist(),
+        "confidence": [f"{c:.6f}" for c in confidence.tolist()],
+    }
+    if labels is not None:
+        columns["label"] = labels.tolist()
+    if paths is not None:
+        columns["path"] = paths
+    temporary = folder / f"{ASSIGNMENTS}.writing"
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    os.replace(temporary, folder / ASSIGNMENTS)
+
+
+def read_clusters(folder: Path) -> np.ndarray:
+    """Read the cluster of each image (M,) from a run folder."""
+    with (folder / ASSIGNMENTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return np.array([int(row["cluster"]) for row in csv.DictReader(file)])

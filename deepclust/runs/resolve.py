@@ -1,0 +1,50 @@
+"""The configuration of a run, resolved: what the user left open is filled in, in one step, before anything is built."""
+
+import copy
+import logging
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from deepclust.clustering.number_of_clusters import Estimate
+from deepclust.datasets.dataset_checks import check_num_clusters, estimate_num_clusters, infer_dataset_values
+from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.devices import count_devices
+
+log = logging.getLogger(__name__)
+
+
+def record_choices(cfg: DictConfig) -> DictConfig:
+    """Return the configuration with the names of the chosen options and the overrides, which only Hydra knows."""
+    hydra = HydraConfig.get()
+    cfg = copy.deepcopy(cfg)
+    for group in cfg.names:
+        cfg.names[group] = cfg.names[group] or hydra.runtime.choices[group]
+    cfg.overrides = list(hydra.overrides.task)
+    return cfg
+
+
+def resolve_config(
+    cfg: DictConfig, images: ImageSet, earlier: dict[str, Any] | None
+) -> tuple[DictConfig, Estimate | None]:
+    """Return the configuration with every open value filled in.
+
+    `earlier` describes the run that this one starts from (`describe_earlier_run`). With `dataset.num_clusters=auto` the
+    number of clusters is estimated, and the estimate is returned too.
+
+    Raises:
+        InputError: if the configuration contradicts the images; it names the key to change.
+    """
+    cfg = copy.deepcopy(cfg)
+    if earlier is not None:
+        cfg.earlier = earlier
+    cfg.hardware.devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
+    cfg.dataset.update(infer_dataset_values(cfg.dataset, images))
+    estimate = None
+    if cfg.dataset.num_clusters == "auto":
+        estimate = estimate_num_clusters(images, seed=cfg.seed)
+        log.info(estimate.summarize())
+        cfg.dataset.num_clusters = estimate.require_several("dataset.num_clusters")
+    check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
+    return cfg, estimate

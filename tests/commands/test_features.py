@@ -1,0 +1,96 @@
+"""`deepclust features` on real runs, and methods on what it keeps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from deepclust.commands.features import MADE_BY, main
+from deepclust.commands.train import run
+from deepclust.datasets.features import load_features
+from deepclust.errors import InputError
+from deepclust.runs.checkpoint import load_checkpoint, load_method
+from tests.conftest import compose_train
+
+
+def make(*overrides):
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        return main(compose("features", overrides=["accelerator=cpu", *overrides]))
+
+
+@pytest.fixture
+def pixels(tmp_path):
+    return make("dataset=digits", "backbone=identity", f"output={tmp_path}/pixels")
+
+
+def test_features_of_a_run_are_its_own(run_small, tmp_path):
+    _, folder = run_small()
+    images = load_features(path=str(make(f"run={folder}", f"output={tmp_path}/kept")), num_classes=10)
+    _, method = load_method(load_checkpoint(folder))
+    assert len(images.fit) == 1797 and len(images.labels) == 1797 and len(images.class_names) == 10
+    assert images.pictures.shape == (8, 8, 1)
+    pictures = images.pictures.read(np.arange(5)).float() / 255
+    with torch.no_grad():
+        expected = method.encode((pictures - 0.3053) / 0.3759)
+    torch.testing.assert_close(images.fit.read(np.arange(5)).flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_are_made_once_and_anew_for_other_weights(tmp_path, capsys):
+    network = ["dataset=digits", "backbone=conv_small", f"output={tmp_path}/kept"]
+    folder = make(*network)
+    written = (folder / "train_features.npy").stat().st_mtime_ns
+    key = json.loads((folder / MADE_BY).read_text())["sha256"]
+    assert make(*network) == folder and "there already" in capsys.readouterr().out
+    assert (folder / "train_features.npy").stat().st_mtime_ns == written
+    (folder / "test_labels.npy").write_bytes(b"of other images")
+    make(*network, "seed=1")
+    assert not (folder / "test_labels.npy").exists() and (folder / "train_labels.npy").is_file()
+    assert json.loads((folder / MADE_BY).read_text())["sha256"] != key
+
+
+def test_half_a_folder_is_made_anew(pixels, capsys):
+    (pixels / MADE_BY).unlink()
+    make("dataset=digits", "backbone=identity", f"output={pixels}")
+    assert "there already" not in capsys.readouterr().out and (pixels / MADE_BY).is_file()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_k_means_on_kept_pixels_is_k_means_on_pixels(pixels, tmp_path, metric):
+    overrides = ["dataset=features", f"dataset.path={pixels}", "method=kmeans", f"method.metric={metric}"]
+    results = run(compose_train(*overrides, "hardware=cpu"), tmp_path)
+    own = results["scores"]["method"]
+    assert results["dataset"] == "pixels" and results["epochs"] == 0 and own["acc"] > 0.7
+    if metric == "euclidean":
+        assert own["nmi"] == pytest.approx(results["scores"]["kmeans"]["nmi"], abs=0.03)
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+@pytest.mark.parametrize("method", ["cc", "scan"])
+def test_head_methods_run_on_vectors(pixels, tmp_path, method):
+    cfg = compose_train(f"method={method}", "dataset=features", f"dataset.path={pixels}", "hardware=cpu")
+    stage = cfg
+    while stage is not None:
+        stage.trainer.max_epochs = 1
+        stage = stage.get("before")
+    assert run(cfg, tmp_path)["scores"]["method"] is not None
+
+
+def test_says_what_is_missing():
+    with pytest.raises(InputError, match="neither a run nor"):
+        make()
+
+
+def test_number_of_clusters_told_from_the_features(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(6, 5)) * 20
+    np.save(tmp_path / "train_features.npy", (centres[np.arange(120) % 6] + rng.normal(size=(120, 5))).astype("f4"))
+    (tmp_path / "train_paths.json").write_text(json.dumps([f"{i}.png" for i in range(120)]))
+    asked = ["dataset=features", f"dataset.path={tmp_path}", "method=kmeans", "hardware=cpu", "batch_size=60"]
+    results = run(compose_train(*asked, "dataset.num_clusters=auto", "report.map_points=0"), tmp_path)
+    assert results["num_clusters"] == 6 and "all three agree" in results["number"]["message"]
+    assert results["number"]["message"] in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "assignments.csv").read_text().splitlines()[1].endswith(",0.png")
+    with pytest.raises(InputError, match="these are pictures"):
+        run(compose_train("dataset.num_clusters=auto", "hardware=cpu"), tmp_path / "new")
