@@ -1,68 +1,83 @@
-"""ProPos as the published codes train it, beside ours: the same batch, network, device and mathematics.
+"""ProPos: `deepclust train` against the way of published code, and against the authors' own code.
 
     python benchmarks/baseline.py [--batches 8] [--rounds 5] [--workers N] [--code DIR] [OVERRIDES of deepclust train]
 
-The published way: each image becomes a PIL image in a worker of a loader, which augments it twice, image after image;
-32-bit floats, planar memory, one pass through the networks for each view (where the recipe takes one pass for both, it
-does too). Ours: `deepclust train` as it is. Both in turns, an epoch of `--batches` batches each, without the E-step;
-images a second are medians over the rounds, and so is their ratio. The loader is timed at work, not as it starts: a
-batch of each worker comes before the clock, then whole rounds of them, `--batches` at least.
+All sides have the same batch size, network, device and mathematics. They are:
+
+- "framework": `deepclust train` as it is.
+- "published way": each image becomes a PIL image and is augmented twice in a worker of a DataLoader, image after image.
+  Training is in 32-bit floats with planar memory (no channels_last), with one pass through the networks for each view,
+  or one for both where the recipe does that (published_way.py, propos_by_hand.py).
+- "authors' code", with `--code DIR`: the training step of the authors on the same batches (authors_code.py).
+
+They take turns, an epoch of `--batches` batches each, and the E-step is left out. Images a second, and ratios of times
+of the same round, are medians over the rounds. The DataLoader is timed while it is in full swing: one batch of each
+worker comes before the clock starts, then a multiple of the number of workers, at least `--batches`.
 """
 
 import os
-import statistics
 import tempfile
 from pathlib import Path
 
 import torch
-from authors import Authors
-from measure import options, ratio, save, table
-from published import Published
-from step import WARM_EPOCHS, Bare, Turns, Work, configuration
+from authors_code import AuthorsCodeLoop
+from measure import make_argument_parser, median_ratio, print_table, save_figures
+from published_way import PublishedWayLoop
+from training_loops import UNTIMED_EPOCHS, BareLoop, InterleavedEpochs, TrainingSetup, compose_short_run
 
-from deepclust.engine.lightning import silence_lightning
+from deepclust.engine.lightning_settings import silence_lightning
+
+PUBLISHED_WAY_OVERRIDES = [
+    *("hardware.precision=32-true", "hardware.channels_last=false"),
+    *("hardware.compile=null", "hardware.graphs=false", "hardware.fused_optimizer=false"),
+]
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=5)
-    parser.add_argument("--batches", type=int, default=8, help="of an epoch")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the published way's loader")
-    parser.add_argument("--code", type=Path, help="a copy of the authors' code, timed as well (authors.py)")
+    parser = make_argument_parser(__doc__, rounds=5)
+    parser.add_argument("--batches", type=int, default=8, help="number of batches in an epoch")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes of the DataLoader")
+    parser.add_argument("--code", type=Path, help="a copy of the authors' code, which is then timed as well")
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     silence_lightning()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = {"batches": args.batches, "epochs": args.rounds + UNTIMED_EPOCHS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cfg = configuration("propos", given.overrides, given.batches, given.rounds + WARM_EPOCHS, folder)
-        plain = configuration(
-            "propos",
-            [
-                *(*given.overrides, "hardware.precision=32-true", "hardware.channels_last=false"),
-                *("hardware.compile=null", "hardware.graphs=false", "hardware.fused_optimizer=false"),
-            ],
-            *(given.batches, given.rounds + WARM_EPOCHS, folder / "published"),
+        cfg = compose_short_run("propos", args.overrides, **sizes, folder=folder)
+        published_way_cfg = compose_short_run(
+            "propos", [*args.overrides, *PUBLISHED_WAY_OVERRIDES], **sizes, folder=folder / "published"
         )
-        work = Work(cfg)
-        others: dict[str, Bare] = {"published way": Published(Work(plain), device, given.batches, given.workers)}
-        if given.code is not None:
-            others["authors' code"] = Authors(Work(plain), device, given.batches, given.workers, given.code)
-        turns = Turns(others, given.batches)
-        work.trainer(folder, turns).fit(work.method, work.datamodule)
-    seconds = turns.seconds
-    speed = {who: cfg.batch_size / statistics.median(taken) for who, taken in seconds.items()}
-    times = {who: ratio(taken, seconds["framework"]) for who, taken in seconds.items()}
-    weights = sum(p.numel() for p in work.method.backbone.parameters())
+        setup = TrainingSetup(cfg)
+        other_loops: dict[str, BareLoop] = {
+            "published way": PublishedWayLoop(TrainingSetup(published_way_cfg), device, args.batches, args.workers)
+        }
+        if args.code is not None:
+            other_loops["authors' code"] = AuthorsCodeLoop(
+                TrainingSetup(published_way_cfg), device, args.batches, args.workers, args.code
+            )
+        timer = InterleavedEpochs(other_loops, args.batches)
+        setup.make_trainer(folder, timer).fit(setup.method, setup.datamodule)
+    rounds = timer.seconds_per_step
+    images_per_second = {loop: cfg.batch_size / seconds for loop, seconds in timer.median_seconds_per_step().items()}
+    times = {loop: median_ratio(seconds, rounds["framework"]) for loop, seconds in rounds.items()}
     figures = {
         "dataset": cfg.dataset.name,
         "backbone": cfg.names.backbone,
-        "weights": weights,
-        "workers": given.workers,
+        "weights": sum(p.numel() for p in setup.method.backbone.parameters()),
+        "workers": args.workers,
+        "batch_size": cfg.batch_size,
+        "images_per_second": images_per_second,
+        "times": times,  # how many times as fast the framework is
+        "rounds": dict(rounds),
     }
-    figures |= {"batch_size": cfg.batch_size, "images_per_second": speed, "times": times, "rounds": dict(seconds)}
-    save(figures, __file__, given.out)
-    table(["", "images/s", "deepclust is so many times as fast"], [[who, speed[who], times[who]] for who in speed])
+    save_figures(figures, __file__, args.out)
+    print_table(
+        ["", "images/s", "deepclust is so many times as fast"],
+        [[loop, images_per_second[loop], times[loop]] for loop in rounds],
+    )
 
 
 if __name__ == "__main__":

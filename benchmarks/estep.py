@@ -1,12 +1,15 @@
-"""k-means and nearest neighbours, ours against scikit-learn, faiss and the code of ProPos's authors.
+"""k-means and nearest neighbours: ours against faiss, scikit-learn and the code that ProPos's authors use.
 
     python benchmarks/estep.py [--threads 1] [--rounds 5] [--large] [--code DIR]
 
-All in turns on the same rows in one process; medians over the rounds. k-means does the same number of iterations on
-all sides, on clusters so close that no restart is done before, with restarts and with all rows (faiss takes 256 a
-cluster unless told otherwise). Ours, scikit-learn and the authors seed by greedy k-means++, which their time includes
-(ours also in the column "seeding"); faiss starts from random rows. On a GPU ours and the authors' run there, the others
-on the CPU. DIR is a copy of github.com/Hzzone/torch_clustering, which the authors' E-step calls.
+All sides take turns on the same rows in one process, and figures are medians over the rounds.
+
+- k-means does the same number of iterations and restarts on all sides. The clusters lie so close together that no
+  restart converges earlier. All sides use all rows (by default faiss would use 256 for each cluster).
+- Ours, scikit-learn and the authors' code seed by greedy k-means++, and their times include it; the column "seeding"
+  gives ours by itself. faiss starts from random rows.
+- On a GPU, ours and the authors' code run on the GPU, and the others on the CPU.
+- DIR is a copy of github.com/Hzzone/torch_clustering, which the authors' E-step calls.
 """
 
 import importlib
@@ -17,41 +20,51 @@ from typing import Any
 
 import faiss
 import torch
-from measure import bare_packages, in_turns, options, ratio, save, table
+from measure import (
+    make_argument_parser,
+    median_ratio,
+    print_table,
+    save_figures,
+    skip_package_init,
+    time_interleaved,
+)
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from deepclust.clustering.kmeans import kmeans, seed_kmeans_plus_plus
+from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.kmeans_seeding import seed_kmeans_plus_plus
 from deepclust.clustering.neighbors import nearest_neighbors
 
 ITERATIONS = 20
-CASES = [  # rows, features, clusters, restarts
+KMEANS_CASES = [  # (rows, features, clusters, restarts)
     (1_797, 256, 10, 10),
     (60_000, 256, 10, 10),
     (60_000, 256, 200, 1),
 ]
-LARGE = [(1_281_167, 256, 1000, 1)]  # ImageNet
-OTHERS = "faiss", "scikit-learn", "authors' code"
-Work = Callable[[], object]
+LARGE_KMEANS_CASES = [(1_281_167, 256, 1000, 1)]  # the size of ImageNet
+COMPETITORS = "faiss", "scikit-learn", "authors' code"
+TimedFunction = Callable[[], object]
 
 
-def close_clusters(size: int, features: int, clusters: int) -> Tensor:
-    """Unit rows (size, features) about centres that are hardly further apart than the rows of one cluster."""
-    draws = torch.Generator().manual_seed(0)
-    centres = 0.1 * torch.randn(clusters, features, generator=draws)
-    noise = torch.randn(size, features, generator=draws)
-    return normalize(noise + centres[torch.randint(clusters, (size,), generator=draws)], dim=1)
+def make_close_clusters(num_rows: int, num_features: int, num_clusters: int) -> Tensor:
+    """Return unit rows (M, D) of clusters whose centres are hardly further apart than the rows of one cluster."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 0.1 * torch.randn(num_clusters, num_features, generator=generator)
+    noise = torch.randn(num_rows, num_features, generator=generator)
+    return normalize(noise + centres[torch.randint(num_clusters, (num_rows,), generator=generator)], dim=1)
 
 
-def cluster(
-    rows: Tensor, on_cpu: Tensor, clusters: int, restarts: int, metric: str, code: Path | None
-) -> dict[str, Work]:
-    def ours() -> object:
+def kmeans_functions(
+    rows: Tensor, cpu_rows: Tensor, num_clusters: int, restarts: int, metric: str, code: Path | None
+) -> dict[str, TimedFunction]:
+    """Return the functions that cluster the rows (M, D), on the device and on the CPU, and that only seed."""
+
+    def run_ours() -> object:
         return kmeans(
             rows,
-            num_clusters=clusters,
+            num_clusters=num_clusters,
             metric=metric,  # type: ignore[arg-type]
             restarts=range(restarts),
             max_iterations=ITERATIONS,
@@ -59,88 +72,92 @@ def cluster(
             key=("benchmark",),
         )
 
-    def seeding() -> object:
-        candidates = 2 + int(torch.tensor(clusters).log())
-        draws = torch.Generator().manual_seed(0)
-        first = torch.randint(len(rows), (restarts,), generator=draws)
-        uniforms = torch.rand(restarts, clusters - 1, candidates, generator=draws)
+    def run_our_seeding() -> object:
+        num_candidates = 2 + int(torch.tensor(num_clusters).log())
+        generator = torch.Generator().manual_seed(0)
+        first = torch.randint(len(rows), (restarts,), generator=generator)
+        uniforms = torch.rand(restarts, num_clusters - 1, num_candidates, generator=generator)
         return seed_kmeans_plus_plus(rows, first, uniforms, metric=metric)  # type: ignore[arg-type]
 
-    def by_faiss() -> object:
+    def run_faiss() -> object:
         return faiss.Kmeans(
             rows.shape[1],
-            clusters,
+            num_clusters,
             niter=ITERATIONS,
             nredo=restarts,
             spherical=metric == "cosine",
             max_points_per_centroid=10**9,
             early_stop_threshold=-1.0,
-        ).train(on_cpu.numpy())
+        ).train(cpu_rows.numpy())
 
-    def scikit() -> object:
-        return KMeans(clusters, n_init=restarts, max_iter=ITERATIONS, tol=0, algorithm="lloyd").fit(on_cpu.numpy())
+    def run_scikit_learn() -> object:
+        estimator = KMeans(num_clusters, n_init=restarts, max_iter=ITERATIONS, tol=0, algorithm="lloyd")
+        return estimator.fit(cpu_rows.numpy())
 
-    def authors() -> object:
-        theirs = importlib.import_module("torch_clustering.kmeans").PyTorchKMeans
-        return theirs(
-            metric, n_clusters=clusters, n_init=restarts, max_iter=ITERATIONS, tol=0.0, verbose=False
+    def run_authors_code() -> object:
+        kmeans_class = importlib.import_module("torch_clustering.kmeans").PyTorchKMeans
+        return kmeans_class(
+            metric, n_clusters=num_clusters, n_init=restarts, max_iter=ITERATIONS, tol=0.0, verbose=False
         ).fit_predict(rows)
 
-    works: dict[str, Work] = {"ours": ours, "seeding": seeding}
-    large = len(rows) >= 10**6
-    if rows.is_cpu or not large:
-        works["faiss"] = by_faiss
-    if metric == "euclidean" and not large:
-        works["scikit-learn"] = scikit
+    functions: dict[str, TimedFunction] = {"ours": run_ours, "seeding": run_our_seeding}
+    is_large = len(rows) >= 10**6
+    if rows.is_cpu or not is_large:
+        functions["faiss"] = run_faiss
+    if metric == "euclidean" and not is_large:
+        functions["scikit-learn"] = run_scikit_learn
     if code is not None:
-        bare_packages(code, "torch_clustering")
-        works["authors' code"] = authors
-    return works
+        skip_package_init(code, "torch_clustering")
+        functions["authors' code"] = run_authors_code
+    return functions
 
 
-def search(rows: Tensor, on_cpu: Tensor, neighbours: int) -> dict[str, Work]:
-    def theirs() -> object:
+def nearest_neighbor_functions(rows: Tensor, cpu_rows: Tensor, num_neighbors: int) -> dict[str, TimedFunction]:
+    """Return the functions that find the nearest neighbours of each row (M, D), on the device and on the CPU."""
+
+    def run_ours() -> object:
+        return nearest_neighbors(rows, rows, num_neighbors, metric="inner_product", exclude=None)
+
+    def run_faiss() -> object:
         index = faiss.IndexFlatIP(rows.shape[1])
-        index.add(on_cpu.numpy())
-        return index.search(on_cpu.numpy(), neighbours)
+        index.add(cpu_rows.numpy())
+        return index.search(cpu_rows.numpy(), num_neighbors)
 
-    return {
-        "ours": lambda: nearest_neighbors(rows, rows, neighbours, metric="inner_product", exclude=None),
-        "faiss": theirs,
-    }
+    return {"ours": run_ours, "faiss": run_faiss}
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=5)
-    parser.add_argument("--large", action="store_true", help="with ImageNet's size; on a GPU always")
-    parser.add_argument("--code", type=Path, help="a copy of the authors' k-means, timed as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    faiss.omp_set_num_threads(given.threads)
+    parser = make_argument_parser(__doc__, rounds=5)
+    parser.add_argument("--large", action="store_true", help="add ImageNet's size (on a GPU it is always there)")
+    parser.add_argument("--code", type=Path, help="a copy of the authors' k-means, which is then timed as well")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    faiss.omp_set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    large = LARGE if given.large or device.type == "cuda" else []
-    rows = close_clusters(20_000, 128, 10)
-    cases: dict[str, dict[str, Work]] = {"20 nearest of 20,000 x 128": search(rows.to(device), rows, 20)}
-    for size, features, clusters, restarts in [*CASES, *large]:
-        rows = close_clusters(size, features, clusters)
+    large_cases = LARGE_KMEANS_CASES if args.large or device.type == "cuda" else []
+    rows = make_close_clusters(20_000, 128, 10)
+    cases = {"20 nearest of 20,000 x 128": nearest_neighbor_functions(rows.to(device), rows, 20)}
+    for num_rows, num_features, num_clusters, restarts in [*KMEANS_CASES, *large_cases]:
+        rows = make_close_clusters(num_rows, num_features, num_clusters)
         for metric in ("cosine", "euclidean"):
-            name = f"k-means, {metric}, {size:,} x {features}, K = {clusters}, {restarts} restart(s)"
-            cases[name] = cluster(rows.to(device), rows, clusters, restarts, metric, given.code)
+            case = f"k-means, {metric}, {num_rows:,} x {num_features}, K = {num_clusters}, {restarts} restart(s)"
+            cases[case] = kmeans_functions(rows.to(device), rows, num_clusters, restarts, metric, args.code)
 
+    setup = {"iterations": ITERATIONS, "faiss": faiss.__version__, "device": str(device)}
     figures: dict[str, Any] = {}
-    about = {"iterations": ITERATIONS, "faiss": faiss.__version__, "device": str(device)}
-    lines = []
-    for name, works in cases.items():
-        with threadpool_limits(given.threads):
-            seconds = in_turns(works, rounds=given.rounds, device=device)
-        medians = {who: statistics.median(taken) for who, taken in seconds.items()}
-        ratios = {who: ratio(seconds["ours"], seconds[who]) for who in OTHERS if who in seconds}
-        figures[name] = {"seconds": medians, "ours_over": ratios, "rounds": seconds}
-        columns = [medians.get(who, "") for who in ("ours", "seeding", *OTHERS)]
-        lines.append([name, *columns, *(ratios.get(who, "") for who in OTHERS)])
-        print(f"{name}: {medians['ours']:.3f} s, " + ", ".join(f"{x:.2f} times {who}" for who, x in ratios.items()))
-        save(about | {"cases": figures}, __file__, given.out)
-    table(["seconds", "ours", "seeding", *OTHERS, *(f"ours / {who}" for who in OTHERS)], lines)
+    table_rows = []
+    for case, functions in cases.items():
+        with threadpool_limits(args.threads):
+            seconds = time_interleaved(functions, rounds=args.rounds, device=device)
+        medians = {name: statistics.median(rounds) for name, rounds in seconds.items()}
+        ratios = {name: median_ratio(seconds["ours"], seconds[name]) for name in COMPETITORS if name in seconds}
+        figures[case] = {"seconds": medians, "ours_over": ratios, "rounds": seconds}
+        columns = [medians.get(name, "") for name in ("ours", "seeding", *COMPETITORS)]
+        table_rows.append([case, *columns, *(ratios.get(name, "") for name in COMPETITORS)])
+        print(f"{case}: {medians['ours']:.3f} s, " + ", ".join(f"{x:.2f} times {name}" for name, x in ratios.items()))
+        save_figures(setup | {"cases": figures}, __file__, args.out)
+    header = ["seconds", "ours", "seeding", *COMPETITORS, *(f"ours / {name}" for name in COMPETITORS)]
+    print_table(header, table_rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Where the time of a step goes on a device, kernel by kernel.
+"""Where the time of a training step goes on a device, kernel by kernel.
 
     python benchmarks/kernels.py [--method propos] [--batches 16] [OVERRIDES of deepclust train]
 
-The method is trained by the bare loop of `step.py`, `--rounds` epochs of so many batches after a first one that is not
-counted: images a second, and seconds of the E-step, of which those that the features took. Then a few steps under
-torch's profiler: for how much of the time the device is busy, with how many kernels, and what they do. On a CPU the
-operations of torch stand in for kernels.
+The method is trained by `BareLoop` (training_loops.py), one epoch without a clock and then `--rounds` timed epochs of
+`--batches` batches each. This gives images a second, the seconds of the E-step, and how many of those seconds the
+features take. A few steps under torch's profiler follow. They tell for how much of the time the device is busy, with
+how many kernels, and what the kernels do. On a CPU, torch's operations are counted instead of kernels.
 """
 
 import statistics
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import options, save, table, wait
-from step import Bare, Work, configuration
+from measure import make_argument_parser, print_table, save_figures, synchronize
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from training_loops import BareLoop, TrainingSetup, compose_short_run
 
-from deepclust.engine.lightning import silence_lightning
+from deepclust.engine.lightning_settings import silence_lightning
 
-PROFILED = 4  # steps
-KINDS = {  # the first that is found in the name of a kernel
+NUM_PROFILED_STEPS = 4
+KERNEL_KINDS = {  # the first kind of which a part is found in the name of a kernel
     "fused reductions": ("triton_red", "triton_per"),
     "fused elementwise": ("triton",),
     "convolution, weights' gradient": ("wgrad",),
@@ -35,90 +35,93 @@ KINDS = {  # the first that is found in the name of a kernel
 }
 
 
-def kind_of(name: str) -> str:
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+def classify_kernel(name: str) -> str:
+    return next((kind for kind, parts in KERNEL_KINDS.items() if any(part in name for part in parts)), "other")
 
 
-def measure(method: str, overrides: list[str], *, batches: int, rounds: int, folder: Path) -> dict[str, Any]:
+def measure_method(method: str, overrides: list[str], *, batches: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Return the figures of one method."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = configuration(method, overrides, batches, rounds + 1, folder)
+    cfg = compose_short_run(method, overrides, batches=batches, epochs=rounds + 1, folder=folder)
     torch.backends.cudnn.benchmark = cfg.hardware.benchmark
-    work = Work(cfg)
-    batches = min(batches, work.datamodule.batches_per_epoch)
-    one = Bare(work, device, batches)
-    encode_all, features = one.method.encode_all, [0.0]
+    setup = TrainingSetup(cfg)
+    batches = min(batches, setup.datamodule.batches_per_epoch)
+    loop = BareLoop(setup, device, batches)
+    encode_all, feature_seconds = loop.method.encode_all, [0.0]
 
-    def timed(*given: Any) -> torch.Tensor:
-        wait(device)
+    def timed_encode_all(*args: Any) -> torch.Tensor:
+        synchronize(device)
         start = time.perf_counter()
-        rows = encode_all(*given)
-        wait(device)
-        features[-1] += time.perf_counter() - start
-        return rows
+        features = encode_all(*args)
+        synchronize(device)
+        feature_seconds[-1] += time.perf_counter() - start
+        return features
 
-    one.method.encode_all = timed  # type: ignore[method-assign]
-    seconds, e_steps = [], []
+    loop.method.encode_all = timed_encode_all  # type: ignore[method-assign]
+    step_seconds, e_step_seconds = [], []
     for _ in range(rounds + 1):
-        features.append(0.0)
-        before = one.method.e_step_seconds
-        seconds.append(one.epoch() / batches)
-        e_steps.append(one.method.e_step_seconds - before)
-    indices = one.datamodule.epoch_indices(0, one.method.sampling_weights())
-    raws = [one.datamodule.read_batch(indices[n % len(indices)], 0, n) for n in range(PROFILED)]
-    wait(device)
+        feature_seconds.append(0.0)
+        e_step_seconds_before = loop.method.e_step_seconds
+        step_seconds.append(loop.run_epoch() / batches)
+        e_step_seconds.append(loop.method.e_step_seconds - e_step_seconds_before)
+    indices = loop.datamodule.draw_epoch_batches(0, loop.method.sampling_weights())
+    raw_batches = [loop.datamodule.read_batch(indices[n % len(indices)], 0, n) for n in range(NUM_PROFILED_STEPS)]
+    synchronize(device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, acc_events=True) as profiler:
-        for raw in raws:
-            one.step(raw)
-        wait(device)
-    wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
-    events = [e for e in profiler.events() if e.device_type == wanted]
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    kinds: dict[str, float] = defaultdict(float)
+        for raw_batch in raw_batches:
+            loop.run_step(raw_batch)
+        synchronize(device)
+    device_type = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    events = [e for e in profiler.events() if e.device_type == device_type]
+    seconds_and_calls: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # in one step, by kernel
+    seconds_by_kind: dict[str, float] = defaultdict(float)  # in one step
     for event in events:
-        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        spent[event.name][0] += taken / 1e6 / PROFILED
-        spent[event.name][1] += 1 / PROFILED
-        kinds[kind_of(event.name)] += taken / 1e6 / PROFILED
-    first, last = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
-    median = statistics.median(seconds[1:])
+        microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        seconds = microseconds / 1e6 / NUM_PROFILED_STEPS
+        seconds_and_calls[event.name][0] += seconds
+        seconds_and_calls[event.name][1] += 1 / NUM_PROFILED_STEPS
+        seconds_by_kind[classify_kernel(event.name)] += seconds
+    first_start, last_end = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
+    longest = sorted(seconds_and_calls, key=lambda name: -seconds_and_calls[name][0])[:40]
+    seconds_per_step = statistics.median(step_seconds[1:])
     return {
         "method": method,
         "batch_size": cfg.batch_size,
-        "images_per_second": cfg.batch_size / median,
-        "seconds_per_step": median,
-        "e_step_seconds": statistics.median(e_steps[1:]),
-        "features_seconds": statistics.median(features[2:]),
+        "images_per_second": cfg.batch_size / seconds_per_step,
+        "seconds_per_step": seconds_per_step,
+        "e_step_seconds": statistics.median(e_step_seconds[1:]),
+        "features_seconds": statistics.median(feature_seconds[2:]),
         "profiled": {
-            "seconds_per_step": (last - first) / 1e6 / PROFILED,
-            "busy": sum(kinds.values()),
-            "kernels": len(events) / PROFILED,
-            "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-            "longest": [[name, *spent[name]] for name in sorted(spent, key=lambda name: -spent[name][0])[:40]],
+            "seconds_per_step": (last_end - first_start) / 1e6 / NUM_PROFILED_STEPS,
+            "busy": sum(seconds_by_kind.values()),
+            "kernels": len(events) / NUM_PROFILED_STEPS,
+            "kinds": dict(sorted(seconds_by_kind.items(), key=lambda item: -item[1])),
+            "longest": [[name, *seconds_and_calls[name]] for name in longest],
         },
     }
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=3)
+    parser = make_argument_parser(__doc__, rounds=3)
     parser.add_argument("--method", default="propos")
-    parser.add_argument("--batches", type=int, default=16, help="of an epoch")
+    parser.add_argument("--batches", type=int, default=16, help="number of batches in an epoch")
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     silence_lightning()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(
-            given.method, given.overrides, batches=given.batches, rounds=given.rounds, folder=Path(folder)
+        figures = measure_method(
+            args.method, args.overrides, batches=args.batches, rounds=args.rounds, folder=Path(folder)
         )
-    save(figures, __file__, given.out)
+    save_figures(figures, __file__, args.out)
     profiled = figures["profiled"]
     print(
         f"{figures['images_per_second']:.0f} images/s, {1e3 * figures['seconds_per_step']:.1f} ms a step; E-step "
         f"{figures['e_step_seconds']:.2f} s, {figures['features_seconds']:.2f} s of it features; profiled, the device "
         f"is busy for {1e3 * profiled['busy']:.1f} of {1e3 * profiled['seconds_per_step']:.1f} ms"
     )
-    table(["what", "ms a step"], [[kind, 1e3 * taken] for kind, taken in profiled["kinds"].items()])
+    print_table(["what", "ms a step"], [[kind, 1e3 * seconds] for kind, seconds in profiled["kinds"].items()])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: configurations, timing in turns, what they ran on, and where the figures go."""
+"""What all benchmarks share: options, configurations, timing, the description of the machine, and output."""
 
 import argparse
 import json
@@ -20,21 +20,24 @@ from omegaconf import DictConfig
 from deepclust.engine.launch import keep_freed_memory
 from deepclust.runs.provenance import read_commit, read_versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS_FOLDER = Path(__file__).parent / "results"
 
 
-def options(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has; its docstring is the description. The process is set up as commands are."""
+def make_argument_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that every benchmark has; `description` is the docstring of the script.
+
+    It also makes this process keep the memory that tensors free, as every `deepclust` command does.
+    """
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="in turns, of which medians are taken")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
-    parser.add_argument("--out", type=Path, help="the JSON file; otherwise one in benchmarks/results")
+    parser.add_argument("--rounds", type=int, default=rounds, help="number of rounds; medians over them are reported")
+    parser.add_argument("--threads", type=int, default=1, help="number of torch's threads on a CPU")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: one in benchmarks/results)")
     return parser
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The configuration of `deepclust train OVERRIDES`."""
+def compose_train(*overrides: str) -> DictConfig:
+    """Return the configuration of `deepclust train OVERRIDES`."""
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         choices = compose("train", overrides=list(overrides), return_hydra_config=True).hydra.runtime.choices
         cfg = compose("train", overrides=list(overrides))
@@ -43,48 +46,54 @@ def composed(*overrides: str) -> DictConfig:
     return cfg
 
 
-def here() -> list[str]:
-    """Overrides for this machine: CIFAR-10 and the fast way on a GPU, small images and one process elsewhere."""
+def default_overrides() -> list[str]:
+    """Return overrides that suit this machine: CIFAR-10 and `hardware=gpu` on a GPU, small images on a CPU."""
     return ["dataset=cifar10", "hardware=gpu"] if torch.cuda.is_available() else ["dataset=usps", "hardware=cpu"]
 
 
-def wait(device: torch.device | str) -> None:
-    """Until a GPU has done what it was given."""
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a GPU has finished its work; return at once on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
-def in_turns(
-    works: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device | str = "cpu"
+def time_interleaved(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each round, one after the other in every round; each is done once before, unmeasured."""
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            wait(device)
+    """Return the seconds that each function takes in each round.
+
+    In every round the functions run one after the other. One round without a clock comes first.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(rounds + 1):
+        for name, function in functions.items():
+            synchronize(device)
             start = time.perf_counter()
-            work()
-            wait(device)
-            if turn:
-                taken[name].append(time.perf_counter() - start)
-    return taken
+            function()
+            synchronize(device)
+            if round_number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median over the rounds of one time by another of the same round."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median over the rounds of the ratio of two times of the same round."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 @cache
-def machine() -> dict[str, Any]:
-    """What was run, on what; as it was when first asked, for results that are written change the tree."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+def describe_machine() -> dict[str, Any]:
+    """Return the command, the commit, the machine and the versions.
+
+    The first answer is kept: a results file that the benchmark writes would otherwise mark the commit as modified.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "command": " ".join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
         "commit": read_commit(),
-        "processor": names[0] if names else platform.processor(),
+        "processor": processors[0] if processors else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -93,24 +102,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(figures: dict[str, Any], script: str, out: Path | None) -> None:
-    """Write the figures, and what they were taken on, as JSON."""
+def save_figures(figures: dict[str, Any], script: str, out: Path | None) -> None:
+    """Write the figures and the description of the machine as JSON to `out`, or to a file named after the script."""
     kind = "gpu" if torch.cuda.is_available() else "cpu"
-    file = out or RESULTS / f"{Path(script).stem}_{kind}.json"
+    file = out or RESULTS_FOLDER / f"{Path(script).stem}_{kind}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
+    file.write_text(json.dumps({"machine": describe_machine(), **figures}, indent=2) + "\n")
     print(f"written: {os.path.relpath(file)}", flush=True)
 
 
-def bare_packages(code: Path, *names: str) -> None:
-    """Make packages in the folder `code` importable without what their __init__ files import."""
-    for name in names:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(code / name)]
+def skip_package_init(code: Path, *packages: str) -> None:
+    """Make modules of packages in the folder `code` importable without running the packages' `__init__.py`."""
+    for package in packages:
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(code / package)]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows of text and numbers in columns, numbers to three digits."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows of text and numbers in aligned columns, with three significant digits for floats."""
     texts = [list(header), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows)]
     widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
     for first, *others in texts:

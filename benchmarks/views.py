@@ -1,10 +1,11 @@
-"""ProPos's two views, images a second and core: batched (ours) against torchvision, image after image.
+"""The two views of ProPos in images a second: ours in a batch, against torchvision image by image and against kornia.
 
     python benchmarks/views.py [--images 256] [--size 32] [--rounds 9]
 
-Both do the recipe of conf/views/propos.yaml and normalise, on one thread, in turns; medians over the rounds.
-Ours starts from a uint8 tensor, torchvision from PIL images that are decoded already; both end with a float
-tensor per view. kornia takes part where it is installed; on a GPU, ours and kornia's are timed there as well.
+All sides make the views of conf/views/propos.yaml and normalise them, on one thread. They take turns, and figures are
+medians over the rounds. Ours starts from a uint8 tensor and torchvision from PIL images that are already decoded; both
+end with one float tensor for each view. kornia is timed where it is installed. Where there is a GPU, ours and kornia's
+are timed on it as well.
 """
 
 import importlib.util
@@ -14,30 +15,30 @@ from collections.abc import Callable
 import torch
 import torchvision.transforms as T
 from hydra import compose, initialize_config_module
-from measure import in_turns, options, ratio, save, table
+from measure import make_argument_parser, median_ratio, print_table, save_figures, time_interleaved
 from torch import Tensor
 
 from deepclust.config.build import build
-from deepclust.engine.randomness import generator
+from deepclust.engine.randomness import make_generator
 from deepclust.views.multiview import MultiView
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
-Views = Callable[[], tuple[Tensor, ...]]
+MakeViews = Callable[[], tuple[Tensor, ...]]
 
 
-def ours(images: Tensor) -> Views:
-    """Our two views of uint8 images (N, 3, H, W)."""
+def deepclust_views(images: Tensor) -> MakeViews:
+    """Return a function that makes our two views of uint8 images (N, 3, H, W)."""
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         overrides = [f"+dataset.image_size={images.shape[-1]}"]
         pipelines = build(compose("views/propos", overrides=overrides).views)
     views = MultiView(pipelines=pipelines, names=["weak", "weak"], mean=MEAN, std=STD)
-    draws, n = generator("benchmark"), len(images)
-    return lambda: views(images, draws, rows=slice(0, n), total=n)
+    generator, n = make_generator("benchmark"), len(images)
+    return lambda: views(images, generator, rows=slice(0, n), global_batch_size=n)
 
 
-def torchvision_on_pil(images: Tensor) -> Views:
-    """torchvision's two views of the same images, one PIL image after the other."""
-    pictures = [T.functional.to_pil_image(image) for image in images]
+def torchvision_views(images: Tensor) -> MakeViews:
+    """Return a function that makes torchvision's two views of the same images, PIL image by PIL image."""
+    pil_images = [T.functional.to_pil_image(image) for image in images]
     transform = T.Compose(
         [
             T.RandomResizedCrop(images.shape[-1]),
@@ -48,11 +49,11 @@ def torchvision_on_pil(images: Tensor) -> Views:
             T.Normalize(MEAN, STD),
         ]
     )
-    return lambda: tuple(torch.stack([transform(picture) for picture in pictures]) for _ in range(2))
+    return lambda: tuple(torch.stack([transform(image) for image in pil_images]) for _ in range(2))
 
 
-def kornia_batched(images: Tensor) -> Views:
-    """kornia's two views of the same images, batched."""
+def kornia_views(images: Tensor) -> MakeViews:
+    """Return a function that makes kornia's two views of the same images, in a batch."""
     import kornia.augmentation as K
 
     size = images.shape[-1]
@@ -67,26 +68,31 @@ def kornia_batched(images: Tensor) -> Views:
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=9)
-    parser.add_argument("--images", type=int, default=256, help="in a batch")
-    parser.add_argument("--size", type=int, default=32, help="pixels")
-    given = parser.parse_args()
+    parser = make_argument_parser(__doc__, rounds=9)
+    parser.add_argument("--images", type=int, default=256, help="number of images in the batch")
+    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    shape = (given.images, given.size, given.size, 3)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator("pixels")).permute(0, 3, 1, 2)
-    works: dict[str, Views] = {"deepclust": ours(images), "torchvision": torchvision_on_pil(images)}
-    peers = {"kornia": kornia_batched} if importlib.util.find_spec("kornia") else {}
+    shape = (args.images, args.size, args.size, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=make_generator("pixels")).permute(0, 3, 1, 2)
+    has_kornia = importlib.util.find_spec("kornia") is not None
+    contestants = {"deepclust": deepclust_views(images), "torchvision": torchvision_views(images)}
     if torch.cuda.is_available():
-        there = images.cuda()
-        works["deepclust on the GPU"] = ours(there)
-        works |= {f"{name} on the GPU": peer(there) for name, peer in peers.items()}
-    works |= {name: peer(images) for name, peer in peers.items()}
-    seconds = in_turns(works, rounds=given.rounds, device=there.device if torch.cuda.is_available() else "cpu")
-    speed = {name: given.images / statistics.median(taken) for name, taken in seconds.items()}
-    times = {name: ratio(seconds["torchvision"], taken) for name, taken in seconds.items()}
-    figures = {"images": given.images, "size": given.size, "views": 2, "images_per_second": speed}
-    save(figures | {"times_torchvision": times, "rounds": seconds}, __file__, given.out)
-    table(["two views, one thread", "images/s", "times torchvision"], [[n, speed[n], times[n]] for n in works])
+        contestants["deepclust on the GPU"] = deepclust_views(images.cuda())
+        if has_kornia:
+            contestants["kornia on the GPU"] = kornia_views(images.cuda())
+    if has_kornia:
+        contestants["kornia"] = kornia_views(images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = time_interleaved(contestants, rounds=args.rounds, device=device)
+    images_per_second = {name: args.images / statistics.median(rounds) for name, rounds in seconds.items()}
+    times = {name: median_ratio(seconds["torchvision"], rounds) for name, rounds in seconds.items()}
+    figures = {"images": args.images, "size": args.size, "views": 2, "images_per_second": images_per_second}
+    save_figures(figures | {"times_torchvision": times, "rounds": seconds}, __file__, args.out)
+    print_table(
+        ["two views, one thread", "images/s", "times torchvision"],
+        [[name, images_per_second[name], times[name]] for name in contestants],
+    )
 
 
 if __name__ == "__main__":

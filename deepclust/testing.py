@@ -1,4 +1,4 @@
-"""Checks of the contract that every method keeps; they run on your own method as they do on ours.
+"""Checks of the contract that every method keeps, for your own methods as for those of this package.
 
 from deepclust.testing import check_losses
 check_losses(method, batch)
@@ -19,18 +19,23 @@ def make_batch(
     companions: Tensor | None = None,
     seed: int = 0,
 ) -> TrainBatch:
-    """A batch of given views (N, ...), and of P companions (N, P) of each, of images drawn from `num_images`."""
-    size = len(views[0])
-    indices = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:size]
-    draws = Draws(key=(seed,), first=0, total=size)
+    """Return a batch of these views (N, ...), whose indices are drawn at random from a fit set of `num_images`.
+
+    `companions` (N, P) are positions in the fit set, and `companion_views` their P views (N, ...).
+    """
+    batch_size = len(views[0])
+    indices = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:batch_size]
+    draws = Draws(key=(seed,), first_row=0, global_batch_size=batch_size)
     return TrainBatch(views, indices, draws, companion_views=companion_views, companions=companions)
 
 
 def check_losses(method: ClusteringMethod, batch: TrainBatch) -> None:
-    """The terms are named, finite scalars, and together they move every parameter that is to be trained.
+    """Check that the loss terms are finite scalars, and that every trainable parameter gets a gradient from them.
+
+    Every trainable parameter must also belong to a group of `parameter_groups`.
 
     Raises:
-        AssertionError: saying which term or parameter is at fault.
+        AssertionError: if not; it names the term or the parameters.
     """
     terms = method.losses(batch)
     assert terms, "no loss term"
@@ -38,18 +43,18 @@ def check_losses(method: ClusteringMethod, batch: TrainBatch) -> None:
         assert term.dim() == 0 and torch.isfinite(term), f"the term {name} is {term}"
     method.zero_grad()
     torch.stack(list(terms.values())).sum().backward()
-    still = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
-    assert not still, f"no gradient reaches {', '.join(still)}"
+    without_gradient = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without_gradient, f"no gradient reaches {', '.join(without_gradient)}"
     grouped = {id(p) for group in method.parameter_groups() for p in group["params"]}
-    left = [n for n, p in method.named_parameters() if p.requires_grad and id(p) not in grouped]
-    assert not left, f"no optimiser group holds {', '.join(left)}"
+    ungrouped = [name for name, p in method.named_parameters() if p.requires_grad and id(p) not in grouped]
+    assert not ungrouped, f"no optimiser group holds {', '.join(ungrouped)}"
 
 
 def check_assignments(method: ClusteringMethod, features: Tensor) -> None:
-    """The method's own rule, where it has one, gives each row of features (M, D) finite logits of K clusters.
+    """Check that the method's own rule, if it has one, maps features (M, D) to finite logits (M, K).
 
     Raises:
-        AssertionError: where it does not.
+        AssertionError: if not.
     """
     logits = method.cluster_logits(features)
     if logits is not None:

@@ -1,4 +1,4 @@
-"""What the tests share: composed configurations and whole runs on real images."""
+"""Shared by all tests: composed configurations, and whole runs on real images."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,13 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from tests.toy_verb import toy  # noqa: F401  a fixture for all tests
+from tests.toy_verb import toy_verb  # noqa: F401  this makes the fixture known to all tests
 
 hypothesis.settings.register_profile("same", derandomize=True)  # the same examples in every run
-hypothesis.settings.register_profile("search", derandomize=False)
+hypothesis.settings.register_profile("search", derandomize=False)  # new examples in every run
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-SMALL = [  # ProPos on digits in about a second an epoch
+SMALL_RUN = [  # ProPos on the digits with a small network, about a second for an epoch
     "hardware=cpu",
     "trainer.max_epochs=2",
     "method.hidden_size=64",
@@ -27,7 +27,7 @@ SMALL = [  # ProPos on digits in about a second an epoch
 
 
 def compose_train(*overrides: str) -> DictConfig:
-    """The configuration of `deepclust train OVERRIDES`."""
+    """Return the configuration of `deepclust train OVERRIDES`."""
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
         choices = cfg.hydra.runtime.choices
@@ -38,13 +38,13 @@ def compose_train(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def run_small(tmp_path: Path):
-    """A function that trains with SMALL and more overrides in a folder of its own; gives (results, folder)."""
+def train_small(tmp_path: Path):
+    """A function that trains with SMALL_RUN and more overrides in the folder `name`, and returns (results, folder)."""
     from deepclust.commands.train import run
 
-    def run_it(*overrides: str, name: str = "run") -> tuple[dict[str, Any], Path]:
+    def train(*overrides: str, name: str = "run") -> tuple[dict[str, Any], Path]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return run(compose_train(*SMALL, *overrides), folder), folder
+        return run(compose_train(*SMALL_RUN, *overrides), folder), folder
 
-    return run_it
+    return train

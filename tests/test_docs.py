@@ -1,27 +1,70 @@
-"""What docs/ tells a reader to write works as it stands there."""
+"""The documentation holds: its example trains, its names exist, its commands compose and the site builds."""
 
+import importlib
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
 
 from deepclust.commands.train import run
 from tests.conftest import compose_train
+from tests.test_imports import FLOORS
 
-TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-IMPORTS = (
-    "from torch import nn\n"
-    "from deepclust.engine import distributed\n"
-    "from deepclust.methods.base import ClusteringMethod\n"
+ROOT = Path(__file__).parents[1]
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "multirun/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PLACEHOLDERS = ("my_conf", "mypkg", "mine", "NAME", "METHOD", "methods/x", "method/x", "test_x")
+NOT_COMPOSED = ("--help", "...", "my_conf", "hydra/launcher")  # incomplete, or needs a plugin or a package of your own
+
+
+def read_code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def read_commands(text: str) -> list[str]:
+    """Return the commands of `deepclust` in the indented blocks and the code spans of a page, without comments."""
+    blocks = "\n".join(re.findall(r"^    (.*)$", text, re.MULTILINE)).replace("\\\n", " ")
+    spans = re.findall(r"`(deepclust [^`]+)`", text.replace("\n", " "))
+    lines = [line.split(" #")[0].strip() for line in [*blocks.split("\n"), *spans]]
+    return [line for line in lines if re.match(r"deepclust [a-z]", line)]
+
+
+COMMANDS = sorted(
+    {
+        command
+        for page in PAGES
+        for command in read_commands(page.read_text())
+        if not any(part in command for part in NOT_COMPOSED)
+    }
 )
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+def find_object(name: str) -> Any:
+    """Return the module, class or function of a dotted name."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
 
 
 def test_the_smallest_method_trains(tmp_path, monkeypatch):
-    (code,), (config,) = blocks("python"), blocks("yaml")
+    (code,), (config,) = read_code_blocks(EXTENDING, "python"), read_code_blocks(EXTENDING, "yaml")
     (tmp_path / "mypkg").mkdir()
-    (tmp_path / "mypkg" / "entropy.py").write_text(IMPORTS + code)
+    (tmp_path / "mypkg" / "entropy.py").write_text(code)
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
     (tmp_path / "my_conf" / "method" / "entropy.yaml").write_text(config)
     monkeypatch.syspath_prepend(tmp_path)
@@ -31,6 +74,55 @@ def test_the_smallest_method_trains(tmp_path, monkeypatch):
     assert results["method"] == "entropy" and results["health"]["cluster_size_entropy"] > 0.5
 
 
-def test_files_that_are_named_exist():
-    for name in re.findall(r"`((?:conf|tests|deepclust)/[\w./]+\.\w+)`", TEXT):
-        assert (Path(__file__).parents[1] / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_exist(page: Path):
+    text = page.read_text()
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not any(name in span for name in PLACEHOLDERS)]
+    files = [span for span in spans if re.fullmatch(r"(conf|tests|deepclust|docs|benchmarks)/[\w./]*", span)]
+    assert not [name for name in files if not (ROOT / name).exists()]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert not [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    for name in [span for span in spans if re.fullmatch(r"deepclust(\.\w+)+", span)]:
+        find_object(name)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_composes(command: str):
+    _, verb, *overrides = shlex.split(command)
+    is_sweep = "-m" in overrides
+    overrides = [override for override in overrides if "=" in override or override.startswith("~")]
+    if is_sweep:  # the first job
+        overrides = [override.split(",")[0] for override in overrides]
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        compose(verb, overrides=overrides)
+
+
+def test_architecture_lists_the_floors_of_the_imports():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert {int(floor): set(re.findall(r"`(\w+)`", rooms)) for floor, rooms in rows} == FLOORS
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    described = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
+    assert sorted(phony.split()) == sorted(described)
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site needs the extra `docs`, which `make test-all` installs")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {page.name: page.read_text() for page in site.glob("*.html")}
+    assert {page.with_suffix(".html").name for page in (ROOT / "docs").glob("*.md")} <= pages.keys()
+    assert "deepclust.methods.base.ClusteringMethod.losses" in pages["api.html"]
+    assert not [name for name, page in pages.items() if "fonts.googleapis" in page]

@@ -1,4 +1,4 @@
-"""A method, a data set and views of a package outside ours, without a fork."""
+"""A method, a data set and views in a package of the user work without a fork of ours."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 METHOD = '''
-"""An autoencoder's smallest cousin: a linear head that tells views of an image from those of others."""
+"""A contrastive method: a linear head tells the views of an image from those of other images."""
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ class Mine(ClusteringMethod):
         a, b = (nn.functional.normalize(self.head(self.backbone(view)), dim=1) for view in batch.views)
         return {"contrast": nn.functional.cross_entropy(a @ b.T / self.temperature, torch.arange(len(a)))}
 '''
-DATA = '''
-"""Squares and stripes."""
+DATASET = '''
+"""Images of squares and of stripes, in noise."""
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def load(*, size):
     return ImageSet(source, source, labels=labels)
 '''
 VIEWS = '''
-"""A transform of our own: a little noise."""
+"""A transform that adds noise."""
 
 import torch
 
@@ -60,7 +60,7 @@ class Noise:
 FILES = {
     "mypkg/__init__.py": "",
     "mypkg/mine.py": METHOD,
-    "mypkg/shapes.py": DATA,
+    "mypkg/shapes.py": DATASET,
     "mypkg/noise.py": VIEWS,
     "my_conf/method/mine.yaml": """
 # @package _global_
@@ -94,21 +94,21 @@ weak:
 }
 
 
-def test_a_package_outside_ours(tmp_path: Path):
+def test_package_of_the_user_trains(tmp_path: Path):
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.lstrip("\n"))
     command = [sys.executable, "-c", "from deepclust.cli.main import main; raise SystemExit(main())", "train"]
-    chosen = ["method=mine", "dataset=shapes", "views=noise", "backbone=conv_small", "hardware=cpu"]
+    overrides = ["method=mine", "dataset=shapes", "views=noise", "backbone=conv_small", "hardware=cpu"]
     done = subprocess.run(
-        [*command, "--config-dir", "my_conf", *chosen, "hydra.run.dir=run"],
+        [*command, "--config-dir", "my_conf", *overrides, "hydra.run.dir=run"],
         cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["method"] == "mine" and results["dataset"] == "shapes"
-    assert results["scores"]["method"] is None, "it has no rule of its own"
+    assert results["scores"]["method"] is None, "the method has no rule of its own"
     assert results["scores"]["kmeans"]["acc"] > 0.95
     assert len((tmp_path / "run/assignments.csv").read_text().splitlines()) == 129

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class ConvNet(nn.Module):
     """3x3 convolutions with batch normalisation and ReLU; (N, channels, H, W) -> (N, num_features).
 
-    A 2x2 max-pool follows the layers numbered in `pool_after` (from 1). The maps are averaged to `grid` x `grid` cells
-    and flattened, so that where a stroke lies is kept; num_features = widths[-1] * grid^2.
+    A 2x2 max-pool follows the layers whose numbers (from 1) are in `pool_after`. The maps are averaged over `grid` x
+    `grid` cells and flattened, so that the position of a stroke is kept; num_features = widths[-1] * grid^2.
     """
 
     def __init__(self, *, in_channels: int, widths: Sequence[int], pool_after: Sequence[int], grid: int) -> None:

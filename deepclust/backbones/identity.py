@@ -1,4 +1,4 @@
-"""No network: vectors, or the pixels themselves, are the features."""
+"""A backbone without a network: the features are the vectors or pixels themselves."""
 
 from torch import Tensor, nn
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class Mlp(nn.Module):
     """Linear layers with ReLU between them; (N, channels, image_size, image_size) -> (N, num_features).
 
-    Starts He-normal with biases 0. (With torch's smaller default LNSCC's embeddings of the digits began as one clump,
-    and some seeds left a class in pieces.)
+    Weights are initialised He-normal and biases with 0. With the smaller default of torch, LNSCC's embeddings of the
+    digits started so close together that some seeds split a class.
     """
 
     def __init__(self, *, channels: int, image_size: int, hidden_sizes: Sequence[int], num_features: int) -> None:
@@ -21,7 +21,7 @@ class Mlp(nn.Module):
             size = hidden
         self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(size, num_features))
         self.num_features = num_features
-        start_he_normal(self)
+        initialize_he_normal(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
@@ -30,8 +30,8 @@ class Mlp(nn.Module):
 class ResidualMlp(nn.Module):
     """LNSCC's encoder (Ma and Kim 2022); (N, channels, image_size, image_size) -> (N, num_features).
 
-    For each hidden size a linear layer, leaky ReLU of slope 0.1 and layer normalisation, then a residual block through
-    twice the width; a linear layer at the end.
+    For each hidden size, there are a linear layer, a leaky ReLU of slope 0.1, layer normalisation and a residual block
+    of twice the width. A linear layer follows at the end.
     """
 
     def __init__(self, *, channels: int, image_size: int, hidden_sizes: Sequence[int], num_features: int) -> None:
@@ -43,14 +43,14 @@ class ResidualMlp(nn.Module):
             size = hidden
         self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(size, num_features))
         self.num_features = num_features
-        start_he_normal(self)
+        initialize_he_normal(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
 
 
 class ResidualBlock(nn.Module):
-    """Rows (N, `size`) and what two linear layers make of them, added and sent through a leaky ReLU of slope 0.1."""
+    """The sum of rows (N, size) and two linear layers of them, followed by a leaky ReLU of slope 0.1."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class ResidualBlock(nn.Module):
         return self.activation(rows + self.inside(rows))
 
 
-def start_he_normal(network: nn.Module) -> None:
-    """Draw the weights of all linear layers He-normal, and set their biases to 0."""
+def initialize_he_normal(network: nn.Module) -> None:
+    """Initialise the weights of all linear layers He-normal and their biases with 0."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="leaky_relu")

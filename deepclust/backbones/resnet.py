@@ -1,20 +1,25 @@
-"""ResNets with the stems that small images need."""
+"""ResNets, also with stems for small images."""
 
 from typing import Literal
 
 from torch import Tensor, nn
 from torchvision import models
 
-from deepclust.backbones.pretrained import load_state, torchvision_weights
+from deepclust.backbones.pretrained import load_state_dict_except, load_torchvision_weights
 
 
 class ResNet(nn.Module):
     """torchvision's ResNet without its classifier; (N, channels, H, W) -> (N, num_features).
 
-    Stems: `imagenet`, 7x7 stride 2 and a 3x3 max-pool; `cifar`, 3x3 stride 1 and no pool, for 32 pixels; `cifar_pool`,
-    3x3 stride 1 and a 2x2 max-pool with padding 1, for 64 and 96 pixels. Convolutions start He-normal (fan-out); a
-    replaced stem keeps torch's default, as in ProPos's code. `weights` (torchvision's by name, or a file) fill all but
-    a replaced stem.
+    Args:
+        depth: number of layers.
+        stem: `imagenet` has a 7x7 convolution of stride 2 and a 3x3 max-pool; `cifar`, for images of about 32 pixels, a
+            3x3 convolution of stride 1 and no pool; `cifar_pool`, for 64 and 96 pixels, a 3x3 convolution of stride 1
+            and a 2x2 max-pool with padding 1.
+        in_channels: channels of the images.
+        weights: the name of weights of torchvision or a file. They are loaded into all layers but a replaced stem.
+
+    Convolutions are initialised He-normal (fan-out). A replaced stem keeps torch's default, as in the code of ProPos.
     """
 
     def __init__(
@@ -28,9 +33,9 @@ class ResNet(nn.Module):
         super().__init__()
         network = getattr(models, f"resnet{depth}")()
         if weights is not None:
-            state = torchvision_weights(f"resnet{depth}", weights)
-            fits = stem == "imagenet" and in_channels == 3
-            load_state(network, state, without=("fc.",) if fits else ("fc.", "conv1."))
+            state_dict = load_torchvision_weights(f"resnet{depth}", weights)
+            keeps_stem = stem == "imagenet" and in_channels == 3
+            load_state_dict_except(network, state_dict, prefixes=("fc.",) if keeps_stem else ("fc.", "conv1."))
         if stem != "imagenet":
             network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
             network.maxpool = nn.MaxPool2d(2, padding=1) if stem == "cifar_pool" else nn.Identity()

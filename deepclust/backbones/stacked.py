@@ -1,10 +1,13 @@
-"""One network on the features of another that stays as it is."""
+"""A backbone that trains one network on the features of another, which is frozen."""
 
 from torch import Tensor, nn
 
 
 class Stacked(nn.Module):
-    """(N, channels, H, W) -> what `then` makes of the vectors of `first`, each given to it as an image of one pixel."""
+    """(N, channels, H, W) -> (N, num_features): `then` applied to the features of `first`, which is frozen.
+
+    `then` gets each feature vector as an image of one pixel.
+    """
 
     def __init__(self, *, first: nn.Module, then: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Scores of a method: the only reader of labels."""
+"""Evaluation: one clean pass over the images, clusters by the method's own rule and by k-means, and their scores.
+
+Labels enter here and nowhere in training: without this callback the learned weights are the same, bit for bit.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,31 +11,54 @@ import torch
 from lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor
 
-from deepclust.clustering.distributed_kmeans import dealt_kmeans
+from deepclust.clustering.assignment_rules import (
+    assign_by_own_rule,
+    assign_to_centroids,
+    cluster_means,
+    mean_squared_distance,
+)
+from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
+from deepclust.clustering.kmeans import KMeansResult
 from deepclust.methods.base import ClusteringMethod
-from deepclust.metrics import Contingency, cluster_health, scores_from_table
-
-ROWS = 65536  # features at a time
+from deepclust.metrics import ClusteringScores, cluster_health, compute_scores
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What one clean pass over the evaluation images says."""
+    """The clusters, scores and health of a method on M evaluation images.
 
-    scores: dict[str, dict[str, float] | None]  # by rule, `method` and `kmeans`; fractions; None without rule or labels
-    health: dict[str, float]  # label-free
-    assignments: Tensor  # (M,) int64, by the method's own rule, else by k-means
-    confidence: Tensor  # (M,) in [0, 1]
-    features: Tensor  # (M, D)
-    assignment_state: dict[str, Tensor]  # what new images are assigned with
-    table: Tensor | None  # (C, K) counts, without labels None
+    Attributes:
+        scores: ACC, NMI and ARI as fractions, by rule (`method`, `kmeans`); None without that rule or labels.
+        health: what `cluster_health` says of the sizes of the clusters, without labels.
+        assignments: (M,) int64, by the method's own rule, or by k-means if it has none.
+        confidence: (M,) in [0, 1], of the assignments.
+        features: (M, D).
+        assignment_state: what assigns new images, for the checkpoint: k-means' centroids and scale, and cluster means.
+        contingency_table: (C, K) counts of images by class and assignment; None without labels.
+    """
+
+    scores: dict[str, dict[str, float] | None]
+    health: dict[str, float]
+    assignments: Tensor
+    confidence: Tensor
+    features: Tensor
+    assignment_state: dict[str, Tensor]
+    contingency_table: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Scores a method on a data set by its own rule and by k-means on its features.
+    """Evaluates a method: scores its own rule, and k-means on its features, against the labels of a data set.
 
-    `labels` (M,) are int64, -1 where unknown, or None; `images` is the source that they belong to.
+    Args:
+        images: the source of the M evaluation images.
+        labels: their labels (M,) int64, -1 where unknown; None if there are none.
+        num_classes: the number of classes C among the labels.
+        num_clusters: the number of clusters K.
+        kmeans_restarts: how often k-means starts anew; the best result counts.
+        kmeans_max_iterations: of one restart.
+        kmeans_tolerance: as in `kmeans`.
+        seed: of the restarts.
     """
 
     images: Any
@@ -45,108 +71,73 @@ class Evaluator:
     seed: int
 
     def __call__(self, method: ClusteringMethod, datamodule: LightningDataModule) -> EvaluationResult:
-        """One clean pass; on several processes each calls it and gets the same."""
+        """Evaluate `method` as it is now. Every process calls this and gets the same result."""
         batches = datamodule.clean_batches(self.images, method.device)  # type: ignore[attr-defined]
         features = method.encode_all(batches, len(self.images))
-        fitted = dealt_kmeans(
-            features,
-            num_clusters=self.num_clusters,
-            metric="euclidean",
-            num_restarts=self.kmeans_restarts,
-            max_iterations=self.kmeans_max_iterations,
-            tolerance=self.kmeans_tolerance,
-            key=(self.seed, "k-means on the features"),
-        )
-        scale = mean_squared_distance(features, fitted.centroids, fitted.assignments)
-        own = assign_by_own_rule(method, features)
-        assignments, confidence = own or assign_to_centroids(features, fitted.centroids, scale)
-        scores = {
-            "method": self.score(own[0])[0] if own else None,
-            "kmeans": self.score(fitted.assignments)[0],
-        }
-        health = cluster_health(torch.bincount(assignments, minlength=self.num_clusters))
-        table = self.score(assignments)[1]
+        kmeans_result = self.run_kmeans(features, purpose="k-means on the features")
+        centroids = kmeans_result.centroids
+        scale = mean_squared_distance(features, centroids, kmeans_result.assignments)
+        by_own_rule = assign_by_own_rule(method.cluster_logits, features)
+        assignments, confidence = by_own_rule or assign_to_centroids(features, centroids, scale)
         return EvaluationResult(
-            scores,
-            health,
-            assignments.cpu(),
-            confidence.cpu(),
-            features,
-            {
-                "kmeans_centroids": fitted.centroids,
+            scores={
+                "method": self.score(by_own_rule[0]) if by_own_rule else None,
+                "kmeans": self.score(kmeans_result.assignments),
+            },
+            health=cluster_health(torch.bincount(assignments, minlength=self.num_clusters)),
+            assignments=assignments.cpu(),
+            confidence=confidence.cpu(),
+            features=features,
+            assignment_state={
+                "kmeans_centroids": centroids,
                 "kmeans_scale": scale,
                 "cluster_means": cluster_means(features, assignments, self.num_clusters),
             },
-            table,
+            contingency_table=self.compute_contingency_table(assignments),
         )
 
     def score_pixels(self, *, max_values: int) -> dict[str, float] | None:
-        """Score k-means on the pixels of the evaluation images; None without labels or above `max_values` values."""
+        """Score k-means on the pixels of the evaluation images, a baseline for the features.
+
+        Returns None without labels, or if all images together have more than `max_values` values.
+        """
         if self.labels is None or len(self.images) * int(np.prod(self.images.shape)) > max_values:
             return None
         pixels = self.images.read(np.arange(len(self.images))).flatten(1).float() / 255
-        fitted = dealt_kmeans(
-            pixels,
+        return self.score(self.run_kmeans(pixels, purpose="k-means on pixels").assignments)
+
+    def run_kmeans(self, rows: Tensor, *, purpose: str) -> KMeansResult:
+        """Cluster rows (M, D) by k-means, with random numbers that depend on the seed and on `purpose`."""
+        return kmeans_on_all_ranks(
+            rows,
             num_clusters=self.num_clusters,
             metric="euclidean",
             num_restarts=self.kmeans_restarts,
             max_iterations=self.kmeans_max_iterations,
             tolerance=self.kmeans_tolerance,
-            key=(self.seed, "k-means on pixels"),
+            key=(self.seed, purpose),
         )
-        return self.score(fitted.assignments)[0]
 
-    def score(self, assignments: Tensor) -> tuple[dict[str, float] | None, Tensor | None]:
-        """ACC, NMI and ARI, and the count table; None, None without labels."""
+    def compute_contingency_table(self, assignments: Tensor) -> Tensor | None:
+        """Return the counts (C, K) of images by class and by assignment (M,), or None without labels."""
         if self.labels is None:
-            return None, None
-        metric = Contingency(num_clusters=self.num_clusters, num_classes=self.num_classes)
+            return None
+        metric = ClusteringScores(num_clusters=self.num_clusters, num_classes=self.num_classes)
         metric.update(assignments.cpu(), torch.from_numpy(self.labels))
-        table = metric.table[:-1]  # its last row counts the unlabelled
-        values = scores_from_table(table)
-        scores = {name: value for name in ("acc", "nmi", "ari") if (value := values[name]) is not None}
-        return scores or None, table  # none where every label is unknown
+        return metric.table[:-1]  # the last row counts the images of unknown class
 
-
-def assign_by_own_rule(method: ClusteringMethod, features: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Clusters (M,) and confidence (M,) of features (M, D) by the method's own rule; None where it has none."""
-    parts = []
-    with torch.no_grad():
-        for chunk in features.split(ROWS):
-            logits = method.cluster_logits(chunk)
-            if logits is None:
-                return None
-            parts.append((logits.argmax(1), logits.softmax(1).amax(1)))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def cluster_means(features: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:
-    """Mean features (K, D) of the clusters of features (M, D); nan where a cluster is empty."""
-    sums = features.new_zeros(num_clusters, features.shape[1]).index_add_(0, assignments, features)
-    return sums / torch.bincount(assignments, minlength=num_clusters)[:, None]
-
-
-def mean_squared_distance(features: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:
-    """Mean squared distance of features (M, D) to their own centroids (K, D); a scalar above 0."""
-    pairs = zip(features.split(ROWS), assignments.split(ROWS), strict=True)
-    total = torch.stack([(rows - centroids[own]).square().sum() for rows, own in pairs]).sum()
-    return (total / len(features)).clamp(min=1e-12)
-
-
-def assign_to_centroids(features: Tensor, centroids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Clusters (M,) and confidence (M,) of features (M, D): those of equal Gaussians at the centroids (K, D).
-
-    Confidence is the largest softmax of minus squared distance over 2 `scale`, the `mean_squared_distance` of the
-    features that the centroids were fitted to.
-    """
-    parts = [
-        (-torch.cdist(chunk, centroids).square() / (2 * scale)).softmax(1).max(1) for chunk in features.split(ROWS)
-    ]
-    return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
+    def score(self, assignments: Tensor) -> dict[str, float] | None:
+        """Return ACC, NMI and ARI of assignments (M,), or None without any known label."""
+        table = self.compute_contingency_table(assignments)
+        if table is None:
+            return None
+        all_scores = compute_scores(table)
+        scores = {name: value for name in ("acc", "nmi", "ari") if (value := all_scores[name]) is not None}
+        return scores or None
 
 
 class Evaluation(Callback):
-    """Logs the scores every `every_n_epochs` epochs as `eval/<rule>/<score>` and the health as `eval/<name>`."""
+    """Evaluates every `every_n_epochs` epochs; logs scores as `eval/<rule>/<score>` and health as `eval/<name>`."""
 
     def __init__(self, *, evaluator: Evaluator, every_n_epochs: int) -> None:
         self.evaluator = evaluator

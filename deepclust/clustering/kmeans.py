@@ -1,45 +1,47 @@
-"""k-means with greedy k-means++ seeding and restarts, by cosine or Euclidean distance.
+"""k-means by Lloyd's iterations, with restarts that all advance at once.
 
-Lloyd (1982), "Least squares quantization in PCM"; Arthur and Vassilvitskii (2007), "k-means++", in its greedy form.
-The cosine form is the E-step of ProPos (arXiv 2111.11821).
+Lloyd (1982), "Least squares quantization in PCM". The cosine form is the E-step of ProPos (arXiv 2111.11821). The steps
+live in files of their own:
+
+kmeans_seeding         where each restart begins (greedy k-means++)
+kmeans_distances       the nearest centroid of each row
+kmeans_empty_clusters  what happens to clusters without rows
+distributed_kmeans     restarts shared out over several processes
 
 cosine
-    Distance 1 - cos(x, c). Centroids are plain means of unit rows; only the distance normalises them. A cluster
-    without rows becomes the zero vector, at distance exactly 1 from every row.
+    The distance is 1 - cos(x, c). Centroids are plain means of unit rows; only the distance normalises them.
 euclidean
-    Distance |x - c|^2. A cluster without rows moves to the row farthest from its own centroid (the next such cluster to
-    the second farthest, ...), or stays where it was when no row is off its centroid.
+    The distance is |x - c|^2.
 
-The inertia is the sum of the rows' distances to their own centroids. All restarts advance side by side, a chunk of rows
-at a time, yet the outcome of each is the same whichever others are run: restarts can be dealt over processes.
+The inertia is the sum of the rows' distances to their own centroids. Although all restarts advance at once, a chunk of
+rows at a time, the outcome of each is the same whichever others run with it. So they can be shared out over processes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from deepclust.clustering.kmeans_distances import KMeansData, Metric, assign_rows, float64_chunk_size, restart_row_pairs
+from deepclust.clustering.kmeans_empty_clusters import relocate_empty_clusters
+from deepclust.clustering.kmeans_seeding import choose_seeds
+from deepclust.clustering.numerics import exact_products
 from deepclust.engine.progress import track
-from deepclust.engine.randomness import generator
+from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
 from deepclust.nn.one_hot import one_hot_mask
-
-Metric = Literal["cosine", "euclidean"]
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """The best state over all iterations of one or more restarts."""
+    """The state of least inertia over all iterations of one or more restarts."""
 
     centroids: Tensor  # (K, D)
     assignments: Tensor  # (M,) int64: the nearest of these centroids
     inertia: float
-    iterations: int  # that its restart ran
+    iterations: int  # how many its restart ran
     restart: int
 
 
@@ -53,11 +55,15 @@ def kmeans(
     tolerance: float,
     key: Sequence[int | str],
 ) -> KMeansResult:
-    """Cluster the rows of `features` (M, D) into K; return the best state over all iterations of all `restarts`.
+    """Cluster the rows of `features` (M, D) into K clusters; return the best state over all iterations and `restarts`.
 
-    Restart r draws from the stream (*key, "restart", r): `best_of` several calls with some of the restarts each is the
-    result of one call with all. A restart stops when the assignments repeat, or when the distances between old and new
-    centroids sum to at most `tolerance` times the mean over the D columns of their unbiased variance.
+    Restart r draws its random numbers from the stream (*key, "restart", r). So `best_result` of several calls, each
+    with some of the restarts, equals the result of one call with all of them. A restart stops when the assignments
+    repeat, or when the distances between old and new centroids sum to at most `tolerance` times the mean over the D
+    columns of their unbiased variance.
+
+    Raises:
+        InputError: for fewer rows than clusters, an unknown metric, or rows that are not finite.
     """
     if not 1 <= num_clusters <= len(features):
         raise InputError(
@@ -67,345 +73,144 @@ def kmeans(
         )
     first, uniforms = [], []
     for restart in restarts:
-        draws = generator(*key, "restart", restart)
-        first.append(torch.randint(len(features), (), generator=draws))
+        generator = make_generator(*key, "restart", restart)
+        first.append(torch.randint(len(features), (), generator=generator))
         shape = num_clusters - 1, 2 + int(math.log(num_clusters))
-        uniforms.append(torch.rand(shape, dtype=torch.float64, generator=draws))
+        uniforms.append(torch.rand(shape, dtype=torch.float64, generator=generator))
     with exact_products(features.device):
-        data = _Data(features, metric)
-        seeds = _seed(data, torch.stack(first), torch.stack(uniforms))
-        return best_of(_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance))
+        data = KMeansData(features, metric)
+        seeds = choose_seeds(data, torch.stack(first), torch.stack(uniforms))
+        return best_result(_run_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance))
 
 
-def best_of(results: Iterable[KMeansResult]) -> KMeansResult:
-    """The result of least inertia; among equals the one of the lowest restart."""
+def best_result(results: Iterable[KMeansResult]) -> KMeansResult:
+    """Return the result of least inertia, on ties that of the lowest restart."""
     return min(results, key=lambda result: (result.inertia, result.restart))
 
 
-def lloyd(
+def kmeans_from_centroids(
     features: Tensor, centroids: Tensor, *, metric: Metric, max_iterations: int, tolerance: float
 ) -> KMeansResult:
-    """The best state that k-means on `features` (M, D) reaches from the given `centroids` (K, D)."""
+    """Return the best state that k-means on `features` (M, D) reaches from the given `centroids` (K, D)."""
     with exact_products(features.device):
-        data = _Data(features, metric)
-        return _lloyd(data, data.localise(centroids)[None], [0], max_iterations, tolerance)[0]
+        data = KMeansData(features, metric)
+        return _run_lloyd(data, data.subtract_origin(centroids)[None], [0], max_iterations, tolerance)[0]
 
 
-def seed_kmeans_plus_plus(features: Tensor, first: Tensor, uniforms: Tensor, *, metric: Metric) -> Tensor:
-    """Rows of `features` (M, D) from which R restarts begin, (R, K), by greedy k-means++ with the given random numbers.
-
-    `first` (R,) is the first row of each restart. `uniforms` (R, K-1, T) in [0, 1) picks T candidates for each further
-    one, with probabilities in proportion to the distance from the nearest row chosen so far: the first row at which the
-    running sum reaches the uniform number times the total. The candidate that leaves the least total is chosen, of
-    equal ones the first.
-    """
-    with exact_products(features.device):
-        return _seed(_Data(features, metric), first, uniforms)
-
-
-def nearest(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor]:
-    """The nearest of `centroids` (K, D) to each row of `features` (M, D), lowest id on ties: ids and distances (M,)."""
-    with exact_products(features.device):
-        data = _Data(features, metric)
-        local = data.localise(centroids)
-        assignments = _assign(data, *data.linear(local[None]))[0]
-        return assignments, _own_distances(data, local, assignments)
-
-
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """No gradients, autocast, TF32 or bfloat16 products inside: with them, rows near a border change sides."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def require_finite(features: Tensor) -> None:
-    """Raise InputError, naming rows, unless every row of `features` (M, D) has a finite length."""
-    lengths = features.norm(dim=1, dtype=torch.promote_types(features.dtype, torch.float32))
-    bad = (~lengths.isfinite()).nonzero()[:, 0].tolist()
-    if bad:
-        named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise InputError(
-            f"NaN, infinity or overflow in {len(bad)} of {len(features)} feature rows ({named})",
-            expected="finite features",
-            do="look at the losses that led to them",
-        )
-
-
-def _converted(device: torch.device) -> int:
-    """Rows turned into float64 at a time: what stays in a core's cache, what fills a GPU."""
-    return 2**10 if device.type == "cpu" else 2**16
-
-
-class _Data:
-    """Rows (M, D) as the distance wants them, unit or about their mean, with what every restart needs of them.
-
-    With the weights w and biases b of `linear`, row i has distance offset_i - slope (x_i . w_k + b_k) from centroid k.
-    """
-
-    def __init__(self, features: Tensor, metric: Metric) -> None:
-        if metric not in get_args(Metric):
-            raise InputError(f"k-means has no metric {metric!r}", expected=" or ".join(get_args(Metric)), do="name one")
-        require_finite(features)
-        self.cosine = metric == "cosine"
-        self.slope = 1.0 if self.cosine else 2.0
-        rows = features if features.dtype in (torch.float32, torch.float64) else features.float()
-        # Far from the origin |x|^2 - 2 x.c + |c|^2 would lose the digits that tell the clusters apart.
-        self.origin = rows.new_zeros(rows.shape[1]) if self.cosine else _mean(rows).to(rows)
-        self.rows = normalize(rows, dim=1) if self.cosine else rows - self.origin
-        lengths = torch.cat([chunk.double().norm(dim=1) for chunk in self.rows.split(_converted(rows.device))])
-        squares = lengths.square()
-        self.lengths = lengths.to(rows)
-        self.offsets = torch.ones_like(self.lengths) if self.cosine else squares.to(rows)
-        # A unit row is one up to rounding: with its true length, identical rows have inertia zero.
-        self.total = torch.where(lengths > 0, lengths, 1).sum() if self.cosine else squares.sum()
-        spread = squares.sum() - len(rows) * _mean(self.rows).square().sum()
-        self.variance = float(spread) / (max(len(rows) - 1, 1) * rows.shape[1])
-
-    def localise(self, centroids: Tensor) -> Tensor:
-        return centroids.to(self.rows) - self.origin
-
-    def linear(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (..., K, D) and biases (..., K, 1) of centroids (..., K, D), in float64."""
-        weights = centroids.double()
-        if self.cosine:
-            return normalize(weights, dim=-1), torch.zeros_like(weights[..., :1])
-        return weights, weights.square().sum(-1, keepdim=True) / -2
-
-    def parts(self, products: int) -> list[slice]:
-        """Chunks of rows, of which each takes part in so many products."""
-        elements = 2**19 if self.rows.device.type == "cpu" else 2**25  # what a core's cache holds; what fills a GPU
-        size = max(elements // max(products, self.rows.shape[1]), 256)
-        return [slice(start, start + size) for start in range(0, len(self.rows), size)]
-
-    def scores(self, weights: Tensor, biases: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """x.w + b of weights (n, D) and one chunk of m rows after another, (n, m): the larger, the nearer."""
-        weights, biases = weights.to(self.rows), biases.to(self.rows)
-        parts = self.parts(len(weights))
-        buffer = weights.new_empty(len(weights), min(parts[0].stop, len(self.rows)))
-        for part in parts:
-            chunk = self.rows[part].T
-            yield part, torch.addmm(biases, weights, chunk, out=buffer[:, : chunk.shape[1]])
-
-
-def _mean(rows: Tensor) -> Tensor:
-    return torch.stack([chunk.double().sum(0) for chunk in rows.split(_converted(rows.device))]).sum(0) / len(rows)
-
-
-def _seed(data: _Data, first: Tensor, uniforms: Tensor) -> Tensor:
-    uniforms = uniforms.to(data.rows.device, torch.float64)
-    every = torch.arange(len(uniforms), device=data.rows.device)
-    candidates = first.to(data.rows.device)[:, None]
-    potential = data.rows.new_full((len(uniforms), len(data.rows)), math.inf)
-    chosen: list[Tensor] = []
-    digits = 8 * torch.finfo(data.rows.dtype).eps
-    rounding = digits * data.offsets.double().norm()  # of a sum of distances, however small: each is a difference
-    for _ in track(range(uniforms.shape[1] + 1), "k-means, centroids to begin with"):
-        left = potential.new_empty(*candidates.shape, len(data.rows))
-        totals = torch.zeros_like(candidates, dtype=torch.float64)
-        weights, biases = (part.to(data.rows) for part in data.linear(data.rows[candidates]))
-        for part in data.parts(candidates.shape[1]):
-            # A product for each restart: in a common one, the last bits would depend on what other restarts there are.
-            # With so few columns, rows from the left are twice as fast as rows from the right.
-            scores = torch.stack([(data.rows[part] @ own.T).T for own in weights])
-            distances = scores.add_(biases).mul_(-data.slope).add_(data.offsets[part]).clamp_(min=0)
-            left[..., part] = distances = distances.minimum(potential[:, None, part])
-            totals += distances.sum(-1)
-        # Two candidates that are nearest to each other, and to nothing else, leave the same total: not a rounding error
-        # is to choose between them.
-        equal = totals <= totals.amin(1, keepdim=True) * (1 + digits) + rounding
-        best = equal.int().argmax(1)
-        chosen.append(candidates[every, best])
-        if len(chosen) > uniforms.shape[1]:
-            break
-        potential = left[every, best]
-        potential[every, chosen[-1]] = 0  # not a rounding error, by which the row could be drawn again
-        sums = potential.cumsum(1, dtype=torch.float64)
-        candidates = torch.searchsorted(sums, uniforms[:, len(chosen) - 1] * sums[:, -1:])
-        candidates.clamp_(max=len(data.rows) - 1)
-    return torch.stack(chosen, 1)
-
-
-def _lloyd(
-    data: _Data, centroids: Tensor, restarts: list[int], max_iterations: int, tolerance: float
+def _run_lloyd(
+    data: KMeansData, centroids: Tensor, restarts: list[int], max_iterations: int, tolerance: float
 ) -> list[KMeansResult]:
-    """The best state of each of R restarts that begin at centroids (R, K, D), in any order."""
-    weights, biases = data.linear(centroids)
-    assignments = _assign(data, weights, biases)
-    sums, counts = _sums(data, assignments, centroids.shape[1])
-    held = torch.tensor(restarts, device=sums.device)  # in the first dimension of all that follows
-    going, iterations = torch.ones_like(held, dtype=torch.bool), torch.zeros_like(held)
+    """Return the best state of each of R restarts that begin at centroids (R, K, D), in the order in which they end."""
+    weights, biases = data.linear_form(centroids)
+    assignments = assign_rows(data, weights, biases)
+    sums, counts = _sum_clusters(data, assignments, centroids.shape[1])
+    # The first dimension of all that follows is the restarts that are still carried along.
+    restart_ids = torch.tensor(restarts, device=sums.device)
+    is_running, iterations = torch.ones_like(restart_ids, dtype=torch.bool), torch.zeros_like(restart_ids)
     best_inertia = torch.full_like(sums[:, 0, 0], math.inf)
     best_centroids, best_assignments = centroids, assignments
 
-    def results(which: Tensor) -> list[KMeansResult]:
+    def make_results(mask: Tensor) -> list[KMeansResult]:
         # Restarts that end in the same partition differ by rounding errors: as float32 they tie, and the lowest wins.
-        columns = best_inertia[which].float().tolist(), iterations[which].tolist(), held[which].tolist()
-        rows = zip(best_centroids[which] + data.origin, best_assignments[which], *columns, strict=True)
+        columns = best_inertia[mask].float().tolist(), iterations[mask].tolist(), restart_ids[mask].tolist()
+        rows = zip(best_centroids[mask] + data.origin, best_assignments[mask], *columns, strict=True)
         return [KMeansResult(*row) for row in rows]
 
-    ended = []
-    for _ in track(range(max_iterations), f"k-means, {max_iterations} iterations at most"):
-        centroids = _means(data, sums, counts, centroids, assignments)
-        old_weights, (weights, biases) = weights, data.linear(centroids)
-        renewed = _assign(data, weights, biases)
-        moved = renewed != assignments
+    finished = []
+    for _ in track(range(max_iterations), f"k-means (at most {max_iterations} iterations)"):
+        centroids = _compute_centroids(data, sums, counts, centroids, assignments)
+        old_weights, (weights, biases) = weights, data.linear_form(centroids)
+        new_assignments = assign_rows(data, weights, biases)
+        has_moved = new_assignments != assignments
         if data.cosine:
             shift = (1 - (old_weights * weights).sum(2)).sum(1)
         else:
             shift = (old_weights - weights).square().sum((1, 2))
-        go_on = going & moved.any(1) & (shift > tolerance * data.variance)
-        num_moved, left = torch.stack([moved.sum(), go_on.sum()]).tolist()  # at once: a GPU is waited for
-        if sums.is_cpu or num_moved < moved.numel() / 32:
-            _move(data, sums, counts, moved, assignments, renewed)
+        runs_on = is_running & has_moved.any(1) & (shift > tolerance * data.mean_variance)
+        # Both numbers are fetched at once, because the host waits for a GPU here.
+        num_moved, num_running = torch.stack([has_moved.sum(), runs_on.sum()]).tolist()
+        if sums.is_cpu or num_moved < has_moved.numel() / 32:
+            _update_cluster_sums(data, sums, counts, has_moved, assignments, new_assignments)
         else:
-            sums, counts = _sums(data, renewed, centroids.shape[1])
-        assignments = renewed
+            sums, counts = _sum_clusters(data, new_assignments, centroids.shape[1])
+        assignments = new_assignments
 
         # Summed over the rows of a cluster, offset - slope (x . w + b) needs no more than the sum of the rows.
-        inertia = data.total - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
+        inertia = data.offset_sum - data.slope * ((sums * weights).sum(2) + counts * biases[..., 0]).sum(1)
         inertia.clamp_(min=0)
-        better = going & (inertia < best_inertia)
-        best_inertia = inertia.where(better, best_inertia)
-        best_centroids = centroids.where(better[:, None, None], best_centroids)
-        best_assignments = assignments.where(better[:, None], best_assignments)
-        iterations = iterations + going
+        is_better = is_running & (inertia < best_inertia)
+        best_inertia = inertia.where(is_better, best_inertia)
+        best_centroids = centroids.where(is_better[:, None, None], best_centroids)
+        best_assignments = assignments.where(is_better[:, None], best_assignments)
+        iterations = iterations + is_running
 
-        going = go_on
-        # On a GPU those that have ended are taken along for a while: to sort them out takes longer.
-        if left <= (len(held) - 1 if sums.is_cpu else len(held) // 2):
-            ended += results(~going)
-            kept = going.nonzero()[:, 0]
-            held, going, iterations, best_inertia, best_centroids, best_assignments = (
-                state[kept] for state in (held, going, iterations, best_inertia, best_centroids, best_assignments)
+        is_running = runs_on
+        # On a GPU, restarts that have ended are carried along for a while: to take them out costs more.
+        if num_running <= (len(restart_ids) - 1 if sums.is_cpu else len(restart_ids) // 2):
+            finished += make_results(~is_running)
+            running = is_running.nonzero()[:, 0]
+            restart_ids, is_running, iterations = restart_ids[running], is_running[running], iterations[running]
+            best_inertia, best_centroids, best_assignments = (
+                state[running] for state in (best_inertia, best_centroids, best_assignments)
             )
             centroids, weights, assignments, sums, counts = (
-                state[kept] for state in (centroids, weights, assignments, sums, counts)
+                state[running] for state in (centroids, weights, assignments, sums, counts)
             )
-        if left == 0:
+        if num_running == 0:
             break
-    return ended + results(torch.ones_like(going))
+    return finished + make_results(torch.ones_like(is_running))
 
 
-def _assign(data: _Data, weights: Tensor, biases: Tensor) -> Tensor:
-    """The nearest to each row of the centroids with weights (R, K, D) and biases (R, K, 1), (R, M).
-
-    Where the products leave doubt, float64 decides, and where that leaves doubt, the lowest id is taken: assignments
-    depend neither on the shapes of the products nor on the number of threads nor on the device.
-    """
-    num_restarts, num_clusters, num_features = weights.shape
-    longest = weights.norm(dim=2).amax(1)[:, None].to(data.rows)
-    equal = 1e-12  # twice what float64 may be off by, in units of |x||w| + |w|^2; `close` is the same for the products
-    close = equal + 2 * num_features**0.5 * torch.finfo(data.rows.dtype).eps
-    ids = torch.arange(num_clusters, device=weights.device)[:, None]
-    codes = (2**23 + ids).T.to(data.rows)
-    assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=weights.device)
-    doubtful = torch.empty_like(assignments, dtype=torch.bool)
-    for part, products in data.scores(weights.flatten(0, 1), biases.flatten(0, 1)):
-        scores = products.view(num_restarts, num_clusters, -1)
-        margin = close * (data.lengths[part] * longest + longest.square())
-        # Ones and zeros as numbers, times 2^23 + id: several times faster than an arg-max, and exact.
-        nearby = torch.ge(scores, (scores.amax(1) - margin)[:, None], out=torch.empty_like(scores))
-        found = (codes @ nearby)[:, 0]
-        assignments[:, part] = found - 2**23
-        doubtful[:, part] = found >= 2**24
-    for part in _together(weights):
-        own, its_weights = assignments[part], weights[part]
-        for which, rows in _pairs(doubtful[part], _converted(weights.device) // len(own)):
-            products = (its_weights.flatten(0, 1) @ data.rows[rows].double().T).view(len(own), num_clusters, -1)
-            scores = products[which, :, torch.arange(len(rows), device=rows.device)] + biases[part][which, :, 0]
-            long = longest[part][which, 0]
-            ties = scores >= (scores.amax(1) - equal * (data.lengths[rows] * long + long.square()))[:, None]
-            own[which, rows] = torch.where(ties, ids.T, num_clusters).amin(1)
-    return assignments
+def _compute_centroids(
+    data: KMeansData, sums: Tensor, counts: Tensor, old_centroids: Tensor, assignments: Tensor
+) -> Tensor:
+    """Return the next centroids (R, K, D): the means of the clusters, and a place for those that are empty."""
+    means = (sums / counts[..., None]).to(old_centroids)
+    return relocate_empty_clusters(data, means, counts, old_centroids, assignments)
 
 
-def _together(restarts: Tensor) -> list[slice]:
-    """Which of the restarts (R, ...) are worked on at a time: each alone in a core's cache, all of them on a GPU, which
-    has to be waited for wherever it is asked how many rows there are."""
-    step = 1 if restarts.is_cpu else len(restarts)
-    return [slice(start, start + step) for start in range(0, len(restarts), step)]
-
-
-def _pairs(chosen: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The restarts and the rows where `chosen` (R, M) holds, at most `size` of them at a time."""
-    found = chosen.flatten().nonzero()[:, 0]
-    for some in found.split(size) if len(found) else ():
-        yield some // chosen.shape[1], some % chosen.shape[1]
-
-
-def _sums(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Sums (R, K, D), in float64, and numbers (R, K) of the rows of each cluster, of assignments (R, M)."""
+def _sum_clusters(data: KMeansData, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Return the sum (R, K, D) of each cluster's rows, in float64, and their number (R, K), by assignments (R, M)."""
     if not data.rows.is_cpu:
-        return _sums_by_products(data, assignments, num_clusters)
+        return _sum_clusters_by_products(data, assignments, num_clusters)
     shape = len(assignments), num_clusters, data.rows.shape[1]
     sums = torch.zeros(shape, dtype=torch.float64, device=data.rows.device)
-    step = _converted(sums.device)
-    for rows, to in zip(data.rows.split(step), assignments.split(step, 1), strict=True):
+    size = float64_chunk_size(sums.device)
+    for rows, chunk_assignments in zip(data.rows.split(size), assignments.split(size, 1), strict=True):
         values = rows.double()
-        for own, its in zip(sums, to, strict=True):
-            own.index_add_(0, its, values)
-    return sums, torch.stack([own.bincount(minlength=num_clusters) for own in assignments])
+        for restart_sums, restart_assignments in zip(sums, chunk_assignments, strict=True):
+            restart_sums.index_add_(0, restart_assignments, values)
+    return sums, torch.stack([one_restart.bincount(minlength=num_clusters) for one_restart in assignments])
 
 
-def _sums_by_products(data: _Data, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """The same for a GPU, where additions to few rows would wait for one another, in an order that chance decides."""
+def _sum_clusters_by_products(data: KMeansData, assignments: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Return the same as `_sum_clusters`, by matrix products.
+
+    On a GPU, additions to few rows would wait for one another, in an order that differs from run to run.
+    """
     shape = len(assignments), num_clusters, data.rows.shape[1]
     sums = torch.zeros(shape, dtype=torch.float64, device=data.rows.device)
     counts = torch.zeros(shape[:2], dtype=torch.int64, device=data.rows.device)
-    for part in data.parts(len(assignments) * num_clusters):
-        members = one_hot_mask(assignments[:, part], num_clusters).mT  # (R, K, m)
-        sums += members.double() @ data.rows[part].double()
-        counts += members.sum(2)
+    for chunk in data.chunks(len(assignments) * num_clusters):
+        is_member = one_hot_mask(assignments[:, chunk], num_clusters).mT  # (R, K, m)
+        sums += is_member.double() @ data.rows[chunk].double()
+        counts += is_member.sum(2)
     return sums, counts
 
 
-def _move(data: _Data, sums: Tensor, counts: Tensor, moved: Tensor, origin: Tensor, to: Tensor) -> None:
-    """Bring sums (R, K, D) and counts (R, K) up to date with the rows that `moved` (R, M) from `origin` to `to` (R, M).
+def _update_cluster_sums(
+    data: KMeansData, sums: Tensor, counts: Tensor, has_moved: Tensor, old_assignments: Tensor, new_assignments: Tensor
+) -> None:
+    """Update sums (R, K, D) and counts (R, K) in place for the rows of `has_moved` (R, M), which changed their cluster.
 
     In float64 a row that leaves takes away what it brought, up to a rounding error that no centroid shows.
     """
     num_clusters = counts.shape[1]
-    for part in _together(sums):
-        own, count = sums[part].view(-1, sums.shape[2]), counts[part].view(-1)
-        for which, rows in _pairs(moved[part], _converted(sums.device)):
+    for group in data.restart_groups(len(sums)):
+        flat_sums, flat_counts = sums[group].view(-1, sums.shape[2]), counts[group].view(-1)
+        for restarts, rows in restart_row_pairs(has_moved[group], float64_chunk_size(sums.device)):
             values = data.rows.index_select(0, rows).double()
-            for places, sign in (to, 1), (origin, -1):
-                place = which * num_clusters + places[part][which, rows]
-                own.index_add_(0, place, values, alpha=sign)
-                count.index_add_(0, place, torch.ones_like(place), alpha=sign)
-
-
-def _means(data: _Data, sums: Tensor, counts: Tensor, old: Tensor, assignments: Tensor) -> Tensor:
-    """The next centroids (R, K, D), those of empty clusters by the rule of the distance."""
-    held = (counts > 0)[..., None]
-    means = (sums / counts[..., None]).to(old).where(held, 0 if data.cosine else old)
-    if not data.cosine:
-        for restart in (~held).any(1)[:, 0].nonzero()[:, 0].tolist():
-            distances = _own_distances(data, means[restart], assignments[restart])
-            empty = (counts[restart] == 0).nonzero()[:, 0]
-            far = distances.argsort(descending=True, stable=True)[: len(empty)]
-            far = far[distances[far] > 0]
-            means[restart, empty[: len(far)]] = data.rows[far]
-    return means
-
-
-def _own_distances(data: _Data, centroids: Tensor, assignments: Tensor) -> Tensor:
-    """Distance (M,) of each row to its own of centroids (K, D), exact where the row lies on it."""
-    weights, _ = data.linear(centroids)
-    distances = []
-    step = _converted(data.rows.device)
-    for rows, own in zip(data.rows.split(step), assignments.split(step), strict=True):
-        if data.cosine:
-            distances.append((1 - (rows * weights[own]).sum(1)).clamp_(min=0))
-        else:
-            distances.append((rows - weights[own]).square().sum(1))
-    return torch.cat(distances).to(data.rows)
+            for assignments, sign in (new_assignments, 1), (old_assignments, -1):
+                clusters = restarts * num_clusters + assignments[group][restarts, rows]
+                flat_sums.index_add_(0, clusters, values, alpha=sign)
+                flat_counts.index_add_(0, clusters, torch.ones_like(clusters), alpha=sign)

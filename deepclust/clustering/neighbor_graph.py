@@ -1,8 +1,8 @@
-"""A graph of nearest neighbours whose weights are normalised row by row, and partners drawn along its edges.
+"""A weighted graph of nearest neighbours, normalised around each row, and pairs drawn along its edges.
 
-The weights are those of UMAP (McInnes, Healy and Melville 2018, arXiv 1802.03426, section 3.1), as LNSCC uses them: in
-every row the nearest other row has affinity 1 and all affinities add up to log2 k, wherever the row lies. All in
-float64, all rows at once.
+The weights are those of UMAP (McInnes, Healy and Melville 2018, arXiv 1802.03426, section 3.1), as LNSCC uses them. The
+affinities of each row to its k nearest start from 1 for the nearest other row and add up to log2 k, wherever the row
+lies; then both directions of an edge are joined. All of it is computed in float64 and for all rows at once.
 """
 
 import math
@@ -14,20 +14,20 @@ from torch.nn.functional import pad
 
 from deepclust.clustering.neighbors import nearest_neighbors
 
-MAX_HALVINGS, TOLERANCE = 64, 1e-5  # of the bisection
-MIN_SCALE = 1e-3  # of the mean distance
+MAX_HALVINGS, TOLERANCE = 64, 1e-5  # of the bisection for sigma
+MIN_SCALE = 1e-3  # the smallest sigma, as a share of the mean distance
 
 
 @dataclass(frozen=True)
-class Graph:
-    """Weighted edges in both directions: those of row i are `starts[i]` to `starts[i + 1]`, in the order of the ids."""
+class NeighborGraph:
+    """A symmetric weighted graph. The edges of row i are `starts[i]` to `starts[i + 1]`, sorted by neighbour."""
 
     starts: Tensor  # (M + 1,) int64
     neighbors: Tensor  # (E,) int64
-    weights: Tensor  # (E,) float64 in (0, 1], alike in both directions
+    weights: Tensor  # (E,) float64 in (0, 1], the same in both directions
 
     def dense(self) -> Tensor:
-        """All weights (M, M), 0 without an edge."""
+        """Return all weights (M, M), 0 where there is no edge."""
         size = len(self.starts) - 1
         rows = torch.arange(size, device=self.starts.device).repeat_interleave(self.starts.diff())
         weights = self.weights.new_zeros(size, size)
@@ -35,93 +35,99 @@ class Graph:
         return weights
 
 
-def neighbor_graph(rows: Tensor, k: int) -> Graph:
-    """The graph of rows (M, D) and their exact `k` nearest by Euclidean distance, of which each row itself is one."""
+def build_neighbor_graph(rows: Tensor, k: int) -> NeighborGraph:
+    """Build the graph of rows (M, D) and their exact `k` nearest by Euclidean distance, the row itself included."""
     itself = torch.arange(len(rows), device=rows.device)
     distances, indices = nearest_neighbors(rows, rows, k - 1, metric="euclidean", exclude=itself)
     distances = pad(distances.double(), (1, 0))
     indices = torch.cat([itself[:, None], indices], 1)
-    return union(indices, affinities(indices, distances, *local_scales(distances)))
+    rho, sigma = compute_local_scales(distances)
+    return symmetrize(indices, compute_affinities(indices, distances, rho, sigma))
 
 
-def local_scales(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row's affinities begin to fall, and how fast: rho and sigma (M,) of `distances` (M, k).
+def compute_local_scales(distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each row's affinities begin to fall and how fast: rho and sigma (M,) of `distances` (M, k).
 
-    The first column is a row's distance 0 to itself. rho is the smallest positive distance, 0 if there is none. With
-    sigma the affinities of the other columns add up to log2 k, unless equal distances do not allow it; it is at least a
-    thousandth of the row's mean distance, of the mean of all distances where rho is 0.
+    The first column is the row's distance 0 to itself. rho is the smallest positive distance, 0 if there is none. sigma
+    makes the affinities of the other columns add up to log2 k, unless equal distances rule that out. It is at least
+    MIN_SCALE times the mean distance of the row, or times the mean of all distances where rho is 0.
     """
     others = distances[:, 1:].double()
     rho = distances.double().masked_fill(distances <= 0, math.inf).amin(1)
     rho = rho.masked_fill(rho.isinf(), 0)
-    beyond = (others - rho[:, None]).clamp(min=0)
-    goal = math.log2(distances.shape[1])
+    beyond_rho = (others - rho[:, None]).clamp(min=0)
+    target_sum = math.log2(distances.shape[1])
     sigma, low, high = torch.ones_like(rho), torch.zeros_like(rho), torch.full_like(rho, math.inf)
-    searching = torch.ones_like(rho, dtype=torch.bool)
+    is_searching = torch.ones_like(rho, dtype=torch.bool)
     for _ in range(MAX_HALVINGS):
-        excess = torch.exp(-beyond / sigma[:, None]).sum(1) - goal
-        searching &= excess.abs() >= TOLERANCE
-        if not searching.any():
+        excess = torch.exp(-beyond_rho / sigma[:, None]).sum(1) - target_sum
+        is_searching &= excess.abs() >= TOLERANCE
+        if not is_searching.any():
             break
-        high = torch.where(searching & (excess > 0), sigma, high)
-        low = torch.where(searching & (excess <= 0), sigma, low)
+        high = torch.where(is_searching & (excess > 0), sigma, high)
+        low = torch.where(is_searching & (excess <= 0), sigma, low)
         middle = torch.where(high.isinf(), 2 * sigma, (low + high) / 2)
-        sigma = torch.where(searching, middle, sigma)
+        sigma = torch.where(is_searching, middle, sigma)
     means = distances.double().mean(1)
     return rho, sigma.maximum(MIN_SCALE * torch.where(rho > 0, means, means.mean()))
 
 
-def affinities(indices: Tensor, distances: Tensor, rho: Tensor, sigma: Tensor) -> Tensor:
-    """Affinities (M, k) in [0, 1] of each row to the rows `indices` at `distances` (M, k); 0 to itself."""
-    beyond = distances.double() - rho[:, None]
-    near = (beyond <= 0) | (sigma == 0)[:, None]
-    values = torch.exp(-beyond / sigma[:, None]).masked_fill(near, 1)
+def compute_affinities(indices: Tensor, distances: Tensor, rho: Tensor, sigma: Tensor) -> Tensor:
+    """Return the affinities (M, k) in [0, 1] of each row to the rows `indices` at `distances` (M, k).
+
+    exp(-(d - rho) / sigma), 1 up to the distance rho; 0 to the row itself.
+    """
+    beyond_rho = distances.double() - rho[:, None]
+    is_one = (beyond_rho <= 0) | (sigma == 0)[:, None]
+    affinities = torch.exp(-beyond_rho / sigma[:, None]).masked_fill(is_one, 1)
     itself = torch.arange(len(indices), device=indices.device)[:, None]
-    return values.masked_fill(indices == itself, 0)
+    return affinities.masked_fill(indices == itself, 0)
 
 
-def union(indices: Tensor, values: Tensor) -> Graph:
-    """The symmetric graph of one-way affinities: w_ij = v_ij + v_ji - v_ij v_ji, v = `values` (M, k) of `indices`."""
+def symmetrize(indices: Tensor, affinities: Tensor) -> NeighborGraph:
+    """Join both directions of one-way `affinities` v (M, k) to the rows `indices`: w_ij = v_ij + v_ji - v_ij v_ji."""
     size, k = indices.shape
     rows = torch.arange(size, device=indices.device).repeat_interleave(k)
-    there, back = rows * size + indices.flatten(), indices.flatten() * size + rows
-    held = values.flatten() > 0
-    pairs, places = torch.cat([there[held], back[held]]).unique(return_inverse=True)
-    given = values.flatten()[held]
-    forth_values, back_values = given.new_zeros(2, len(pairs))
-    forth_values[places[: len(given)]] = given
-    back_values[places[len(given) :]] = given
-    return Graph(
-        starts=torch.searchsorted(pairs, torch.arange(size + 1, device=pairs.device) * size),
-        neighbors=pairs % size,
-        weights=forth_values + back_values - forth_values * back_values,
+    forward_codes, backward_codes = rows * size + indices.flatten(), indices.flatten() * size + rows
+    is_edge = affinities.flatten() > 0
+    codes, positions = torch.cat([forward_codes[is_edge], backward_codes[is_edge]]).unique(return_inverse=True)
+    values = affinities.flatten()[is_edge]
+    forward_values, backward_values = values.new_zeros(2, len(codes))
+    forward_values[positions[: len(values)]] = values
+    backward_values[positions[len(values) :]] = values
+    return NeighborGraph(
+        starts=torch.searchsorted(codes, torch.arange(size + 1, device=codes.device) * size),
+        neighbors=codes % size,
+        weights=forward_values + backward_values - forward_values * backward_values,
     )
 
 
-def multiplicities(weights: Tensor, *, most: int) -> Tensor:
-    """How often an edge of each weight in [0, 1] counts, int64: its share of `most`, rounded down, or 0 below max/most.
+def compute_multiplicities(weights: Tensor, *, max_multiplicity: int) -> Tensor:
+    """Return how often an edge of each of `weights` (E,) in [0, 1] counts, int64.
 
-    This is how often UMAP's optimiser (and LNSCC's list of training pairs) repeats it.
+    Its share of `max_multiplicity`, rounded down, or 0 where the weight is below the largest over `max_multiplicity`.
+    This is how often UMAP's optimiser (and LNSCC's list of training pairs) repeats the edge.
     """
-    return (most * weights).floor().long().masked_fill(weights < weights.amax() / most, 0)
+    multiplicities = (max_multiplicity * weights).floor().long()
+    return multiplicities.masked_fill(weights < weights.amax() / max_multiplicity, 0)
 
 
-class Partners:
-    """Draws neighbours of rows of a graph in proportion to the `counts` (E,) of its edges; on the CPU.
+class PartnerSampler:
+    """Draws partners of rows among their neighbours in a graph, by the `multiplicities` (E,) of its edges; on the CPU.
 
-    A row drawn in proportion to `masses` (M,), the counts of all of its edges together, and then a neighbour of it are
-    an edge drawn in proportion to its count.
+    A row drawn in proportion to `row_totals` (M,), the sums over each row's edges, and then a partner of it are an edge
+    drawn in proportion to its multiplicity.
     """
 
-    def __init__(self, graph: Graph, counts: Tensor) -> None:
+    def __init__(self, graph: NeighborGraph, multiplicities: Tensor) -> None:
         self.neighbors = graph.neighbors.cpu()
-        self.ends = counts.cpu().cumsum(0)
-        bounds = pad(self.ends, (1, 0))[graph.starts.cpu()]
-        self.starts = bounds[:-1]
-        self.masses = bounds.diff()
+        self.running_totals = multiplicities.cpu().cumsum(0)
+        totals_before = pad(self.running_totals, (1, 0))[graph.starts.cpu()]
+        self.first_positions = totals_before[:-1]
+        self.row_totals = totals_before.diff()
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """A neighbour (N,) of each of `rows` (N,), none of which is without edges."""
+        """Draw a partner (N,) of each of `rows` (N,), all of which must have edges."""
         uniform = torch.rand(len(rows), dtype=torch.float64, generator=generator)
-        places = self.starts[rows] + (uniform * self.masses[rows]).long()
-        return self.neighbors[torch.searchsorted(self.ends, places, right=True)]
+        positions = self.first_positions[rows] + (uniform * self.row_totals[rows]).long()
+        return self.neighbors[torch.searchsorted(self.running_totals, positions, right=True)]

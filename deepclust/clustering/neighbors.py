@@ -5,11 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deepclust.clustering.kmeans import exact_products, require_finite
+from deepclust.clustering.numerics import exact_products, require_finite
 from deepclust.engine.progress import track
 from deepclust.errors import InputError
 
-CPU_ELEMENTS, GPU_ELEMENTS = 2**23, 2**27  # products held at a time
+CPU_CHUNK_PRODUCTS, GPU_CHUNK_PRODUCTS = 2**23, 2**27  # products of queries and keys that are in memory at a time
 
 
 def nearest_neighbors(
@@ -20,11 +20,14 @@ def nearest_neighbors(
     metric: Literal["inner_product", "euclidean"],
     exclude: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The `k` nearest `keys` (M, D) of each query (N, D), nearest first: products or distances (N, k), indices (N, k).
+    """Find the `k` nearest `keys` (M, D) of each query (N, D); return products or distances (N, k) and indices (N, k).
 
-    Of equally near keys the one of the lowest index comes first. `exclude` (N,) names a key that is left out for each
-    query, `torch.arange(M)` for the neighbours that rows have among themselves. Rows are taken as they are: normalise
-    them for the cosine.
+    The nearest key comes first, and of equally near keys the one of the lowest index. `exclude` (N,) names one key that
+    is left out for each query: `torch.arange(M)` for neighbours among the rows of one tensor. Rows are not normalised,
+    so the inner product is the cosine only for unit rows.
+
+    Raises:
+        InputError: for a `k` above the number of keys, or rows that are not finite.
     """
     if k > len(keys) - (exclude is not None):
         raise InputError(
@@ -35,29 +38,31 @@ def nearest_neighbors(
     require_finite(queries)
     require_finite(keys)
     with exact_products(keys.device):
-        euclidean = metric == "euclidean"
+        is_euclidean = metric == "euclidean"
         # Far from the origin |q|^2 - 2 q.k + |k|^2 would lose the digits that tell the keys apart.
-        if euclidean:
+        if is_euclidean:
             origin = keys.mean(0)
             queries, keys = queries - origin, keys - origin
-        biases = keys.square().sum(1) / -2 if euclidean else keys.new_zeros(1)
+        biases = keys.square().sum(1) / -2 if is_euclidean else keys.new_zeros(1)
         values = queries.new_empty(len(queries), k)  # in one piece: many small ones would break up the memory
         indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        step = max((CPU_ELEMENTS if keys.device.type == "cpu" else GPU_ELEMENTS) // len(keys), 64)
-        for start in track(range(0, len(queries), step), "nearest neighbours"):
-            part = slice(start, start + step)
-            rows = queries[part]
+        chunk_size = max((CPU_CHUNK_PRODUCTS if keys.device.type == "cpu" else GPU_CHUNK_PRODUCTS) // len(keys), 64)
+        for start in track(range(0, len(queries), chunk_size), "nearest neighbours"):
+            chunk = slice(start, start + chunk_size)
+            rows = queries[chunk]
             scores = torch.addmm(biases, rows, keys.T)
             if exclude is not None:
-                scores.scatter_(1, exclude[part, None], -torch.inf)
-            top, found = scores.topk(min(k + 1, len(keys)))
-            if top.shape[1] > k:
-                tied = top[:, k - 1] == top[:, k]  # topk takes any of equal keys
-                found[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
-            found = found[:, :k].sort(1).values
-            # One by one, equal keys have equal values, and a row has distance zero from itself.
-            others = keys[found]
-            near = (rows[:, None] - others).norm(dim=2) if euclidean else (rows[:, None] * others).sum(2)
-            values[part], order = near.sort(dim=1, descending=not euclidean, stable=True)
-            indices[part] = found.gather(1, order)
+                scores.scatter_(1, exclude[chunk, None], -torch.inf)
+            top_scores, nearest = scores.topk(min(k + 1, len(keys)))
+            if top_scores.shape[1] > k:
+                is_tied = top_scores[:, k - 1] == top_scores[:, k]  # topk takes any of equal keys
+                nearest[is_tied] = scores[is_tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
+            nearest = nearest[:, :k].sort(1).values
+            # Computed pair by pair, equal keys have equal values, and a row has distance zero from itself.
+            nearest_keys = keys[nearest]
+            pair_values = (
+                (rows[:, None] - nearest_keys).norm(dim=2) if is_euclidean else (rows[:, None] * nearest_keys).sum(2)
+            )
+            values[chunk], order = pair_values.sort(dim=1, descending=not is_euclidean, stable=True)
+            indices[chunk] = nearest.gather(1, order)
         return values, indices

@@ -1,16 +1,16 @@
-"""A cluster for every image of the fit set, renewed by spherical k-means: the E-step of ProPos and DigPro."""
+"""Pseudo-labels of the training images by spherical k-means: the E-step of ProPos and DigPro."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from deepclust.clustering.distributed_kmeans import dealt_kmeans
+from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 
 
 class PseudoLabels(nn.Module):
-    """The last assignments (num_images,) and centroids (K, D) of spherical k-means; all zero before the first.
+    """Assignments (num_images,) and centroids (K, D) of the last spherical k-means; all zero before the first.
 
-    `restarts`, `max_iterations` and `tolerance` are those of `clustering.kmeans`.
+    `restarts` is the number of restarts; for `max_iterations` and `tolerance` see `clustering.kmeans.kmeans`.
     """
 
     assignments: Tensor
@@ -33,9 +33,9 @@ class PseudoLabels(nn.Module):
         self.register_buffer("assignments", torch.zeros(num_images, dtype=torch.int64))
         self.register_buffer("centroids", torch.zeros(num_clusters, num_features))
 
-    def renew(self, features: Tensor, key: tuple[int | str, ...]) -> None:
-        """Cluster the features (num_images, D), which every process holds; all processes get the same."""
-        result = dealt_kmeans(
+    def update(self, features: Tensor, key: tuple[int | str, ...]) -> None:
+        """Cluster the features (num_images, D), which are the same on every process; so is the result."""
+        result = kmeans_on_all_ranks(
             features,
             num_clusters=len(self.centroids),
             metric="cosine",
@@ -48,5 +48,5 @@ class PseudoLabels(nn.Module):
         self.centroids.copy_(result.centroids)
 
     def logits(self, features: Tensor, *, temperature: float) -> Tensor:
-        """Cosines of features (N, D) with the centroids over `temperature` (N, K); the largest is a row's cluster."""
+        """Return logits (N, K): the cosines of features (N, D) with the centroids, divided by `temperature`."""
         return normalize(features, dim=1) @ normalize(self.centroids, dim=1).T / temperature

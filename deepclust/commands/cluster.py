@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from deepclust.clustering.number_of_clusters import Estimate
+from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.commands.cluster_model import write_model
 from deepclust.commands.cluster_network import (
     choose_network,
@@ -93,7 +93,7 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if num_clusters == "auto":
         estimate = estimate_from_features(cfg, features)
         log.info(estimate.summarize())
-        num_clusters = estimate.require_several("num_clusters")
+        num_clusters = estimate.require_several_clusters("num_clusters")
 
     rule = cfg.rule or ("lnscc" if len(images.fit) >= 10 * num_clusters else "kmeans")
     seeds = range(cfg.seed, cfg.seed + cfg.num_seeds)
@@ -165,13 +165,13 @@ def check_num_images(cfg: DictConfig, images: ImageSet) -> None:
         )
 
 
-def estimate_from_features(cfg: DictConfig, features: Path) -> Estimate:
+def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEstimate:
     """Estimate how many clusters the features hold, once for these features and this seed: number.json keeps it."""
     file, key = features / "number.json", [read_features_key(features), cfg.seed]
     saved = json.loads(file.read_text()) if file.is_file() else {}
     if saved.get("key") == key:
         curves = {name: [(k, value) for k, value in curve] for name, curve in saved["curves"].items()}
-        return Estimate(saved["num_clusters"], saved["named"], curves)
+        return ClusterNumberEstimate(saved["num_clusters"], saved["named"], curves)
     log.info("estimating the number of clusters from the features")
     source = configure_clustering(cfg, features).dataset.source
     estimate = estimate_num_clusters(build(source), seed=cfg.seed)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from deepclust.callbacks.checkpoint import CHECKPOINT_FORMAT
-from deepclust.clustering.number_of_clusters import Estimate
+from deepclust.callbacks.last_checkpoint import CHECKPOINT_FORMAT
+from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.commands.cluster_trust import measure_trust
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
@@ -18,10 +18,10 @@ from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import select_device
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.finish import write_run
 from deepclust.runs.folder import CHECKPOINT, METRICS
 from deepclust.runs.provenance import read_command_line
 from deepclust.runs.results import describe_estimate, read_results
+from deepclust.runs.write_run import write_run
 
 
 def write_model(
@@ -32,7 +32,7 @@ def write_model(
     network_run: Path | None,
     features: Path,
     runs: dict[int, Path],
-    estimate: Estimate | None,
+    estimate: ClusterNumberEstimate | None,
 ) -> dict[str, Any]:
     """Write the run folder of the whole command and return the content of its results.json.
 

@@ -10,7 +10,13 @@ from typing import Any
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deepclust.backbones.pretrained import ENDINGS, PACKAGED, cached_resnet, packaged, read_state
+from deepclust.backbones.pretrained import (
+    PACKAGED_WEIGHTS,
+    WEIGHT_FILE_SUFFIXES,
+    find_cached_resnet,
+    find_packaged_weights,
+    read_state_dict,
+)
 from deepclust.commands import features as features_command
 from deepclust.commands.train import run
 from deepclust.config.values import resolve_to_dict
@@ -18,38 +24,39 @@ from deepclust.datasets.dataset_checks import infer_dataset_values
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.folder import CHECKPOINT
-from deepclust.runs.recipe import extract_recipe
 from deepclust.runs.results import read_results
+from deepclust.runs.resume_checks import extract_recipe
 
 log = logging.getLogger(__name__)
 
-STORED_SIZE = 96  # pixels at least in which images are kept, so that the report shows something
-PRETRAINED_SIZE, OWN_SIZE = 224, 32  # pixels that networks see
-LOCATION_KEYS = (
-    "dataset.name",
-    "dataset.path",
-    "dataset.source.",
-)  # of a recipe: where the images lie, not which they are
+MIN_STORED_SIZE = 96  # pixels a side in which images are stored at least, so that the report shows something
+PRETRAINED_SIZE, OWN_SIZE = 224, 32  # pixels a side of the images that pretrained and own networks see
+# Keys of a recipe that say where the images lie, not which images they are.
+LOCATION_KEYS = ("dataset.name", "dataset.path", "dataset.source.")
 
 
 @dataclass(frozen=True)
 class Network:
-    """What turns images into features."""
+    """A network that turns images into features, and the images that it takes."""
 
     name: str
-    backbone: DictConfig | None  # null: the small network of conf/cluster.yaml
-    is_trained: bool  # by others, before
+    backbone: DictConfig | None  # None: the small network of conf/cluster.yaml
+    is_trained: bool  # whether it comes with weights, so that it is not trained here
     image_size: int
-    scale: dict[str, list[float]]  # mean and std, where the network asks for its own
-    message: str  # what it is, for the log
+    scale: dict[str, list[float]]  # mean and std of the pixels, where the network asks for its own
+    message: str  # for the log: which network it is and where its weights come from
 
 
 def choose_network(cfg: DictConfig) -> Network:
-    """The first that there is: the one asked for, one whose weights are at hand or may be fetched, one of our own."""
+    """Choose the network: the one asked for, else a ready-made one, else a small one trained on these images.
+
+    Raises:
+        InputError: if a file of weights that was named cannot be used.
+    """
     backbone = cfg.get("backbone")
     if backbone is not None:
-        if str(backbone.get("weights")).endswith(ENDINGS):
-            read_state(backbone.weights)  # what is wrong with the file is said now, not after the images are decoded
+        if str(backbone.get("weights")).endswith(WEIGHT_FILE_SUFFIXES):
+            read_state_dict(backbone.weights)  # a file that cannot be used is refused before the images are decoded
         name = backbone.get("model_name") or f"{backbone._target_.rpartition('.')[2]}{backbone.get('depth', '')}"
         is_trained = bool(backbone.get("weights") or backbone.get("pretrained"))
         size, scale = preferred_input(backbone) if is_trained else (OWN_SIZE, {})
@@ -73,12 +80,15 @@ def choose_network(cfg: DictConfig) -> Network:
 
 
 def find_ready_made(*, download: bool) -> tuple[list[str], str] | None:
-    """A network that others have trained: what chooses it as a backbone, and where its weights are; None: none is."""
-    if (resnet := cached_resnet()) is not None:
+    """Find a pretrained network whose weights are on this machine, or may be fetched (`download`).
+
+    Return the overrides that choose it as a backbone and where its weights are; None if there is none.
+    """
+    if (resnet := find_cached_resnet()) is not None:
         depth, weights = resnet
         return [f"backbone=resnet{depth}", f"backbone.weights={weights}"], "on this machine"
-    for name in PACKAGED:
-        if packaged(name) is not None:
+    for name in PACKAGED_WEIGHTS:
+        if find_packaged_weights(name) is not None:
             return ["backbone=timm", f"backbone.model_name={name}", "backbone.pretrained=true"], "on this machine"
     if download:
         return ["backbone=resnet18", "backbone.weights=IMAGENET1K_V1"], "fetched"
@@ -86,22 +96,22 @@ def find_ready_made(*, download: bool) -> tuple[list[str], str] | None:
 
 
 def preferred_input(backbone: DictConfig) -> tuple[int, dict[str, list[float]]]:
-    """The image size that a pretrained network wants, and mean and std where they are not the usual ones."""
+    """Return the image size that a pretrained network takes, and mean and std where they are not the usual ones."""
     if "model_name" not in backbone:
         return PRETRAINED_SIZE, {}
     from timm.models import get_pretrained_cfg
 
-    wanted = get_pretrained_cfg(backbone.model_name)
-    if wanted is None:
+    timm_cfg = get_pretrained_cfg(backbone.model_name)
+    if timm_cfg is None:
         return PRETRAINED_SIZE, {}
-    return wanted.input_size[-1], {"mean": list(wanted.mean), "std": list(wanted.std)}
+    return timm_cfg.input_size[-1], {"mean": list(timm_cfg.mean), "std": list(timm_cfg.std)}
 
 
 def describe_images(cfg: DictConfig, network: Network, root: Path, folder: Path) -> dict[str, Any]:
-    """The section `dataset` for the images as that network wants them."""
+    """Return the section `dataset` of the configuration for the images as that network takes them."""
     dataset = resolve_to_dict(cfg)["dataset"] | network.scale
     size = dataset["image_size"] or network.image_size
-    stored_size = dataset["source"]["image_size"] or max(size, STORED_SIZE)
+    stored_size = dataset["source"]["image_size"] or max(size, MIN_STORED_SIZE)
     stem = dataset["stem"] or (
         "imagenet" if network.is_trained or size >= 128 else "cifar" if size <= 32 else "cifar_pool"
     )

@@ -1,4 +1,4 @@
-"""How far to trust clusters that nobody has labels for."""
+"""How far clusters without labels can be trusted: whether other seeds and plain k-means find the same ones."""
 
 from itertools import combinations
 from pathlib import Path
@@ -9,31 +9,32 @@ import numpy as np
 from omegaconf import DictConfig
 from sklearn.metrics import adjusted_rand_score
 
-from deepclust.clustering.distributed_kmeans import dealt_kmeans
+from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.datasets.image_sources import ImageSet
-from deepclust.runs.assignments import read_clusters
+from deepclust.runs.assignments_csv import read_clusters
 from deepclust.runs.results import read_results
 
-LEVELS = {0.8: "well", 0.5: "fairly"}  # mean ARI between seeds from which on; below: hardly
-DOWN = {"well": "fairly", "fairly": "hardly", "hardly": "hardly"}
-GIANT = 4.0  # times the mean size
+LEVELS = {0.8: "well", 0.5: "fairly"}  # by the least mean ARI between seeds; below the last one: hardly
+NEXT_LOWER_LEVEL = {"well": "fairly", "fairly": "hardly", "hardly": "hardly"}
+GIANT_FACTOR = 4.0  # a cluster this many times as large as the mean one is a giant
 
 
 def measure_trust(
     cfg: DictConfig, vectors: ImageSet, health: dict[str, float], runs: dict[int, Path], *, is_own_network: bool
 ) -> dict[str, Any]:
-    """How far to trust the clusters: whether seeds, and plain k-means on the same features, come to the same ones.
+    """Return the section `trust` of results.json: how far other seeds and plain k-means find the same clusters.
 
-    That is about what can be repeated with these features. Seeds agree as well on features that tell little but
-    colours apart, such as those of a small network that has seen a few hundred photos (`is_own_network`); it is said.
-    With one cluster, or one for every image, they agree whatever the features are: that is said in place of a level.
+    `runs` are the run folders by seed. The measures tell what can be repeated with these features, not whether the
+    features are good: seeds agree as well on features that tell little but colours apart, such as those of a small
+    network that has seen a few hundred photos (`is_own_network`), and the message says so. With one cluster, or one for
+    every image, seeds agree whatever the features are; then the message says that in place of a level.
     """
     clusters = {seed: read_clusters(run) for seed, run in runs.items()}
     sizes = np.bincount(clusters[cfg.seed])
     results = read_results(runs[cfg.seed]) or {}
     num_clusters, largest = results["num_clusters"], float(sizes.max() / sizes.sum())
     trust: dict[str, Any] = {"seeds": list(runs), "empty_clusters": health["empty_clusters"], "largest_share": largest}
-    is_giant = largest > min(0.9, GIANT / num_clusters) and num_clusters > 1
+    is_giant = largest > min(0.9, GIANT_FACTOR / num_clusters) and num_clusters > 1
     trivial = {1: "one cluster holds every image", len(clusters[cfg.seed]): "there is a cluster for every image"}.get(
         num_clusters
     )
@@ -44,11 +45,11 @@ def measure_trust(
             float(adjusted_rand_score(a, b)) for a, b in combinations(clusters.values(), 2)
         )
         level = next((name for least, name in LEVELS.items() if trust["ari_between_seeds"] >= least), "hardly")
-        level = DOWN[level] if is_giant or health["empty_clusters"] else level
+        level = NEXT_LOWER_LEVEL[level] if is_giant or health["empty_clusters"] else level
         phrases.append(f"{len(clusters)} seeds agree to {trust['ari_between_seeds']:.2f} (ARI; 1 is the same)")
     if results["method"] != "kmeans" and trivial is None:
         rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
-        kmeans = dealt_kmeans(
+        kmeans = kmeans_on_all_ranks(
             rows,
             num_clusters=num_clusters,
             metric="euclidean",

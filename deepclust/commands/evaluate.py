@@ -1,4 +1,4 @@
-"""`deepclust evaluate run=DIR`: the scores of a finished run, made anew from its checkpoint."""
+"""`deepclust evaluate run=DIR`: the scores of a finished run, computed anew from its checkpoint."""
 
 import json
 import logging
@@ -21,19 +21,27 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Print scores and health of the run `cfg.run` as JSON, and return them."""
-    run_cfg, method = load_method(load_checkpoint(Path(cfg.run)))
+    run = Path(cfg.run)
+    run_cfg, method = load_method(load_checkpoint(run))
     if cfg.data_dir is not None:
-        before, now = run_cfg.data_dir, cfg.data_dir
-        for name, value in run_cfg.dataset.source.items():
-            if isinstance(value, str) and value.startswith(before):
-                run_cfg.dataset.source[name] = now + value.removeprefix(before)
-    with redirect_stdout(sys.stderr):  # how far it is; standard output is for the JSON alone
+        move_data_dir(run_cfg, cfg.data_dir)
+    with redirect_stdout(sys.stderr):  # for the progress: standard output is for the JSON alone
         images: ImageSet = build(run_cfg.dataset.source)
-        then, now = (read_results(Path(cfg.run)) or {}).get("num_images"), len(images.fit)
-        if then is not None and then != now:
-            log.warning("the run had %d images and there are %d now: the scores are those of other images", then, now)
+        num_then, num_now = (read_results(run) or {}).get("num_images"), len(images.fit)
+        if num_then is not None and num_then != num_now:
+            log.warning(
+                "the run had %d images and there are %d now: the scores are those of other images", num_then, num_now
+            )
         evaluator = build_evaluator(run_cfg, images)
         result = evaluator(method.to(select_device(cfg.accelerator)), build_datamodule(run_cfg, images))
     output = {"run": cfg.run, "scores": result.scores, "health": result.health}
     print(json.dumps(output, indent=2))
     return output
+
+
+def move_data_dir(run_cfg: DictConfig, data_dir: str) -> None:
+    """Let every path below the data folder that a run had point below `data_dir`."""
+    old_data_dir = run_cfg.data_dir
+    for name, value in run_cfg.dataset.source.items():
+        if isinstance(value, str) and value.startswith(old_data_dir):
+            run_cfg.dataset.source[name] = data_dir + value.removeprefix(old_data_dir)

@@ -1,4 +1,4 @@
-"""`deepclust export run=DIR format=FORMAT output=FILE`: a trained run in a file that is used without this package."""
+"""`deepclust export run=DIR format=FORMAT output=FILE`: a trained run as a file for use without this package."""
 
 import importlib.util
 import json
@@ -17,17 +17,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from deepclust import __version__
-from deepclust.commands.predict import stored_shape
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
-from deepclust.runs.checkpoint import load_finished_checkpoint, load_method
+from deepclust.runs.checkpoint import load_finished_checkpoint, load_method, stored_image_shape
 from deepclust.views.multiview import MultiView
 
 INPUT, OUTPUTS = "images", ("clusters", "confidence", "features")
-DESCRIPTION = "deepclust"  # the name under which a file holds its description, as JSON
-NEEDED = {"torchscript": (), "onnx": ("onnx", "onnxscript"), "safetensors": ("safetensors",)}
+DESCRIPTION = "deepclust"  # the name under which a file holds its description, in JSON
+REQUIRED_PACKAGES = {"torchscript": (), "onnx": ("onnx", "onnxscript"), "safetensors": ("safetensors",)}
 
 
 class Program(nn.Module):
@@ -70,7 +69,11 @@ class Program(nn.Module):
 
 
 def main(cfg: DictConfig) -> Path:
-    """Write the file and give its path."""
+    """Write the file and return its path.
+
+    Raises:
+        InputError: if the run or the format cannot be used.
+    """
     check_format(cfg.format)
     checkpoint = load_finished_checkpoint(Path(cfg.run))
     run_cfg, method = load_method(checkpoint)
@@ -82,26 +85,28 @@ def main(cfg: DictConfig) -> Path:
     )
     program.eval().requires_grad_(False)
     example = example_images(run_cfg, cfg.image_size)
-    keep_used(program, example)
-    description = describe(run_cfg, program, example)
+    drop_unused_tensors(program, example)
+    description = describe_program(run_cfg, program, example)
     output = Path(cfg.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".writing")
-    WRITERS[cfg.format](program, example, description, beside)
-    os.replace(beside, output)
+    temporary = output.with_name(output.name + ".writing")
+    WRITERS[cfg.format](program, example, description, temporary)
+    os.replace(temporary, output)
     print(f"{cfg.format}, {output.stat().st_size / 1e6:.1f} MB: {output}")
     return output
 
 
 def check_format(name: str) -> None:
-    """Refuse a format that does not exist or cannot be written here.
+    """Refuse a format that does not exist or whose packages are missing.
 
     Raises:
         InputError: saying what to choose or to install.
     """
-    if name not in NEEDED:
-        raise InputError(f"there is no format {name!r}", expected=f"one of {', '.join(NEEDED)}", do="set format=NAME")
-    if missing := [package for package in NEEDED[name] if importlib.util.find_spec(package) is None]:
+    if name not in REQUIRED_PACKAGES:
+        raise InputError(
+            f"there is no format {name!r}", expected=f"one of {', '.join(REQUIRED_PACKAGES)}", do="set format=NAME"
+        )
+    if missing := [package for package in REQUIRED_PACKAGES[name] if importlib.util.find_spec(package) is None]:
         raise InputError(
             f"format={name} needs {' and '.join(missing)}",
             expected="the optional packages of deepclust[export]",
@@ -110,13 +115,13 @@ def check_format(name: str) -> None:
 
 
 def example_images(run_cfg: DictConfig, image_size: Any) -> Tensor:
-    """Three images of noise in the shape that the program is to take.
+    """Return three images of noise in the shape that the program is to take.
 
     Raises:
         InputError: where `image_size` is no size.
     """
-    stored, channels = stored_shape(run_cfg)
-    size = stored if image_size is None else image_size
+    stored_size, channels = stored_image_shape(run_cfg)
+    size = stored_size if image_size is None else image_size
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise InputError(
@@ -128,8 +133,8 @@ def example_images(run_cfg: DictConfig, image_size: Any) -> Tensor:
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
 
 
-class Uses(TorchFunctionMode):
-    """Remembers which tensors the functions of torch are given."""
+class UsedTensors(TorchFunctionMode):
+    """Records which tensors the functions of torch are given, by id, in `seen`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,19 +145,19 @@ class Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def keep_used(program: Program, example: Tensor) -> None:
-    """Set to None the weights and buffers that no result hangs on, such as a predictor's or what is known per image."""
-    with torch.no_grad(), Uses() as uses:
+def drop_unused_tensors(program: Program, example: Tensor) -> None:
+    """Set to None the weights and buffers that no result depends on, such as a predictor's or state per image."""
+    with torch.no_grad(), UsedTensors() as used:
         program(example)
     for module in program.modules():
         for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(value) not in uses.seen:
+            if id(value) not in used.seen:
                 delattr(module, name)
                 setattr(module, name, None)
 
 
-def describe(run_cfg: DictConfig, program: Program, example: Tensor) -> dict[str, Any]:
-    """What the file is, wants and gives."""
+def describe_program(run_cfg: DictConfig, program: Program, example: Tensor) -> dict[str, Any]:
+    """Return the description that the file holds: what it is, its input and its outputs."""
     with torch.no_grad():
         features = program(example)[2]
     _, channels, height, width = example.shape
@@ -190,7 +195,7 @@ def describe(run_cfg: DictConfig, program: Program, example: Tensor) -> dict[str
 
 
 def write_torchscript(program: Program, example: Tensor, description: dict[str, Any], file: Path) -> None:
-    """A traced program for `torch.jit.load`; the description is its extra file."""
+    """Write a traced program for `torch.jit.load`; the description is its extra file."""
     for module in program.modules():
         if isinstance(module, LightningModule):
             module._jit_is_scripting = True  # or the tracer, which reads every property, stumbles on `trainer`
@@ -204,16 +209,16 @@ def write_torchscript(program: Program, example: Tensor, description: dict[str, 
 
 
 def write_onnx(program: Program, example: Tensor, description: dict[str, Any], file: Path) -> None:
-    """An ONNX model; the description is among its metadata.
+    """Write an ONNX model; the description is among its metadata.
 
     Raises:
-        InputError: where it does something that ONNX cannot say.
+        InputError: if the method does something that ONNX cannot express.
     """
-    fix_choices(program)
+    freeze_integer_buffers(program)
     for name in ("onnxscript", "onnx_ir"):  # they report every node that they simplify
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        with SpelledOut():
+        with CdistReplaced():
             exported = torch.onnx.export(
                 program,
                 (example,),
@@ -238,15 +243,15 @@ def write_onnx(program: Program, example: Tensor, description: dict[str, Any], f
     exported.save(file)
 
 
-class SpelledOut(TorchFunctionMode):
-    """Replaces `torch.cdist`, which ONNX does not know, by what it does."""
+class CdistReplaced(TorchFunctionMode):
+    """Replaces `torch.cdist`, which ONNX does not know, by `euclidean_distances`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (distances if func is torch.cdist else func)(*args, **(kwargs or {}))
+        return (euclidean_distances if func is torch.cdist else func)(*args, **(kwargs or {}))
 
 
-def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
-    """Euclidean distances (N, K) of rows (N, D) to rows (K, D); a stand-in for `torch.cdist`.
+def euclidean_distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Return Euclidean distances (N, K) of rows (N, D) to rows (K, D), as `torch.cdist` does.
 
     Raises:
         NotImplementedError: for another norm.
@@ -259,8 +264,11 @@ def distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | None = N
     return (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T).clamp(min=0).sqrt()
 
 
-def fix_choices(program: Program) -> None:
-    """Turn whole numbers among the buffers, such as which head is best, into constants that Python may branch on."""
+def freeze_integer_buffers(program: Program) -> None:
+    """Turn single whole numbers among the buffers, such as the index of the best head, into Python constants.
+
+    A program that branches on them cannot be exported otherwise.
+    """
     for module in program.modules():
         for name, value in list(module.named_buffers(recurse=False)):
             if value.dim() == 0 and not value.is_floating_point():
@@ -269,7 +277,7 @@ def fix_choices(program: Program) -> None:
 
 
 def write_safetensors(program: Program, example: Tensor, description: dict[str, Any], file: Path) -> None:
-    """The weights that the results hang on, by their names in the checkpoint; mean, std and k-means likewise."""
+    """Write the weights that the results depend on, by their names in the checkpoint, with mean, std and k-means."""
     from safetensors.torch import save_file
 
     tensors = {

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from deepclust.batch import cache_sized
+from deepclust.batch import split_to_cache_size
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.dataset_checks import infer_dataset_values
@@ -27,61 +27,49 @@ MADE_BY = "made_by.json"  # written last: where it is, the folder is complete
 
 
 def main(cfg: DictConfig) -> Path:
-    """The folder with the features; one that is complete and was made by the same network of the same images stays."""
-    described = describe_images(cfg)
-    images: ImageSet = build(described.dataset.source)
-    described.dataset.update(infer_dataset_values(described.dataset, images))
-    maker, network, encode = make_network(cfg, described)
-    dataset = resolve_to_dict(described)["dataset"]
-    dataset["source"].pop("data_dir", None)  # where decoded images are kept says nothing of them
-    made_by = {
-        "dataset": dataset,
-        "images_sha256": fingerprint(images.fit),
-        "paths_sha256": None if images.paths is None else sha256(json.dumps(images.paths).encode()).hexdigest(),
-        "views": resolve_to_dict(described)["views"]["clean"],
-        "weights_sha256": compute_checksum(network.state_dict()),
-    }
+    """Return the folder with the features, made unless it is complete and of the same network and the same images.
+
+    Raises:
+        InputError: if neither a run nor a backbone with a data set is named.
+    """
+    source_cfg = select_source_config(cfg)
+    images: ImageSet = build(source_cfg.dataset.source)
+    source_cfg.dataset.update(infer_dataset_values(source_cfg.dataset, images))
+    network_name, network, encode = build_network(cfg, source_cfg)
+    made_by = describe_features(source_cfg, images, network)
     key = sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
-    folder = Path(cfg.output or f"{cfg.data_dir}/features/{described.dataset.name}-{maker}-{key[:8]}")
+    default_folder = f"{cfg.data_dir}/features/{source_cfg.dataset.name}-{network_name}-{key[:8]}"
+    folder = Path(cfg.output or default_folder)
     if (folder / MADE_BY).is_file() and json.loads((folder / MADE_BY).read_text())["sha256"] == key:
         print(f"there already: {folder}")
         return folder
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MADE_BY).is_file():  # labels and pictures made before would pass for those of these images
-        for earlier in [*folder.glob("*_*.npy"), *folder.glob("*_paths.json"), folder / "class_names.json"]:
-            earlier.unlink(missing_ok=True)
-        (folder / MADE_BY).unlink()
+    prepare_folder(folder)
     device = select_device(cfg.accelerator)
     network.to(device).to(memory_format=torch.channels_last)
-    scale = described.get("multi_view") or described.dataset  # a run may have been told other numbers
-    views = MultiView(pipelines=build(described.views), names=[], mean=scale.mean, std=scale.std)
+    scale = source_cfg.get("multi_view") or source_cfg.dataset  # a run may have been given other mean and std
+    views = MultiView(pipelines=build(source_cfg.views), names=[], mean=scale.mean, std=scale.std)
 
-    def embed(pixels: Tensor) -> Tensor:
-        return torch.cat([encode(part) for part in cache_sized(views.clean(pixels.to(device)))]).float()
+    def encode_images(pixels: Tensor) -> Tensor:
+        clean = views.clean(pixels.to(device))
+        return torch.cat([encode(part) for part in split_to_cache_size(clean)]).float()
 
-    splits = {"train": images.fit} | ({} if images.evaluation is images.fit else {"test": images.evaluation})
-    for split, source in splits.items():
-        write_rows(folder / f"{split}_features.npy", source, embed, cfg.batch_size)
-        if len(source) <= cfg.max_pictures and source.shape[2] in (1, 3):
-            write_rows(
-                folder / f"{split}_images.npy", source, lambda pixels: pixels.permute(0, 2, 3, 1), cfg.batch_size
-            )
-    if images.labels is not None:
-        np.save(folder / f"{list(splits)[-1]}_labels.npy", images.labels)
-    if images.paths is not None:
-        (folder / f"{list(splits)[-1]}_paths.json").write_text(json.dumps(images.paths))
-    if images.class_names is not None:
-        (folder / "class_names.json").write_text(json.dumps(images.class_names))
-    beside = folder / f"{MADE_BY}.writing"
-    beside.write_text(json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
-    os.replace(beside, folder / MADE_BY)
+    write_data_set(folder, images, encode_images, batch_size=cfg.batch_size, max_pictures=cfg.max_pictures)
+    temporary = folder / f"{MADE_BY}.writing"
+    temporary.write_text(json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
+    os.replace(temporary, folder / MADE_BY)
     print(f"features of {len(images.fit)} images: {folder}")
     return folder
 
 
-def describe_images(cfg: DictConfig) -> DictConfig:
-    """The configuration that holds the data set and its views: the run's, with another data set if one is named."""
+def select_source_config(cfg: DictConfig) -> DictConfig:
+    """Return the configuration that holds the data set and its views: the run's, or this command's own.
+
+    Of a run, the data set is replaced where another one is named.
+
+    Raises:
+        InputError: if neither a run nor a backbone with a data set is named.
+    """
     if cfg.run is None:
         if "backbone" not in cfg or "dataset" not in cfg:
             raise InputError(
@@ -90,36 +78,92 @@ def describe_images(cfg: DictConfig) -> DictConfig:
                 do="add run=DIR, or dataset=NAME backbone=NAME",
             )
         return cfg
-    described = OmegaConf.create(load_checkpoint(Path(cfg.run))["config"])
+    run_cfg = OmegaConf.create(load_checkpoint(Path(cfg.run))["config"])
     if "dataset" in cfg:
-        described.dataset = resolve_to_dict(cfg)["dataset"]
-    assert isinstance(described, DictConfig)
-    return described
+        run_cfg.dataset = resolve_to_dict(cfg)["dataset"]
+    assert isinstance(run_cfg, DictConfig)
+    return run_cfg
 
 
-def make_network(cfg: DictConfig, described: DictConfig) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
-    """A name, the network in evaluation mode, and how it makes features (N, D) of clean images."""
+def build_network(cfg: DictConfig, source_cfg: DictConfig) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
+    """Return a name, the network in evaluation mode, and the function from clean images to features (N, D)."""
     if cfg.run is not None:
         run_cfg, method = load_method(load_checkpoint(Path(cfg.run)))
         return run_cfg.names.method, method, method.encode
     torch.manual_seed(cfg.seed)
-    backbone = build(described.backbone).eval()
+    backbone = build(source_cfg.backbone).eval()
     return str(cfg.backbone.get("model_name") or type(backbone).__name__).lower(), backbone, backbone
 
 
-def fingerprint(source: ImageSource, rows: int = 1000) -> str:
-    """SHA-256 of the number of images and of up to `rows` of them, evenly spread."""
-    spread = np.unique(np.linspace(0, len(source) - 1, min(rows, len(source)), dtype=np.int64))
-    return compute_checksum({str(len(source)): source.read(spread)})
+def describe_features(source_cfg: DictConfig, images: ImageSet, network: nn.Module) -> dict[str, Any]:
+    """Return what decides on the features: the images, the clean view and the weights."""
+    values = resolve_to_dict(source_cfg)
+    dataset = values["dataset"]
+    dataset["source"].pop("data_dir", None)  # where decoded images are kept says nothing of them
+    return {
+        "dataset": dataset,
+        "images_sha256": fingerprint(images.fit),
+        "paths_sha256": None if images.paths is None else sha256(json.dumps(images.paths).encode()).hexdigest(),
+        "views": values["views"]["clean"],
+        "weights_sha256": compute_checksum(network.state_dict()),
+    }
+
+
+def fingerprint(source: ImageSource, num_rows: int = 1000) -> str:
+    """Return the SHA-256 of the number of images and of up to `num_rows` of them, evenly spread."""
+    rows = np.unique(np.linspace(0, len(source) - 1, min(num_rows, len(source)), dtype=np.int64))
+    return compute_checksum({str(len(source)): source.read(rows)})
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder, and remove features of another kind: their labels and pictures would pass for the new ones'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MADE_BY).is_file():
+        for file in [*folder.glob("*_*.npy"), *folder.glob("*_paths.json"), folder / "class_names.json"]:
+            file.unlink(missing_ok=True)
+        (folder / MADE_BY).unlink()
+
+
+def write_data_set(
+    folder: Path,
+    images: ImageSet,
+    encode_images: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int,
+    max_pictures: int,
+) -> None:
+    """Write features, and what is known of the images, in the layout of `dataset=features`.
+
+    A copy of the images, for reports to show, is written for up to `max_pictures` of them.
+    """
+    splits = {"train": images.fit} | ({} if images.evaluation is images.fit else {"test": images.evaluation})
+    for split, source in splits.items():
+        write_rows(folder / f"{split}_features.npy", source, encode_images, batch_size)
+        if len(source) <= max_pictures and source.shape[2] in (1, 3):
+            write_rows(folder / f"{split}_images.npy", source, channels_to_last, batch_size)
+    evaluated = list(splits)[-1]
+    if images.labels is not None:
+        np.save(folder / f"{evaluated}_labels.npy", images.labels)
+    if images.paths is not None:
+        (folder / f"{evaluated}_paths.json").write_text(json.dumps(images.paths))
+    if images.class_names is not None:
+        (folder / "class_names.json").write_text(json.dumps(images.class_names))
+
+
+def channels_to_last(pixels: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as (N, H, W, C)."""
+    return pixels.permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
-def write_rows(file: Path, source: ImageSource, of: Callable[[Tensor], Tensor], batch_size: int) -> None:
-    """`of` all images of `source`, in order, as the rows of a .npy file."""
+def write_rows(file: Path, source: ImageSource, transform: Callable[[Tensor], Tensor], batch_size: int) -> None:
+    """Write what `transform` makes of all images of `source`, in order, as the rows of a .npy file."""
     rows: Any = None
     for start in track(range(0, len(source), batch_size), f"writing {file.name}"):
-        made = of(source.read(np.arange(start, min(start + batch_size, len(source))))).cpu().numpy()
+        indices = np.arange(start, min(start + batch_size, len(source)))
+        batch = transform(source.read(indices)).cpu().numpy()
         if rows is None:
-            rows = np.lib.format.open_memmap(file, mode="w+", dtype=made.dtype, shape=(len(source), *made.shape[1:]))
-        rows[start : start + len(made)] = made
+            shape = (len(source), *batch.shape[1:])
+            rows = np.lib.format.open_memmap(file, mode="w+", dtype=batch.dtype, shape=shape)
+        rows[start : start + len(batch)] = batch
     rows.flush()

@@ -10,14 +10,14 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 
-from deepclust.callbacks.checkpoint import LastCheckpoint
+from deepclust.callbacks.last_checkpoint import LastCheckpoint
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine import cuda_graphs, distributed
 from deepclust.engine.devices import count_devices
 from deepclust.engine.launch import launched_rank, run_on_devices
-from deepclust.engine.lightning import silence_lightning
+from deepclust.engine.lightning_settings import silence_lightning
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.assemble import (
     build_datamodule,
@@ -28,12 +28,12 @@ from deepclust.runs.assemble import (
 )
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.earlier_stage import configure_earlier_stage, describe_earlier_run
-from deepclust.runs.finish import write_run
 from deepclust.runs.folder import CHECKPOINT, acquire_run_lock
-from deepclust.runs.recipe import check_same_recipe
-from deepclust.runs.resolve import record_choices, resolve_config
+from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
+from deepclust.runs.resume_checks import check_same_recipe
 from deepclust.runs.summary import print_summary
+from deepclust.runs.write_run import write_run
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             strategy_is_auto=cfg.hardware.strategy == "auto",
         )
     finally:
-        cuda_graphs.release()  # their memory, for the runs that follow in this process
+        cuda_graphs.release_recordings()  # their memory, for the runs that follow in this process
 
 
 def find_earlier_run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
@@ -93,7 +93,7 @@ def find_earlier_run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         earlier_cfg = configure_earlier_stage(cfg)
         log.info("first the stage before: %s in %s", earlier_cfg.names.method, earlier_folder)
         run(earlier_cfg, earlier_folder)
-        distributed.wait_for_all()  # until the first process has written what is read next
+        distributed.barrier()  # until the first process has written what is read next
     return describe_earlier_run(earlier_folder)
 
 
@@ -126,7 +126,7 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
     evaluate_seconds = time.monotonic() - started
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LastCheckpoint):
-            train_seconds += callback.seconds_before
+            train_seconds += callback.earlier_train_seconds
             callback.save(trainer, method, **evaluation.assignment_state)
 
     results = compose_results(
@@ -155,5 +155,5 @@ def fit(trainer: Trainer, method: ClusteringMethod, datamodule: LightningDataMod
             raise KeyboardInterrupt from None
         raise
     seconds = time.monotonic() - started
-    cuda_graphs.release()  # what follows may need their memory
+    cuda_graphs.release_recordings()  # what follows may need their memory
     return seconds

@@ -9,61 +9,64 @@ from typing import Any
 
 import yaml
 
-IDENTITY = ("dataset", "method", "backbone", "num_clusters", "epochs")
+IDENTITY_KEYS = ("dataset", "method", "backbone", "num_clusters", "epochs")  # of results.json; runs of a group agree
 METRICS = ("acc", "nmi", "ari")
-KINDS = {"dataset": str, "method": str, "backbone": str, "num_clusters": int, "epochs": int, "seed": int}
+EXPECTED_TYPES = {"dataset": str, "method": str, "backbone": str, "num_clusters": int, "epochs": int, "seed": int}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run: its folder below the searched one, its results.json, its overrides by key."""
+class FinishedRun:
+    """A finished run."""
 
-    folder: str
-    results: dict
-    overrides: dict[str, str]
+    folder: str  # relative to the searched folder
+    results: dict  # the content of results.json
+    overrides: dict[str, str]  # by key
 
 
-def run_folders(top: Path) -> Iterator[Path]:
-    """The run folders below `top`, itself included. What lies in a run folder, such as the stage before it, is part of
-    that run and no run of its own."""
-    for path, folders, files in os.walk(top):
+def find_run_folders(root: Path) -> Iterator[Path]:
+    """Yield the run folders below `root`, or `root` itself if it is one.
+
+    A run folder is not searched: a run inside of it, such as an earlier stage, is part of that run.
+    """
+    for path, subfolders, files in os.walk(root):
         folder = Path(path)
         if "results.json" in files or (folder / ".hydra" / "config.yaml").is_file():
             yield folder
-            folders.clear()
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+            subfolders.clear()
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
 
 
-def load(folder: Path, *, name: str) -> Run | str:
-    """The finished run in `folder`, or why there is none."""
+def read_finished_run(folder: Path, *, name: str) -> FinishedRun | str:
+    """Return the finished run in `folder` or, if there is none, the reason as text."""
     file = folder / "results.json"
     if not file.is_file():
-        return "; ".join(["unfinished: no results.json", *_last_words(folder)])
+        return "; ".join(["unfinished: no results.json", *_describe_end(folder)])
     try:
         results = json.loads(file.read_text())
     except (ValueError, OSError) as error:
         return f"results.json cannot be read: {error}"
     if not isinstance(results, dict) or results.get("format") != 1:
         return "results.json is not of format 1"
-    lacking = [key for key in (*IDENTITY, "seed", "scores", "timing") if key not in results]
-    if lacking:
-        return f"results.json lacks {', '.join(lacking)}"
-    if odd := [key for key in results if not _fits(key, results[key])]:
-        return f"results.json holds something else than expected as {', '.join(odd)}"
+    missing = [key for key in (*IDENTITY_KEYS, "seed", "scores", "timing") if key not in results]
+    if missing:
+        return f"results.json lacks {', '.join(missing)}"
+    if invalid := [key for key in results if not _has_expected_type(key, results[key])]:
+        return f"results.json has an unexpected value of {', '.join(invalid)}"
     try:
-        # Hydra's own file is written anew by every start, also by one that is refused.
-        said = results.get("overrides")
-        texts = said if isinstance(said, list) else written_overrides(folder / ".hydra" / "overrides.yaml")
+        # results.json is preferred: Hydra writes its file anew at each start in the folder, even if the run is refused.
+        overrides = results.get("overrides")
+        if not isinstance(overrides, list):
+            overrides = read_overrides(folder / ".hydra" / "overrides.yaml")
     except (ValueError, OSError, yaml.YAMLError) as error:
         return f".hydra/overrides.yaml cannot be read: {' '.join(str(error).split())}"
-    pairs = (str(text).lstrip("+").partition("=") for text in texts)
-    return Run(name, results, {key: value for key, _, value in pairs})
+    pairs = (str(override).lstrip("+").partition("=") for override in overrides)
+    return FinishedRun(name, results, {key: value for key, _, value in pairs})
 
 
-def _fits(key: str, value: Any) -> bool:
-    """Whether results.json may hold this value by this key, as far as the table reads it."""
-    if key in KINDS:
-        return isinstance(value, KINDS[key])
+def _has_expected_type(key: str, value: Any) -> bool:
+    """Return whether an entry of results.json has the form that the table needs; other entries may have any form."""
+    if key in EXPECTED_TYPES:
+        return isinstance(value, EXPECTED_TYPES[key])
     if value is None or key not in ("scores", "baseline", "timing"):
         return True
     if not isinstance(value, dict):
@@ -71,25 +74,29 @@ def _fits(key: str, value: Any) -> bool:
     if key == "timing":
         return all(isinstance(value.get(name) or 0, int | float) for name in ("train_seconds", "earlier_seconds"))
     return all(
-        isinstance(rule, dict) and all(isinstance(rule.get(metric), int | float) for metric in METRICS)
-        for rule in value.values()
-        if rule is not None
+        isinstance(scores, dict) and all(isinstance(scores.get(metric), int | float) for metric in METRICS)
+        for scores in value.values()
+        if scores is not None
     )
 
 
-def _last_words(folder: Path) -> Iterator[str]:
-    """What an unfinished run left about its end."""
+def _describe_end(folder: Path) -> Iterator[str]:
+    """Yield what an unfinished run has written about how it ended."""
     for name in ("status.json", "error.txt"):
         if (folder / name).is_file():
             text = " ".join((folder / name).read_text(errors="replace").split())
-            yield f"{name}: {text[-200:]}"  # a traceback says the most at its end
+            yield f"{name}: {text[-200:]}"  # the last lines of a traceback say the most
 
 
-def written_overrides(file: Path) -> list:
-    """What Hydra has written of the overrides."""
+def read_overrides(file: Path) -> list:
+    """Return the overrides that Hydra has written to a file; none if there is no file.
+
+    Raises:
+        ValueError: if the file does not hold a list.
+    """
     if not file.is_file():
         return []
-    texts = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(texts, list):
-        raise ValueError("it holds no list")
-    return texts
+    overrides = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(overrides, list):
+        raise ValueError("it does not hold a list")
+    return overrides

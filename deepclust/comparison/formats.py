@@ -9,116 +9,129 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepclust.comparison.finished_runs import IDENTITY, METRICS
-from deepclust.comparison.table import Comparison, Row, percent, standings
+from deepclust.comparison.finished_runs import IDENTITY_KEYS, METRICS
+from deepclust.comparison.table import Comparison, Row, compare_to_published, format_percent
 
 COLUMNS = ["Data set", "Method", "Backbone", "K", "Epochs", "Settings", "Clusters by"]
 COLUMNS += [*(metric.upper() for metric in METRICS), "p", "Seeds", "Minutes"]
-TEXTS = {"Data set", "Method", "Backbone", "Settings", "Clusters by"}  # the rest are numbers
-FILE_WIDTH = 200  # characters; what a terminal would tell otherwise
+TEXT_COLUMNS = {"Data set", "Method", "Backbone", "Settings", "Clusters by"}  # the others hold numbers
+FILE_WIDTH = 200  # characters in a line of a text file; on a terminal, its own width holds
 
 
 def to_csv(comparison: Comparison) -> str:
-    """The table as CSV: scores and spreads as fractions."""
+    """Return the table as CSV, with scores and spreads as fractions."""
     file = io.StringIO()
-    told = [*IDENTITY, "settings", "rule", "seeds"]
+    fields = [*IDENTITY_KEYS, "settings", "rule", "seeds"]
     writer = csv.writer(file, lineterminator="\n")
-    scores = [name for m in METRICS for name in (m, f"{m}_spread")]
-    writer.writerow([*told, *scores, "p_value", "minutes", "protocol", "source"])
+    score_columns = [name for m in METRICS for name in (m, f"{m}_spread")]
+    writer.writerow([*fields, *score_columns, "p_value", "minutes", "protocol", "source"])
     for row in comparison.rows:
         pairs = [(s.mean, s.spread) if (s := row.scores.get(m)) else (None, None) for m in METRICS]
-        values = [value for pair in pairs for value in pair]
-        writer.writerow([*(getattr(row, t) for t in told), *values, row.p_value, row.minutes, row.protocol, row.source])
+        scores = [value for pair in pairs for value in pair]
+        identity = [getattr(row, field) for field in fields]
+        writer.writerow([*identity, *scores, row.p_value, row.minutes, row.protocol, row.source])
     return file.getvalue()
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The table as Markdown, scores in percent, best in bold; below it the notes."""
-    header, lines = cells(comparison.rows)
+    """Return the table as Markdown, with scores in percent and the best in bold, and the notes below it."""
+    header, lines = format_cells(comparison.rows)
     table = [
         header,
-        [":--" if name in TEXTS else "--:" for name in header],
-        *([f"**{cell}**" if best else cell.replace("|", "\\|") for cell, best in line] for line in lines),
+        [":--" if name in TEXT_COLUMNS else "--:" for name in header],
+        *([f"**{cell}**" if is_best else cell.replace("|", "\\|") for cell, is_best in line] for line in lines),
     ]
     text = "\n".join(f"| {' | '.join(line)} |" for line in table)
-    return f"{text}\n\n" + "".join(f"- {note}\n" for note in notes(comparison))
+    return f"{text}\n\n" + "".join(f"- {note}\n" for note in make_notes(comparison))
 
 
 def to_text(comparison: Comparison) -> str:
-    """The table as plain text, scores in percent; below it the notes."""
+    """Return the table as plain text, with scores in percent, and the notes below it."""
     file = io.StringIO()
-    show(comparison, Console(file=file, width=FILE_WIDTH))
+    print_comparison(comparison, Console(file=file, width=FILE_WIDTH))
     return file.getvalue()
 
 
-def show(comparison: Comparison, console: Console) -> None:
-    header, lines = cells(comparison.rows)
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the table, with scores in percent, and the notes below it."""
+    header, lines = format_cells(comparison.rows)
     table = Table()
     for name in header:
-        table.add_column(name, justify="left" if name in TEXTS else "right")
-    mark = "" if console.is_terminal else "*"  # what is not a terminal shows no bold
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right")
+    mark = "" if console.is_terminal else "*"  # in a file, bold is not seen
     for number, line in enumerate(lines):
         if number and comparison.rows[number].dataset != comparison.rows[number - 1].dataset:
             table.add_section()
-        table.add_row(*(Text(f"{cell}{mark}", style="bold") if best else Text(cell) for cell, best in line))
+        table.add_row(*(Text(f"{cell}{mark}", style="bold") if is_best else Text(cell) for cell, is_best in line))
     console.print(table)
-    for note in notes(comparison, best=mark or "bold"):
+    for note in make_notes(comparison, best=mark or "bold"):
         console.print(note, markup=False, highlight=False)
 
 
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """The header and, per row, each cell's text and whether it is the best; empty columns are left out."""
-    sources = _sources(rows)
+def format_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Return the header and, for each row, the text of each cell and whether it is the best score.
+
+    Empty columns are left out.
+    """
+    sources = _list_sources(rows)
     lines = []
     for row in rows:
         rule = f"{row.rule}, {row.protocol} [{sources.index(row.source) + 1}]" if row.source else row.rule
         counts = [row.num_clusters, row.epochs, row.seeds]
-        k, epochs, seeds = ("" if count is None else str(count) for count in counts)
-        line = [(text, False) for text in (row.dataset, row.method, row.backbone, k, epochs, row.settings)]
+        num_clusters, epochs, seeds = ("" if count is None else str(count) for count in counts)
+        line = [(text, False) for text in (row.dataset, row.method, row.backbone, num_clusters, epochs, row.settings)]
         line += [(rule or "no scores", False)]
-        line += [(percent(row.scores.get(m)), m in row.best) for m in METRICS]
+        line += [(format_percent(row.scores.get(m)), m in row.best) for m in METRICS]
         line += [("" if row.p_value is None else f"{row.p_value:.2g}", False)]
-        line += [(seeds, False), (_minutes(row.minutes), False)]
+        line += [(seeds, False), (_format_minutes(row.minutes), False)]
         lines.append(line)
-    used = [any(line[column][0] for line in lines) for column in range(len(COLUMNS))]
-    return list(compress(COLUMNS, used)), [list(compress(line, used)) for line in lines]
+    is_used = [any(line[column][0] for line in lines) for column in range(len(COLUMNS))]
+    return list(compress(COLUMNS, is_used)), [list(compress(line, is_used)) for line in lines]
 
 
-def _minutes(minutes: float | None) -> str:
+def _format_minutes(minutes: float | None) -> str:
     return "" if minutes is None else "< 0.1" if minutes < 0.05 else f"{minutes:.1f}"
 
 
-def _sources(rows: Sequence[Row]) -> list[str]:
+def _list_sources(rows: Sequence[Row]) -> list[str]:
+    """Return the sources of published figures, each once."""
     return list(dict.fromkeys(row.source for row in rows if row.source))
 
 
-def notes(comparison: Comparison, *, best: str = "bold") -> list[str]:
-    """What the table means, how the `best` is marked, where published figures are from, which runs are not in it."""
-    tested = any(row.p_value is not None for row in comparison.rows)
+def make_notes(comparison: Comparison, *, best: str = "bold") -> list[str]:
+    """Return the notes below the table: its meaning, the sources of published figures, the runs that are not in it.
+
+    best: how the best scores are marked.
+    """
+    has_p_values = any(row.p_value is not None for row in comparison.rows)
     return [
         f"ACC, NMI, ARI in percent: mean ± sample standard deviation over seeds; {best}: best of the runs.",
-        *(f"[{number}] {source}" for number, source in enumerate(_sources(comparison.rows), start=1)),
-        *(["p: paired t-test on ACC against the data set's best row, over common seeds."] if tested else []),
-        *standings(comparison.rows),
-        *(f"not in the table: {name} ({why})" for name, why in comparison.left_out),
+        *(f"[{number}] {source}" for number, source in enumerate(_list_sources(comparison.rows), start=1)),
+        *(["p: paired t-test on ACC against the data set's best row, over common seeds."] if has_p_values else []),
+        *compare_to_published(comparison.rows),
+        *(f"not in the table: {name} ({reason})" for name, reason in comparison.left_out),
     ]
 
 
 def to_latex(comparison: Comparison) -> str:
-    """The table for LaTeX with booktabs, scores in percent, best in bold; the notes are comments above it."""
-    header, lines = cells(comparison.rows)
-    columns = "".join("l" if name in TEXTS else "r" for name in header)
-    text = "".join(f"% {note}\n" for note in notes(comparison))
-    text += f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(header)} \\\\\n"
-    before = None
+    """Return the table for LaTeX with booktabs, with scores in percent and the best in bold.
+
+    The notes are comments above it.
+    """
+    header, lines = format_cells(comparison.rows)
+    alignment = "".join("l" if name in TEXT_COLUMNS else "r" for name in header)
+    text = "".join(f"% {note}\n" for note in make_notes(comparison))
+    text += f"\\begin{{tabular}}{{{alignment}}}\n\\toprule\n{' & '.join(header)} \\\\\n"
+    previous_dataset = None
     for row, line in zip(comparison.rows, lines, strict=True):
-        text += "" if row.dataset == before else "\\midrule\n"
-        before = row.dataset
-        text += " & ".join(f"\\textbf{{{_tex(cell)}}}" if best else _tex(cell) for cell, best in line) + " \\\\\n"
+        text += "" if row.dataset == previous_dataset else "\\midrule\n"
+        previous_dataset = row.dataset
+        cells = (f"\\textbf{{{_escape_latex(cell)}}}" if is_best else _escape_latex(cell) for cell, is_best in line)
+        text += " & ".join(cells) + " \\\\\n"
     return text + "\\bottomrule\n\\end{tabular}\n"
 
 
-def _tex(text: str) -> str:
-    signs = {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    signs |= {"\\": "\\textbackslash{}", "±": "$\\pm$"}
-    return "".join(signs.get(c, c) for c in text)
+def _escape_latex(text: str) -> str:
+    replacements = {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    replacements |= {"\\": "\\textbackslash{}", "±": "$\\pm$"}
+    return "".join(replacements.get(c, c) for c in text)

@@ -1,12 +1,12 @@
-"""A comparison as one HTML page: bars, the table, links to the reports of the runs. It needs no network."""
+"""A comparison as one HTML page that needs no network: bars, the table and links to the reports of the runs."""
 
 import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from deepclust.comparison.formats import TEXTS, cells, notes
-from deepclust.comparison.table import Comparison, Row, percent
+from deepclust.comparison.formats import TEXT_COLUMNS, format_cells, make_notes
+from deepclust.comparison.table import Comparison, Row, format_percent
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -49,28 +49,33 @@ li { overflow-wrap: anywhere }
 """
 
 
-def to_html(comparison: Comparison, runs: Path, *, beside: Path) -> str:
-    """The page; `beside` is the folder that it will lie in, from which it links to the folders below `runs`."""
+def to_html(comparison: Comparison, runs: Path, *, page_folder: Path) -> str:
+    """Return the page.
+
+    runs: the folder that was searched for runs; the page links to the reports below it.
+    page_folder: the folder in which the page will be; the links are relative to it.
+    """
     datasets = list(dict.fromkeys(row.dataset for row in comparison.rows))
-    title = f"{counted(len(comparison.rows), 'row')}, {counted(len(datasets), 'data set')}"
+    title = f"{format_count(len(comparison.rows), 'row')}, {format_count(len(datasets), 'data set')}"
     parts = [f"<h1>{title}</h1>"]
     for dataset in datasets:
         rows = [row for row in comparison.rows if row.dataset == dataset and "acc" in row.scores]
-        parts += [f"<h2>{escape(dataset)}: ACC</h2>", _bars(rows)] if rows else []
-    parts += ["<h2>All scores</h2>", _table(comparison, runs, beside)]
-    parts += ["<h2>Notes</h2><ul>", *(f"<li>{escape(note)}</li>" for note in notes(comparison)), "</ul>"]
+        parts += [f"<h2>{escape(dataset)}: ACC</h2>", _render_bars(rows)] if rows else []
+    parts += ["<h2>All scores</h2>", _render_table(comparison, runs, page_folder)]
+    parts += ["<h2>Notes</h2><ul>", *(f"<li>{escape(note)}</li>" for note in make_notes(comparison)), "</ul>"]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return (
         f"<!doctype html><html lang=en>{head}<title>deepclust compare</title><style>{STYLE}</style>{''.join(parts)}\n"
     )
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun, which gets an s in the plural."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _bars(rows: Sequence[Row]) -> str:
-    """Mean ACC as bars from 0 to 100 %, the spread over seeds as a whisker."""
+def _render_bars(rows: Sequence[Row]) -> str:
+    """Return mean ACC as bars from 0 to 100 %, with the spread over seeds as a whisker."""
     lines = []
     for row in rows:
         score = row.scores["acc"]
@@ -80,26 +85,26 @@ def _bars(rows: Sequence[Row]) -> str:
             low, high = (min(1.0, max(0.0, score.mean + sign * score.spread)) for sign in (-1, 1))
             bar += f'<b style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></b>'
         lines.append(f'<span class="name">{escape(name)}</span><span class="track">{bar}</span>')
-        lines.append(f"<span>{percent(score)}</span>")
+        lines.append(f"<span>{format_percent(score)}</span>")
     ticks = "".join(f"<span>{tick}</span>" for tick in range(0, 101, 20))
     return f'<div class="bars">{"".join(lines)}<span class="none"></span><span class="ticks">{ticks}</span></div>'
 
 
-def _table(comparison: Comparison, runs: Path, beside: Path) -> str:
-    header, lines = cells(comparison.rows)
-    texts = [' class="text"' if name in TEXTS else "" for name in header]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(header, texts, strict=True))
+def _render_table(comparison: Comparison, runs: Path, page_folder: Path) -> str:
+    header, lines = format_cells(comparison.rows)
+    classes = [' class="text"' if name in TEXT_COLUMNS else "" for name in header]
+    head = "".join(f"<th{css_class}>{escape(name)}</th>" for name, css_class in zip(header, classes, strict=True))
     body = []
     for row, line in zip(comparison.rows, lines, strict=True):
-        cols = "".join(
-            f'<td{" class=best" if best else kind} data-name="{escape(name)}">{escape(cell)}</td>'
-            for (cell, best), kind, name in zip(line, texts, header, strict=True)
+        cells = "".join(
+            f'<td{" class=best" if is_best else css_class} data-name="{escape(name)}">{escape(cell)}</td>'
+            for (cell, is_best), css_class, name in zip(line, classes, header, strict=True)
         )
         links = " ".join(
-            f'<a href="{escape(os.path.relpath(report, beside))}">{number}</a>'
+            f'<a href="{escape(os.path.relpath(report, page_folder))}">{number}</a>'
             for number, folder in enumerate(row.folders, start=1)
             if (report := runs / folder / "report.html").is_file()
         )
-        kind = ' class="published"' if row.rule == "published" else ""
-        body.append(f'<tr{kind}>{cols}<td data-name="Reports">{links}</td></tr>')
+        row_class = ' class="published"' if row.rule == "published" else ""
+        body.append(f'<tr{row_class}>{cells}<td data-name="Reports">{links}</td></tr>')
     return f'<div class="wide"><table><tr>{head}<th>Reports</th></tr>{"".join(body)}</table></div>'

@@ -1,4 +1,4 @@
-"""Rows of means and spreads over seeds, and what stands beside them."""
+"""The rows of a comparison: means and spreads over seeds, p-values, and published figures of the same methods."""
 
 import statistics
 from collections import defaultdict
@@ -7,25 +7,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deepclust.comparison.finished_runs import IDENTITY, METRICS, Run, load, run_folders
+from deepclust.comparison.finished_runs import (
+    IDENTITY_KEYS,
+    METRICS,
+    FinishedRun,
+    find_run_folders,
+    read_finished_run,
+)
 from deepclust.errors import InputError
 
-RULES = {"method": "method", "kmeans": "k-means"}  # key in results.json -> what the table calls it
+RULE_NAMES = {"method": "method", "kmeans": "k-means"}  # key in results.json -> name in the table
 PIXELS = "pixels"
-LEAST_SEEDS = 3  # of which a test on differences can say anything
+MIN_SEEDS = 3  # in common, for a test of a difference
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score as a fraction; the spread is None where there is only one value."""
+    """A score as a fraction."""
 
     mean: float
-    spread: float | None
+    spread: float | None  # None for a single value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a rule's scores over the seeds of a group, or published figures."""
+    """One row of the table: the scores of a rule over the seeds of a group of runs, or published figures."""
 
     dataset: str
     method: str
@@ -33,37 +39,40 @@ class Row:
     num_clusters: int | None
     epochs: int | None
     settings: str  # overrides that not all compared runs share
-    rule: str  # "method", "k-means" or "published"; "" for runs without scores
+    rule: str  # "method", "k-means", "pixels" or "published"; "" for runs without scores
     seeds: int | None
-    scores: dict[str, Score]  # by metric; absent where unknown
+    scores: dict[str, Score]  # by metric; a missing metric is unknown
     minutes: float | None  # mean training time
     protocol: str = ""  # of published figures: merged or split
-    source: str = ""
+    source: str = ""  # of published figures
     best: frozenset[str] = frozenset()  # metrics in which no other row of our runs on the data set is better
     folders: tuple[str, ...] = ()  # of the runs
-    by_seed: Mapping[int, float] = field(default_factory=dict)  # ACC
-    p_value: float | None = None  # of ACC being the best row's, where seeds allow to say
+    acc_by_seed: Mapping[int, float] = field(default_factory=dict)
+    p_value: float | None = None  # of the hypothesis that ACC equals that of the best row; None with too few seeds
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table, and the run folders that are not in it, each with the reason."""
+    """A table over runs."""
 
     rows: list[Row]
-    left_out: list[tuple[str, str]]
+    left_out: list[tuple[str, str]]  # run folders that are not in the table, each with the reason
 
 
-def compare(runs: Path, *, published: Sequence[Mapping], ignore: Collection[str]) -> Comparison:
-    """The table over all run folders below `runs`.
+def compare_runs(runs: Path, *, published: Sequence[Mapping], ignore: Collection[str]) -> Comparison:
+    """Return the table over all run folders below `runs`.
 
-    `published` holds entries as in conf/published.yaml. Overrides of the keys in `ignore`, or below them, do
-    not make another group. Raises InputError where `runs` is no folder or holds no run.
+    published: entries as in conf/published.yaml.
+    ignore: keys whose overrides do not make another group; so do the keys below them.
+
+    Raises:
+        InputError: if `runs` is not a folder or holds no run.
     """
     finished, left_out = [], []
-    for folder in run_folders(runs):
+    for folder in find_run_folders(runs):
         name = folder.relative_to(runs).as_posix()
-        run = load(folder, name=name)
-        if isinstance(run, Run):
+        run = read_finished_run(folder, name=name)
+        if isinstance(run, FinishedRun):
             finished.append(run)
         else:
             left_out.append((name, run))
@@ -73,49 +82,54 @@ def compare(runs: Path, *, published: Sequence[Mapping], ignore: Collection[str]
             expected="a folder with folders that hold results.json or .hydra/config.yaml",
             do="name the folder that the runs were written to, for example runs=outputs",
         )
-    groups, repeated = _groups(finished, ignore)
-    rows = [row for key in sorted(groups) for row in _rows_of(groups[key], settings=key[-1])]
-    rows = _with_p_values(_with_best(_pixel_rows(finished) + rows))
-    table = sorted(rows + _published_rows(published, rows), key=lambda row: row.dataset)
-    table.sort(key=lambda row: (row.dataset, row.rule != PIXELS, row.method))
-    return Comparison(table, sorted(left_out + repeated))
+    groups, repeated = _group_runs(finished, ignore)
+    rows = [row for key in sorted(groups) for row in _make_rows(groups[key], settings=key[-1])]
+    rows = _add_p_values(_mark_best_scores(_make_pixel_rows(finished) + rows))
+    rows += _make_published_rows(published, rows)
+    rows.sort(key=lambda row: (row.dataset, row.rule != PIXELS, row.method))
+    return Comparison(rows, sorted(left_out + repeated))
 
 
-def _groups(runs: Sequence[Run], ignore: Collection[str]) -> tuple[dict[tuple, list[Run]], list[tuple[str, str]]]:
-    """Runs by (data set, method, ..., settings); and the runs whose seed a later one of the group has too."""
-    told = [_telling(run, ignore) for run in runs]
-    shared = set.intersection(*(set(overrides.items()) for overrides in told)) if told else set()
-    groups: dict[tuple, dict[int, Run]] = defaultdict(dict)
+def _group_runs(
+    runs: Sequence[FinishedRun], ignore: Collection[str]
+) -> tuple[dict[tuple, list[FinishedRun]], list[tuple[str, str]]]:
+    """Return groups of runs by (data set, method, ..., settings), and the left-out runs, each with the reason.
+
+    A run is left out if a later one of its group has the same seed.
+    """
+    overrides_of_runs = [_select_overrides(run, ignore) for run in runs]
+    shared = set.intersection(*(set(overrides.items()) for overrides in overrides_of_runs)) if runs else set()
+    groups: dict[tuple, dict[int, FinishedRun]] = defaultdict(dict)
     repeated = []
-    for run, overrides in zip(runs, told, strict=True):
+    for run, overrides in zip(runs, overrides_of_runs, strict=True):
         settings = " ".join(f"{k}={v}" if v else k for k, v in sorted(set(overrides.items()) - shared))
-        group = groups[*(run.results[key] for key in IDENTITY), settings]
+        group = groups[*(run.results[key] for key in IDENTITY_KEYS), settings]
         seed = run.results["seed"]
-        if seed in group:  # averaged in, it would make the spread look smaller than it is
-            repeated.append((group[seed].folder, f"seed {seed} is counted from {run.folder}"))
+        if seed in group:  # the same seed twice would make the spread look smaller than it is
+            repeated.append((group[seed].folder, f"seed {seed} is taken from {run.folder}"))
         group[seed] = run
     return {key: list(members.values()) for key, members in groups.items()}, repeated
 
 
-def _telling(run: Run, ignore: Collection[str]) -> dict[str, str]:
-    """The overrides that say more than the identity does: not method=cc where the method is cc anyway."""
-    kept = {}
+def _select_overrides(run: FinishedRun, ignore: Collection[str]) -> dict[str, str]:
+    """Return the overrides that are not ignored and that do not repeat a column of the table, as method=cc does."""
+    selected = {}
     for key, value in run.overrides.items():
-        known_as = key.rpartition(".")[2].removeprefix("max_")
-        if known_as in IDENTITY and value == str(run.results[known_as]):
+        results_key = key.rpartition(".")[2].removeprefix("max_")
+        if results_key in IDENTITY_KEYS and value == str(run.results[results_key]):
             continue
         if not any(key == name or key.startswith(f"{name}.") for name in ignore):
-            kept[key] = value
-    return kept
+            selected[key] = value
+    return selected
 
 
-def _rows_of(runs: Sequence[Run], *, settings: str) -> list[Row]:
-    """One row per rule that has scores, or one without."""
+def _make_rows(runs: Sequence[FinishedRun], *, settings: str) -> list[Row]:
+    """Return a row for each rule that has scores, or one row without scores."""
     first = runs[0].results
     timings = [t for run in runs if (t := run.results["timing"] or {}).get("train_seconds") is not None]
-    seconds = [t["train_seconds"] + (t.get("earlier_seconds") or 0.0) for t in timings]  # with the stages before
-    blank = Row(
-        **{key: first[key] for key in IDENTITY},
+    seconds = [t["train_seconds"] + (t.get("earlier_seconds") or 0.0) for t in timings]  # with earlier stages
+    row_without_scores = Row(
+        **{key: first[key] for key in IDENTITY_KEYS},
         settings=settings,
         folders=tuple(run.folder for run in runs),
         rule="",
@@ -124,101 +138,117 @@ def _rows_of(runs: Sequence[Run], *, settings: str) -> list[Row]:
         minutes=statistics.fmean(seconds) / 60 if seconds else None,
     )
     rows = []
-    for rule, name in RULES.items():
-        known = {run.results["seed"]: s for run in runs if (s := (run.results["scores"] or {}).get(rule))}
-        if known:
-            rows.append(replace(blank, rule=name, **_over_seeds(known)))
-    return rows or [blank]
+    for rule, name in RULE_NAMES.items():
+        by_seed = {run.results["seed"]: s for run in runs if (s := (run.results["scores"] or {}).get(rule))}
+        if by_seed:
+            rows.append(replace(row_without_scores, rule=name, **_summarize_over_seeds(by_seed)))
+    return rows or [row_without_scores]
 
 
-def _pixel_rows(runs: Sequence[Run]) -> list[Row]:
-    """k-means on the pixels of every data set, as the runs on it have measured it; a seed counts once."""
-    found: dict[str, dict[int, Mapping]] = defaultdict(dict)
-    clusters = {}
+def _make_pixel_rows(runs: Sequence[FinishedRun]) -> list[Row]:
+    """Return a row for k-means on the pixels of each data set, as the runs have measured it; a seed counts once."""
+    by_dataset: dict[str, dict[int, Mapping]] = defaultdict(dict)
+    num_clusters = {}
     for run in runs:
         if scores := (run.results.get("baseline") or {}).get("kmeans_on_pixels"):
-            found[run.results["dataset"]][run.results["seed"]] = scores
-            clusters[run.results["dataset"]] = run.results["num_clusters"]
+            by_dataset[run.results["dataset"]][run.results["seed"]] = scores
+            num_clusters[run.results["dataset"]] = run.results["num_clusters"]
     return [
-        Row(dataset, "k-means", "", clusters[dataset], None, "", PIXELS, minutes=None, **_over_seeds(known))
-        for dataset, known in found.items()
+        Row(
+            dataset=dataset,
+            method="k-means",
+            backbone="",
+            num_clusters=num_clusters[dataset],
+            epochs=None,
+            settings="",
+            rule=PIXELS,
+            minutes=None,
+            **_summarize_over_seeds(by_seed),
+        )
+        for dataset, by_seed in by_dataset.items()
     ]
 
 
-def _over_seeds(known: Mapping[int, Mapping]) -> dict[str, Any]:
-    """What a row says of scores by seed."""
+def _summarize_over_seeds(scores_by_seed: Mapping[int, Mapping]) -> dict[str, Any]:
+    """Return the fields of a row that follow from the scores of each seed."""
     return {
-        "seeds": len(known),
-        "scores": {m: _score([s[m] for s in known.values()]) for m in METRICS},
-        "by_seed": {seed: s["acc"] for seed, s in known.items()},
+        "seeds": len(scores_by_seed),
+        "scores": {m: _summarize([scores[m] for scores in scores_by_seed.values()]) for m in METRICS},
+        "acc_by_seed": {seed: scores["acc"] for seed, scores in scores_by_seed.items()},
     }
 
 
-def _score(values: Sequence[float]) -> Score:
+def _summarize(values: Sequence[float]) -> Score:
+    """Return mean and sample standard deviation."""
     return Score(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _with_best(rows: Sequence[Row]) -> list[Row]:
-    top: dict[tuple[str, str], float] = defaultdict(lambda: -1.0)  # the least that ARI can be
+def _mark_best_scores(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with `best` filled in."""
+    highest: dict[tuple[str, str], float] = defaultdict(lambda: -1.0)  # the lowest value that ARI can have
     for row in rows:
         for metric, score in row.scores.items():
-            top[row.dataset, metric] = max(top[row.dataset, metric], score.mean)
+            highest[row.dataset, metric] = max(highest[row.dataset, metric], score.mean)
     return [
-        replace(row, best=frozenset(m for m, s in row.scores.items() if s.mean >= top[row.dataset, m])) for row in rows
+        replace(row, best=frozenset(m for m, s in row.scores.items() if s.mean >= highest[row.dataset, m]))
+        for row in rows
     ]
 
 
-def _with_p_values(rows: Sequence[Row]) -> list[Row]:
-    """Rows with the p-value of a two-sided paired t-test on ACC, over the seeds in common, against the best row.
+def _add_p_values(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with the p-value of a two-sided paired t-test on ACC against the best row, over common seeds.
 
-    Best is the largest mean ACC on the data set. None below `LEAST_SEEDS` common seeds, and where the differences
-    are all the same. Not corrected for the number of rows.
+    The best row has the largest mean ACC on the data set. There is no p-value with fewer than MIN_SEEDS common seeds or
+    if the differences are all the same. The p-values are not corrected for the number of rows.
     """
     best = {row.dataset: row for row in rows if "acc" in row.best}
-    return [replace(row, p_value=_paired_p(row, best[row.dataset])) if row.dataset in best else row for row in rows]
+    return [
+        replace(row, p_value=_compute_p_value(row, best[row.dataset])) if row.dataset in best else row for row in rows
+    ]
 
 
-def _paired_p(row: Row, best: Row) -> float | None:
-    common = sorted(row.by_seed.keys() & best.by_seed.keys())
-    differences = [best.by_seed[seed] - row.by_seed[seed] for seed in common]
-    if row is best or len(common) < LEAST_SEEDS or len(set(differences)) == 1:
+def _compute_p_value(row: Row, best: Row) -> float | None:
+    common_seeds = sorted(row.acc_by_seed.keys() & best.acc_by_seed.keys())
+    differences = [best.acc_by_seed[seed] - row.acc_by_seed[seed] for seed in common_seeds]
+    if row is best or len(common_seeds) < MIN_SEEDS or len(set(differences)) == 1:
         return None
-    from scipy import stats  # a second to import, for those only who have the seeds
+    from scipy import stats  # its import takes a second, which only those pay who have enough seeds
 
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def standings(rows: Sequence[Row]) -> list[str]:
-    """Where the runs stand to published figures that have a spread, a sentence for each metric of each row."""
-    said = []
+def compare_to_published(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence for each score of our runs and each published figure of the same metric that has a spread."""
+    sentences = []
     for row in rows:
-        for known in rows:
-            if known.rule != "published" or (known.dataset, known.method) != (row.dataset, row.method):
+        for published in rows:
+            if published.rule != "published" or (published.dataset, published.method) != (row.dataset, row.method):
                 continue
-            for metric, figure in known.scores.items():
+            for metric, figure in published.scores.items():
                 if figure.spread is None or row.rule in ("published", "") or metric not in row.scores:
                     continue
-                gap = row.scores[metric].mean - figure.mean
-                where = "inside" if abs(gap) <= figure.spread else "above" if gap > 0 else "below"
+                difference = row.scores[metric].mean - figure.mean
+                relation = "inside" if abs(difference) <= figure.spread else "above" if difference > 0 else "below"
                 settings = f" ({row.settings})" if row.settings else ""
-                own = f"{metric.upper()} {percent(row.scores[metric])}"
-                said.append(
-                    f"{row.dataset}, {row.method} by {row.rule}{settings}: {own} "
-                    f"is {where} the published {percent(figure)} ({known.backbone}, {known.protocol})"
+                score = f"{metric.upper()} {format_percent(row.scores[metric])}"
+                sentences.append(
+                    f"{row.dataset}, {row.method} by {row.rule}{settings}: {score} is {relation} the published "
+                    f"{format_percent(figure)} ({published.backbone}, {published.protocol})"
                 )
-    return said
+    return sentences
 
 
-def percent(score: Score | None) -> str:
+def format_percent(score: Score | None) -> str:
+    """Return `mean ± spread` in percent; nothing if there is no score."""
     if score is None:
         return ""
     mean = f"{100 * score.mean:.1f}"
     return mean if score.spread is None else f"{mean} ± {100 * score.spread:.1f}"
 
 
-def _published_rows(published: Sequence[Mapping], rows: Sequence[Row]) -> list[Row]:
-    """The published figures of every method on every data set that has a row."""
-    wanted = dict.fromkeys((row.dataset, row.method) for row in rows)
+def _make_published_rows(published: Sequence[Mapping], rows: Sequence[Row]) -> list[Row]:
+    """Return the published figures of each pair of method and data set that has a row."""
+    pairs = dict.fromkeys((row.dataset, row.method) for row in rows)
     return [
         Row(
             dataset=dataset,
@@ -234,7 +264,7 @@ def _published_rows(published: Sequence[Mapping], rows: Sequence[Row]) -> list[R
             protocol=entry["protocol"],
             source=entry["source"],
         )
-        for dataset, method in wanted
+        for dataset, method in pairs
         for entry in published
         if entry["method"] == method and (f := entry["figures"].get(dataset))
     ]

@@ -4,8 +4,6 @@ Hydra's errors say in several lines what went wrong, and seldom what to do. `exp
 matcher in turn; the first that knows the error turns it into an `InputError`.
 """
 
-import inspect
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from deepclust.config.composition import list_groups_and_keys
-from deepclust.config.suggestions import find_nearest_name
+from deepclust.config.suggestions import find_nearest_name, suggest_known_key
 from deepclust.config.value_errors import explain_value_error, quoted_name
 from deepclust.errors import InputError
 
@@ -135,33 +133,6 @@ def explain_key_of_some_options(
                     do=f"leave {override.input_line} out{without}",
                 )
     return None
-
-
-def suggest_known_key(override: Override, command: str, known: Collection[str]) -> InputError:
-    """Return the error for a mistyped key, with the known key or group that is spelt most alike."""
-    line, key = str(override.input_line), override.key_or_group
-    section, _, name = key.rpartition(".")
-    if section == "trainer" and not override.is_delete() and name in list_trainer_arguments():
-        return InputError(
-            f"there is no key {key}",
-            expected="a key that is there, or + before another argument of lightning.Trainer",
-            do=f"write +{line}",
-        )
-    # A key of Hydra's own and one of the job are not confused.
-    candidates = [name for name in known if name.startswith("hydra") == key.startswith("hydra")]
-    nearest = find_nearest_name(key, candidates)
-    return InputError(
-        f"there is no key or group {key}",
-        expected=nearest or f"one that {command} --cfg job shows",
-        do=f"write {line.replace(key, nearest, 1)}" if nearest else f"leave {line} out",
-    )
-
-
-def list_trainer_arguments() -> Collection[str]:
-    """List the arguments of Lightning's Trainer. Importing it takes seconds, which only such a mistake costs."""
-    from lightning import Trainer
-
-    return inspect.signature(Trainer).parameters
 
 
 def explain_value_while_composing(error: Exception, composition: Composition) -> InputError | None:

@@ -1,42 +1,43 @@
-"""A data set held against what a run was told of it: open values are read off the images, wrong ones are refused."""
+"""Checks of the section `dataset` of a configuration against the images: missing values are inferred from them."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from deepclust.clustering.number_of_clusters import Estimate, estimate_number, sample_rows
+from deepclust.clustering.number_of_clusters import ClusterNumberEstimate, estimate_number_of_clusters, sample_rows
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.errors import InputError
 
 
 def infer_dataset_values(declared: Mapping[str, Any], images: ImageSet) -> dict[str, Any]:
-    """Return what the images say of themselves, by key of the section `dataset`: num_images, channels and so on.
+    """Return values that follow from the images, by their key in the section `dataset`: num_images, channels and so on.
 
-    `declared` is that section; values that it leaves open (None) are those to fill in.
+    `declared` is the section `dataset` as configured. The number of images and of channels are always inferred; name,
+    image_size and num_classes only where the section leaves them open (None) and the images tell them.
 
     Raises:
-        InputError: if a declared value is another; it names the key to change.
+        InputError: if a configured value contradicts the images; it names the key to change.
     """
     height, _, channels = images.fit.shape
-    found: dict[str, Any] = {"num_images": len(images.fit), "channels": channels}
+    inferred: dict[str, Any] = {"num_images": len(images.fit), "channels": channels}
     if images.name is not None and declared["name"] is None:
-        found["name"] = images.name
+        inferred["name"] = images.name
     if declared["image_size"] is None:
-        found["image_size"] = height
+        inferred["image_size"] = height
     if declared["num_classes"] is None and images.labels is not None:
-        found["num_classes"] = len(images.class_names) if images.class_names else int(images.labels.max()) + 1
-    for key, value in found.items():
-        given = declared.get(key)
-        if given is not None and given != value:
+        inferred["num_classes"] = len(images.class_names) if images.class_names else int(images.labels.max()) + 1
+    for key, value in inferred.items():
+        configured = declared.get(key)
+        if configured is not None and configured != value:
             raise InputError(
-                f"dataset.{key} is {given} and the images of {declared['name']} have {value}",
+                f"dataset.{key} is {configured} and the images of {declared['name']} have {value}",
                 expected="the same number",
                 do=f"set dataset.{key}={value}",
             )
-    return found
+    return inferred
 
 
 def check_num_clusters(num_clusters: Any, *, num_images: int) -> None:
-    """Check that the number of clusters is one that these images can have.
+    """Check that `num_clusters` is a possible number of clusters for that many images.
 
     Raises:
         InputError: if it is not a whole number from 1 to the number of images.
@@ -55,17 +56,17 @@ def check_num_clusters(num_clusters: Any, *, num_images: int) -> None:
         )
 
 
-def estimate_num_clusters(images: ImageSet, *, seed: int) -> Estimate:
-    """Estimate how many clusters the vectors of a data set hold, without looking at labels.
+def estimate_num_clusters(images: ImageSet, *, seed: int) -> ClusterNumberEstimate:
+    """Estimate the number of clusters of a data set of vectors, without its labels.
 
     Raises:
-        InputError: if it holds pictures, which say little before a network has seen them, or too few vectors.
+        InputError: if the data set holds images, whose pixels do not tell the number of clusters, or too few vectors.
     """
     if images.fit.shape[:2] != (1, 1):
         raise InputError(
-            "the number of clusters can be told from features, and these are pictures",
-            expected="dataset=features, or a number",
+            "the number of clusters cannot be estimated from the pixels of images",
+            expected="features (dataset=features), or a number",
             do="run deepclust cluster images=DIR num_clusters=auto, or set dataset.num_clusters=K",
         )
     rows = images.fit.read(sample_rows(len(images.fit), seed)).flatten(1)
-    return estimate_number(rows, seed=seed)
+    return estimate_number_of_clusters(rows, seed=seed)

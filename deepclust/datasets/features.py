@@ -1,11 +1,11 @@
-"""Vectors in place of images: features that `deepclust features` has kept, or a table of your own.
+"""Data sets of vectors in place of images: features written by `deepclust features`, or a table of your own.
 
-A folder of them holds, for each split (train, test):
+Their folder holds, for each split (train, test):
 
     SPLIT_features.npy   float32 (M, D), read memory-mapped
-    SPLIT_labels.npy     int64 (M,), may be missing
-    SPLIT_images.npy     uint8 (M, H, W, 1 or 3), what the rows look like; may be missing
-    SPLIT_paths.json     a list of M files that the rows come from; may be missing
+    SPLIT_labels.npy     int64 (M,); may be missing
+    SPLIT_images.npy     uint8 (M, H, W, 1 or 3), the images that the vectors were made of; may be missing
+    SPLIT_paths.json     a list of M files that the vectors were made of; may be missing
     class_names.json     a list of C names; may be missing
 """
 
@@ -20,10 +20,10 @@ from deepclust.errors import InputError
 
 
 def load_features(*, path: str, num_classes: int | None) -> ImageSet:
-    """The vectors of a folder: fitted on train; evaluated on test where there is one, else on train.
+    """Load the vectors of a folder: the split train is fitted, and test is evaluated if it exists, else train.
 
     Raises:
-        InputError: a file is missing, is not what it should be, or does not fit the others.
+        InputError: if a file is missing, holds something else, or does not fit the others.
     """
     folder = Path(path).expanduser()
     if not (folder / "train_features.npy").is_file():
@@ -32,66 +32,68 @@ def load_features(*, path: str, num_classes: int | None) -> ImageSet:
             expected="vectors, float32 (M, D)",
             do="make them with deepclust features, or write a table there with numpy.save",
         )
-    evaluated = "test" if (folder / "test_features.npy").is_file() else "train"
+    evaluated_split = "test" if (folder / "test_features.npy").is_file() else "train"
     train = open_vectors(folder / "train_features.npy")
-    test = train if evaluated == "train" else open_vectors(folder / "test_features.npy")
+    test = train if evaluated_split == "train" else open_vectors(folder / "test_features.npy")
     if train.shape[1] != test.shape[1]:
         raise InputError(
             f"the vectors of train have {train.shape[1]} numbers, those of test {test.shape[1]}",
-            expected="as many in both",
-            do="make the files anew",
+            expected="the same number in both",
+            do="make both files with the same network",
         )
     fit = VectorSource([train])
-    labels, pictures = folder / f"{evaluated}_labels.npy", folder / f"{evaluated}_images.npy"
+    labels, pictures = folder / f"{evaluated_split}_labels.npy", folder / f"{evaluated_split}_images.npy"
     return ImageSet(
         fit=fit,
-        evaluation=fit if evaluated == "train" else VectorSource([test]),
+        evaluation=fit if evaluated_split == "train" else VectorSource([test]),
         labels=open_labels(labels, len(test), num_classes) if labels.is_file() else None,
         class_names=read_class_names(folder / "class_names.json", num_classes),
-        paths=read_paths(folder / f"{evaluated}_paths.json", len(test)),
+        paths=read_paths(folder / f"{evaluated_split}_paths.json", len(test)),
         pictures=ArraySource([open_pictures(pictures, len(test))]) if pictures.is_file() else None,
         name=folder.absolute().name,
     )
 
 
 def open_vectors(file: Path) -> np.ndarray:
-    """Vectors float32 (M, D) of a .npy file, memory-mapped; all are read once.
+    """Return the vectors of a .npy file as float32 (M, D), memory-mapped, after checking all of them.
 
     Raises:
-        InputError: where it holds something else, or numbers that are not finite.
+        InputError: if the file holds something else, or numbers that are not finite.
     """
     expected = "float32 (rows, numbers)"
     array = open_npy(file, expected)
     if array.dtype != np.float32 or array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"{file} holds {array.dtype} {array.shape}", expected=expected, do="write the file anew")
-    size = max(2**24 // array.shape[1], 1)  # rows at once
-    parts = [~np.isfinite(array[start : start + size]).all(1) for start in range(0, len(array), size)]
-    bad = np.flatnonzero(np.concatenate(parts))
-    if len(bad):
-        named = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise InputError(f"{file} holds {array.dtype} {array.shape}", expected=expected, do="write the file again")
+    chunk_size = max(2**24 // array.shape[1], 1)  # rows that are checked at a time
+    chunks = (array[start : start + chunk_size] for start in range(0, len(array), chunk_size))
+    bad_rows = np.flatnonzero(np.concatenate([~np.isfinite(chunk).all(1) for chunk in chunks]))
+    if len(bad_rows):
+        row_list = ", ".join(map(str, bad_rows[:5])) + (", ..." if len(bad_rows) > 5 else "")
         raise InputError(
-            f"{file} holds NaN or infinity in {len(bad)} of {len(array)} rows ({named})",
+            f"{file} holds NaN or infinity in {len(bad_rows)} of {len(array)} rows ({row_list})",
             expected="finite numbers",
-            do="mend these rows or leave them out",
+            do="correct these rows or leave them out",
         )
     return array
 
 
 def open_pictures(file: Path, count: int) -> np.ndarray:
-    """Images uint8 (count, H, W, 1 or 3) of a .npy file, memory-mapped."""
+    """Return the images of a .npy file as uint8 (count, H, W, 1 or 3), memory-mapped."""
     images = open_images(file)
     if len(images) != count:
         raise InputError(
-            f"{file} holds {len(images)} pictures", expected=f"{count}, one a row", do="make it anew or remove it"
+            f"{file} holds {len(images)} images",
+            expected=f"{count}, one for each vector",
+            do="write it again or remove it",
         )
     return images
 
 
 def read_paths(file: Path, count: int) -> list[str] | None:
-    """The paths in a JSON file; None where there is no such file.
+    """Return the paths in a JSON file, or None if there is no such file.
 
     Raises:
-        InputError: unless they are `count`.
+        InputError: if the file does not hold a list of `count` paths.
     """
     if not file.is_file():
         return None
@@ -103,7 +105,7 @@ def read_paths(file: Path, count: int) -> list[str] | None:
     if not is_list or len(paths) != count:
         raise InputError(
             f"{file} names {len(paths)} files" if is_list else f"{file} holds no list of files",
-            expected=f"a JSON list of {count}, one a row",
-            do="make it anew or remove it",
+            expected=f"a JSON list of {count}, one for each vector",
+            do="write it again or remove it",
         )
     return paths

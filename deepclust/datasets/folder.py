@@ -1,4 +1,4 @@
-"""Your own folder of image files, decoded once into an array that is read memory-mapped."""
+"""A data set from a folder of image files, which are decoded once into an array that is read memory-mapped."""
 
 import hashlib
 import json
@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 
 from deepclust.datasets.array_files import open_images
-from deepclust.datasets.conversion import make_once, read_collecting, write_images, write_unreadable
-from deepclust.datasets.image_decoding import SUFFIXES, scan
+from deepclust.datasets.conversion import (
+    decode_readable_images,
+    make_folder_once,
+    write_image_array,
+    write_unreadable_list,
+)
+from deepclust.datasets.image_decoding import IMAGE_SUFFIXES, find_image_files
 from deepclust.datasets.image_sources import ArraySource, ImageSet
 from deepclust.errors import InputError
 
@@ -19,40 +24,41 @@ logger = logging.getLogger(__name__)
 
 
 def load_folder(*, path: str, data_dir: str, image_size: int, channels: int, labelled: bool) -> ImageSet:
-    """All image files below `path`, as deep as they lie, sorted by path; fitted and evaluated alike.
+    """Load all image files below `path`, at any depth, sorted by path; they are both fitted and evaluated.
 
-    They are stored as `files.decode` gives them in <data_dir>/folder-<hash of path, size and channels>:
-    train_images.npy, files.json (paths, sizes and times of change) and, where there are any, unreadable.txt
-    (the files that are left out, and why). The stored images serve until a file is added, removed or changed.
+    The images, as `decode_image` gives them, are stored in <data_dir>/folder-<hash of path, size and channels>. This
+    folder holds train_images.npy, files.json (paths, sizes and modification times) and, if some files cannot be read,
+    unreadable.txt with their names and the reasons. The stored images are used until a file is added, removed or
+    changed.
 
-    With `labelled` the first folder on the way from `path` to a file is its class; files in `path` itself
-    have none (-1). Grey images are stored in colour like any other unless `channels` is 1.
+    With `labelled`, the first sub-folder of `path` that leads to a file is its class; files directly in `path` have
+    none (-1). Grey images are stored with three channels unless `channels` is 1.
 
     Raises:
-        InputError: no such folder, no image in it that can be read, or no sub-folder although `labelled`.
+        InputError: if there is no such folder, no readable image in it, or no sub-folder although `labelled`.
     """
     root = Path(path).expanduser().absolute()
-    files = find(root)
-    made_from = {"format": 1, "path": str(root), "image_size": image_size, "channels": channels}
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:10]
+    files = find_images(root)
+    conversion = {"format": 1, "path": str(root), "image_size": image_size, "channels": channels}
+    key = hashlib.sha256(json.dumps(conversion).encode()).hexdigest()[:10]
     folder = Path(data_dir).expanduser().absolute() / f"folder-{key}"
 
     def make(work: Path) -> None:
-        unreadable = store(work, root, [name for name, _, _ in files], image_size, channels)
-        index = {**made_from, "files": files, "unreadable": unreadable}
+        unreadable = store_images(work, root, [name for name, _, _ in files], image_size, channels)
+        index = {**conversion, "files": files, "unreadable": unreadable}
         (work / "files.json").write_text(json.dumps(index))
 
-    def ready(here: Path) -> bool:
-        return (here / "files.json").is_file() and read_index(here)["files"] == files
+    def is_up_to_date(folder: Path) -> bool:
+        return (folder / "files.json").is_file() and read_index(folder)["files"] == files
 
-    make_once(folder, make, ready=ready)
-    left_out = {name for name, _ in read_index(folder)["unreadable"]}
-    names = [name for name, _, _ in files if name not in left_out]
+    make_folder_once(folder, make, ready=is_up_to_date)
+    unreadable_names = {name for name, _ in read_index(folder)["unreadable"]}
+    names = [name for name, _, _ in files if name not in unreadable_names]
     logger.info("%d images of %s, stored in %s", len(names), root, folder)
-    if left_out:
+    if unreadable_names:
         logger.warning(
             "%d of %d image files in %s could not be read and are left out; %s lists them",
-            *(len(left_out), len(files), root, folder / "unreadable.txt"),
+            *(len(unreadable_names), len(files), root, folder / "unreadable.txt"),
         )
     source = ArraySource([open_images(folder / "train_images.npy")])
     labels, class_names = subfolder_labels(root, names) if labelled else (None, None)
@@ -60,8 +66,12 @@ def load_folder(*, path: str, data_dir: str, image_size: int, channels: int, lab
     return ImageSet(source, source, labels=labels, class_names=class_names, paths=paths)
 
 
-def find(root: Path) -> list[list[Any]]:
-    """[path below root, bytes, modification time in ns] of every image file."""
+def find_images(root: Path) -> list[list[Any]]:
+    """Return [path below root, size in bytes, modification time in ns] of every image file.
+
+    Raises:
+        InputError: if there is no such folder, it cannot be searched, or it holds no image file.
+    """
     if not root.is_dir():
         raise InputError(
             f"{root} is {'a file' if root.exists() else 'missing'}",
@@ -69,43 +79,51 @@ def find(root: Path) -> list[list[Any]]:
             do="set dataset.path=DIR" + (", or dataset=arrays for an array file" if root.is_file() else ""),
         )
     try:
-        files, others = scan(root)
+        files, other_counts = find_image_files(root)
     except OSError as error:
         raise InputError(
             f"{root} cannot be searched: {error}",
             expected="folders that can be listed",
             do="change their permissions or set another dataset.path=DIR",
         ) from error
-    if others:
-        logger.info("%d files in %s are passed over: %s", others.total(), root, kinds(others))
+    if other_counts:
+        logger.info("%d files in %s are ignored: %s", other_counts.total(), root, format_suffix_counts(other_counts))
     if not files:
         raise InputError(
-            f"{root} holds no image file" + (f" (but {kinds(others)})" if others else ""),
-            expected=f"files ending in {' '.join(sorted(SUFFIXES))}",
+            f"{root} holds no image file" + (f" (but {format_suffix_counts(other_counts)})" if other_counts else ""),
+            expected=f"files ending in {' '.join(sorted(IMAGE_SUFFIXES))}",
             do="set dataset.path=DIR to a folder of images",
         )
     return [list(file) for file in files]
 
 
-def kinds(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} {suffix or 'without ending'}" for suffix, number in counts.most_common(5))
+def format_suffix_counts(counts: Counter[str]) -> str:
+    """Return, for instance, "3 .txt, 1 without suffix"; the five most frequent suffixes are listed."""
+    return ", ".join(f"{number} {suffix or 'without suffix'}" for suffix, number in counts.most_common(5))
 
 
-def store(work: Path, root: Path, names: list[str], image_size: int, channels: int) -> list[tuple[str, str]]:
-    """Decode the files `names` below `root` into a folder; return (name, reason) of the unreadable ones."""
+def store_images(work: Path, root: Path, names: list[str], image_size: int, channels: int) -> list[tuple[str, str]]:
+    """Decode the files `names` below `root` and store them in the folder `work`.
+
+    Returns:
+        (name, reason) of the files that cannot be read.
+
+    Raises:
+        InputError: if no file can be read.
+    """
     failed: list[tuple[str, str]] = []
     paths = [str(root / name) for name in names]
-    chunks = read_collecting(paths, failed, image_size=image_size, channels=channels)
+    chunks = decode_readable_images(paths, failed, image_size=image_size, channels=channels)
     shape = (image_size, image_size, channels)
-    if not write_images(work / "train_images.npy", chunks, shape=shape, total=len(paths)):
+    if not write_image_array(work / "train_images.npy", chunks, shape=shape, total=len(paths)):
         raise InputError(
             f"none of the {len(paths)} image files in {root} can be read (the first: {failed[0][1]})",
             expected="at least one image",
-            do="set dataset.path=DIR to a folder of whole images",
+            do="set dataset.path=DIR to a folder of undamaged images",
         )
     unreadable = [(str(Path(path).relative_to(root)), reason) for path, reason in failed]
     if unreadable:
-        write_unreadable(work, unreadable)
+        write_unreadable_list(work, unreadable)
     return unreadable
 
 
@@ -114,7 +132,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def subfolder_labels(root: Path, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels (M,) by the first folder of each path, -1 for files without one; the folders' names, sorted."""
+    """Return labels (M,) by the first folder of each path, -1 for files without one, and the folder names, sorted."""
     folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else None for name in names]
     classes = sorted({folder for folder in folders if folder is not None})
     if not classes:
@@ -123,5 +141,5 @@ def subfolder_labels(root: Path, names: list[str]) -> tuple[np.ndarray, list[str
             expected="a sub-folder for each class",
             do="set dataset.labelled=false",
         )
-    number = {folder: label for label, folder in enumerate(classes)}
-    return np.array([-1 if folder is None else number[folder] for folder in folders], np.int64), classes
+    label_of = {folder: label for label, folder in enumerate(classes)}
+    return np.array([-1 if folder is None else label_of[folder] for folder in folders], np.int64), classes

@@ -1,4 +1,4 @@
-"""Image files: found in a folder, turned into pixels."""
+"""Finding the image files of a folder and decoding them into arrays of pixels."""
 
 import os
 import stat
@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Resampling, Transpose
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what a file holds, whatever its name says
-Image.init()  # loads all formats; Image.open with a choice of them does not
-CHUNK = 256  # images decoded at a time: bounds the memory
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of the content of a file; its name need not agree
+Image.init()  # loads the plugins of all formats, which Image.open does not do when formats are chosen
+CHUNK_SIZE = 256  # images that are decoded at a time, which bounds the memory
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
-TURNS = {  # from the stored picture to the upright one
+TRANSPOSE_FOR_ORIENTATION = {  # from the stored image to the upright one
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -29,40 +29,45 @@ TURNS = {  # from the stored picture to the upright one
 
 
 class UnreadableImage(Exception):
-    """A file that cannot be turned into pixels; the text says why, in one line."""
+    """Raised for a file that cannot be decoded; the message is one line with the reason."""
 
 
-def scan(folder: Path) -> tuple[list[tuple[str, int, int]], Counter[str]]:
-    """Image files below a folder, sorted, as (path relative to it, bytes, modification time in ns).
+def find_image_files(folder: Path) -> tuple[list[tuple[str, int, int]], Counter[str]]:
+    """Find all image files below a folder.
 
-    The second result counts the files of other kinds by suffix. Names that begin with a dot are passed over.
-    Links are followed, but no folder is entered twice, so a link back to a folder above ends there.
+    Names that begin with a dot are ignored. Links are followed, but no folder is entered twice, so that a link to a
+    folder above does no harm.
+
+    Returns:
+        The image files as (path relative to the folder, size in bytes, modification time in ns), sorted, and the number
+        of other files by suffix.
 
     Raises:
-        OSError: a folder below cannot be listed.
+        OSError: if a folder cannot be listed.
     """
     files: list[tuple[str, int, int]] = []
     others: Counter[str] = Counter()
     entered: set[tuple[int, int]] = set()
-    pending = [""]
+    pending = [""]  # folders, relative to `folder`
     while pending:
-        below = pending.pop()
-        here = os.stat(os.path.join(folder, below))
-        if (here.st_dev, here.st_ino) in entered:
+        subfolder = pending.pop()
+        subfolder_status = os.stat(os.path.join(folder, subfolder))
+        identity = (subfolder_status.st_dev, subfolder_status.st_ino)
+        if identity in entered:
             continue
-        entered.add((here.st_dev, here.st_ino))
-        with os.scandir(os.path.join(folder, below)) as entries:
-            listed = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        entered.add(identity)
+        with os.scandir(os.path.join(folder, subfolder)) as entries:
+            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
         folders = []
-        for entry in listed:
-            path, suffix = os.path.join(below, entry.name), os.path.splitext(entry.name)[1].lower()
+        for entry in visible:
+            path, suffix = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
             try:
                 status: os.stat_result | None = entry.stat()
-            except OSError:  # a link to nothing: kept if its name is an image's, and reported as unreadable
+            except OSError:  # a broken link: listed if it has the name of an image, and later reported as unreadable
                 status = None
             if status is not None and stat.S_ISDIR(status.st_mode):
                 folders.append(path)
-            elif suffix not in SUFFIXES:
+            elif suffix not in IMAGE_SUFFIXES:
                 others[suffix] += 1
             elif status is None:
                 files.append((path, 0, 0))
@@ -72,36 +77,36 @@ def scan(folder: Path) -> tuple[list[tuple[str, int, int]], Counter[str]]:
     return sorted(files), others
 
 
-def decode(path: str | os.PathLike[str], *, image_size: int, channels: int) -> np.ndarray:
-    """The pixels of an image file as uint8 (image_size, image_size, channels), channels 1 (grey) or 3 (RGB).
+def decode_image(path: str | os.PathLike[str], *, image_size: int, channels: int) -> np.ndarray:
+    """Return the pixels of an image file as uint8 (image_size, image_size, channels); 1 channel is grey, 3 are RGB.
 
-    The short side is resized to `image_size` (bilinear, antialiased) and the central square kept; upright by
-    its EXIF orientation, transparency on white, the first frame of several. 16-bit and 32-bit grey from 0 to
-    65535 becomes 0 to 255, and so does float grey from 0 to 1. A large JPEG is decoded at a fraction of its
-    size, at least twice `image_size`.
+    The short side is resized to `image_size` (bilinear, antialiased), and the central square is taken. The image is
+    turned upright as its EXIF orientation says. Transparent parts become white. Of several frames, the first is taken.
+    16-bit and 32-bit grey values from 0 to 65535 are scaled to 0 to 255, and so are float grey values from 0 to 1. A
+    large JPEG is decoded at a fraction of its size, which is at least twice `image_size`.
 
     Raises:
-        UnreadableImage: the file is missing, empty, cut short or no image.
+        UnreadableImage: if the file is missing, empty, truncated or not an image.
     """
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with Image.open(path, formats=FORMATS) as opened:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
             opened.draft(None, (2 * image_size, 2 * image_size))
             opened.load()
-            image = flatten(opened).convert(mode)
-            turn = TURNS.get(opened.getexif().get(ORIENTATION_TAG, 1))
+            image = to_opaque_8_bit(opened).convert(mode)
+            transpose = TRANSPOSE_FOR_ORIENTATION.get(opened.getexif().get(ORIENTATION_TAG, 1))
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         square = image.resize((image_size, image_size), Resampling.BILINEAR, box=(left, top, left + side, top + side))
-        upright = square if turn is None else square.transpose(turn)
+        upright = square if transpose is None else square.transpose(transpose)
         return np.array(upright).reshape(image_size, image_size, channels)
-    except Exception as error:  # a broken file can raise nearly anything from a decoder
-        text = str(error) or type(error).__name__
-        raise UnreadableImage(text.splitlines()[0]) from error
+    except Exception as error:  # a decoder can raise nearly any exception on a broken file
+        message = str(error) or type(error).__name__
+        raise UnreadableImage(message.splitlines()[0]) from error
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """An image of 8-bit values without transparency."""
+def to_opaque_8_bit(image: Image.Image) -> Image.Image:
+    """Return the image with 8-bit values and without transparency."""
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image, np.float64), 0, 65535)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8))
@@ -113,26 +118,26 @@ def flatten(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_images(
+def decode_in_chunks(
     paths: Sequence[str], *, image_size: int, channels: int
 ) -> Iterator[tuple[list[str], np.ndarray, list[tuple[str, str]]]]:
-    """Decode many files in threads, a chunk at a time and in order.
+    """Decode many image files in threads, chunk by chunk and in order.
 
     Yields:
-        The paths that could be read, their images as uint8 (n, image_size, image_size, channels), and
-        (path, reason) of those that could not.
+        For each chunk, the paths that could be read, their images as uint8 (n, image_size, image_size, channels), and
+        (path, reason) of the files that could not be read.
     """
 
-    def attempt(path: str) -> np.ndarray | str:
+    def decode_or_explain(path: str) -> np.ndarray | str:
         try:
-            return decode(path, image_size=image_size, channels=channels)
+            return decode_image(path, image_size=image_size, channels=channels)
         except UnreadableImage as error:
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), CHUNK):
-            chunk = paths[start : start + CHUNK]
-            results = list(zip(chunk, pool.map(attempt, chunk), strict=True))
+        for start in range(0, len(paths), CHUNK_SIZE):
+            chunk = paths[start : start + CHUNK_SIZE]
+            results = list(zip(chunk, pool.map(decode_or_explain, chunk), strict=True))
             readable = [(path, pixels) for path, pixels in results if isinstance(pixels, np.ndarray)]
             images = np.empty((len(readable), image_size, image_size, channels), np.uint8)
             for row, (_, pixels) in zip(images, readable, strict=True):

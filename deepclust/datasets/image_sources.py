@@ -1,4 +1,4 @@
-"""Where images come from: rows of uint8 arrays, files decoded when they are asked for, or vectors in their place."""
+"""Sources of images: uint8 arrays, image files decoded on demand, or vectors in place of images."""
 
 import os
 from collections.abc import Sequence
@@ -10,25 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepclust.datasets.image_decoding import UnreadableImage, decode
+from deepclust.datasets.image_decoding import UnreadableImage, decode_image
 from deepclust.errors import InputError
 
 
 class ImageSource(Protocol):
-    """A fixed sequence of images of one shape, addressed by position."""
+    """A fixed sequence of images of one shape, read by their positions."""
 
     shape: tuple[int, int, int]  # H, W, channels
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """The images at `indices` (N,) as uint8 (N, channels, H, W), memory order N, H, W, channels; vectors of D
-        numbers as float32 (N, D, 1, 1)."""
+        """Return the images at `indices` (N,) as uint8 (N, channels, H, W), in channels-last memory order.
+
+        Vectors with D entries come as float32 (N, D, 1, 1).
+        """
         ...
 
 
 class JoinedArrays:
-    """Arrays (m, ...) of one row shape, joined in order; each may be memory-mapped."""
+    """Arrays (m, ...) with rows of one shape, joined in order; each may be memory-mapped."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.arrays = list(arrays)
@@ -38,26 +40,26 @@ class JoinedArrays:
         return int(self.starts[-1])
 
     def read(self, indices: np.ndarray, row_shape: tuple[int, ...]) -> np.ndarray:
-        """The rows at `indices` (N,), each broadcast to `row_shape`: (N, *row_shape)."""
+        """Return the rows at `indices` (N,), each broadcast to `row_shape`, as (N, *row_shape)."""
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices {indices.min()} to {indices.max()} of {len(self)} rows")
         rows = np.empty((len(indices), *row_shape), self.arrays[0].dtype)
         for array, start, stop in zip(self.arrays, self.starts[:-1], self.starts[1:], strict=True):
-            inside = (indices >= start) & (indices < stop)
-            rows[inside] = array[indices[inside] - start]
+            in_array = (indices >= start) & (indices < stop)
+            rows[in_array] = array[indices[in_array] - start]
         return rows
 
 
 class ArraySource:
     """Images in uint8 arrays (m, H, W, 1 or 3), joined in order; each may be memory-mapped.
 
-    With `channels=3` grey images are given out with three equal channels.
+    With `channels=3`, grey images are read with three equal channels.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], channels: int | None = None) -> None:
         self.joined = JoinedArrays(arrays)
-        height, width, stored = arrays[0].shape[1:]
-        self.shape = (int(height), int(width), int(stored if channels is None else channels))
+        height, width, stored_channels = arrays[0].shape[1:]
+        self.shape = (int(height), int(width), int(stored_channels if channels is None else channels))
 
     def __len__(self) -> int:
         return len(self.joined)
@@ -67,7 +69,7 @@ class ArraySource:
 
 
 class VectorSource:
-    """Vectors in float32 arrays (m, D), joined in order, given out as images of one pixel and D channels."""
+    """Vectors in float32 arrays (m, D), joined in order and read as images of one pixel with D channels."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.joined = JoinedArrays(arrays)
@@ -81,13 +83,13 @@ class VectorSource:
 
 
 class FileSource:
-    """Image files, decoded each time they are read, by `num_workers` threads; `files.decode` says how.
+    """Image files that are decoded by `decode_image` each time they are read, in `num_workers` threads.
 
-    Nothing is checked before: a file that cannot be read raises when it is asked for.
+    The files are not checked before: a file that cannot be read raises an InputError when it is read.
     """
 
     def __init__(self, paths: Sequence[str], *, image_size: int, channels: int, num_workers: int) -> None:
-        # One block of bytes: a million Python strings would be copied by every process that is forked.
+        # One block of bytes: a million Python strings would be copied in every forked process.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.shape = (image_size, image_size, channels)
         self.num_workers = num_workers
@@ -98,24 +100,24 @@ class FileSource:
     def read(self, indices: np.ndarray) -> Tensor:
         rows = np.empty((len(indices), *self.shape), np.uint8)
         with ThreadPoolExecutor(self.num_workers) as pool:
-            for row, pixels in zip(rows, pool.map(self.decode, self.paths[indices]), strict=True):
+            for row, pixels in zip(rows, pool.map(self.decode_path, self.paths[indices]), strict=True):
                 row[:] = pixels
         return torch.from_numpy(rows).permute(0, 3, 1, 2)
 
-    def decode(self, encoded: bytes) -> np.ndarray:
-        path = os.fsdecode(encoded)
+    def decode_path(self, encoded_path: bytes) -> np.ndarray:
+        path = os.fsdecode(encoded_path)
         try:
-            return decode(path, image_size=self.shape[0], channels=self.shape[2])
+            return decode_image(path, image_size=self.shape[0], channels=self.shape[2])
         except UnreadableImage as error:
             raise InputError(
                 f"{path} cannot be read: {error}",
                 expected="an image file",
-                do="replace it, or remove it and the list of files in the data set's folder in data_dir",
+                do="replace it, or remove both it and files.json in the folder of the data set in data_dir",
             ) from error
 
 
 class ResidentSource:
-    """The images of another source, all of them held on a device: what is read is there already."""
+    """All images of another source, kept on a device, so that reading does not copy them there."""
 
     def __init__(self, source: ImageSource, device: torch.device) -> None:
         self.shape = source.shape
@@ -128,19 +130,19 @@ class ResidentSource:
         return len(self.images)
 
     def read(self, indices: np.ndarray) -> Tensor:
-        at = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
-        return self.images[at].permute(0, 3, 1, 2)
+        device_indices = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+        return self.images[device_indices].permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set as a run needs it. Training sees `fit` and `extra` only; the rest is for evaluation."""
+    """A data set as a run uses it. Training sees `fit` and `extra` only; the rest is for evaluation."""
 
-    fit: ImageSource  # what is trained on and clustered
-    evaluation: ImageSource  # `fit` itself in the merged protocol, the test images in the split one
+    fit: ImageSource  # the images that are trained on and clustered
+    evaluation: ImageSource  # `fit` itself in the merged protocol, the test images in the split protocol
     extra: ImageSource | None = None  # unlabelled images that only help the representation
     labels: np.ndarray | None = None  # int64, one per evaluation image; -1 where unknown
     class_names: list[str] | None = None
-    paths: list[str] | None = None  # one per evaluation image, where it has a file of its own
-    pictures: ImageSource | None = None  # what evaluation vectors look like, where that is known
-    name: str | None = None  # where the configuration cannot know it
+    paths: list[str] | None = None  # one per evaluation image, if each has a file of its own
+    pictures: ImageSource | None = None  # the images that the evaluation vectors were made of, if known
+    name: str | None = None  # if the configuration does not tell it

@@ -1,6 +1,7 @@
-"""Data sets by name: kept as arrays in a folder, made from other files where that is missing, or embedded.
+"""Data sets with a configuration of their own: arrays in a folder, folders of image files, embedded digits.
 
-A data set's folder holds, for each split (train, test, unlabeled):
+A folder of arrays is made from the original files of the data set if it is missing. It holds, for each split (train,
+test, unlabeled):
 
     SPLIT_images.npy    uint8 (M, H, W, channels), 1 or 3 channels, read memory-mapped
     SPLIT_labels.npy    int64 (M,), 0 to C - 1
@@ -22,7 +23,7 @@ from deepclust.datasets.array_files import (
     open_labels,
     read_class_names,
 )
-from deepclust.datasets.conversion import class_files, make_once
+from deepclust.datasets.conversion import find_class_files, make_folder_once
 from deepclust.datasets.image_sources import ArraySource, FileSource, ImageSet
 from deepclust.errors import InputError
 
@@ -37,67 +38,77 @@ def load_arrays(
     num_classes: int | None,
     make: Callable[[Path], None] | None,
 ) -> ImageSet:
-    """The splits of a data set kept as arrays in `folder`, which `make` fills if it is missing or empty.
+    """Load a data set that is kept as arrays in `folder`; `make` fills this folder if it is missing or empty.
 
-    `fit`, `evaluate` and `extra` name splits, joined in order; `evaluate=None` evaluates on the very images
-    of `fit` (the merged protocol). Grey images are given out with `channels` equal channels. Only without
-    `num_classes` may the labels be missing.
+    Args:
+        folder: holds the arrays.
+        fit: splits that are fitted, joined in order.
+        evaluate: splits that are evaluated; None evaluates the images of `fit` (the merged protocol).
+        extra: splits of unlabelled images that only help the representation.
+        channels: channels of the images as they are read; with 3, grey images have three equal channels.
+        num_classes: labels must be below it. Only if it is None may the labels be missing.
+        make: fills an empty folder with the arrays; None if they cannot be made.
 
     Raises:
-        InputError: a file is missing, is not what it should be, or does not fit the others.
+        InputError: if a file is missing, holds something else, or does not fit the others.
     """
-    place = Path(folder).expanduser().absolute()
-    evaluated = list(fit if evaluate is None else evaluate)
-    splits = list(dict.fromkeys([*fit, *evaluated, *extra]))
-    if not filled(place):
-        make_arrays(place, make, splits=splits, evaluated=evaluated, channels=channels)
-    images = {split: open_images(place / f"{split}_images.npy") for split in splits}
+    array_folder = Path(folder).expanduser().absolute()
+    evaluated_splits = list(fit if evaluate is None else evaluate)
+    splits = list(dict.fromkeys([*fit, *evaluated_splits, *extra]))
+    if not has_entries(array_folder):
+        make_missing_arrays(array_folder, make, splits=splits, evaluated_splits=evaluated_splits, channels=channels)
+    images = {split: open_images(array_folder / f"{split}_images.npy") for split in splits}
     for split, array in images.items():
-        check_same_shape(place / f"{split}_images.npy", array, images[splits[0]])
-        check_channels(place / f"{split}_images.npy", array, channels)
+        check_same_shape(array_folder / f"{split}_images.npy", array, images[splits[0]])
+        check_channels(array_folder / f"{split}_images.npy", array, channels)
 
-    def source(names: Sequence[str]) -> ArraySource:
-        return ArraySource([images[name] for name in names], channels)
+    def make_source(splits: Sequence[str]) -> ArraySource:
+        return ArraySource([images[split] for split in splits], channels)
 
-    label_files = {split: place / f"{split}_labels.npy" for split in evaluated}
-    labelled = num_classes is not None or any(file.exists() for file in label_files.values())
-    fitted = source(fit)
+    label_files = {split: array_folder / f"{split}_labels.npy" for split in evaluated_splits}
+    has_labels = num_classes is not None or any(file.exists() for file in label_files.values())
+    fit_source = make_source(fit)
     return ImageSet(
-        fit=fitted,
-        evaluation=fitted if evaluated == list(fit) else source(evaluated),
-        extra=source(extra) if extra else None,
+        fit=fit_source,
+        evaluation=fit_source if evaluated_splits == list(fit) else make_source(evaluated_splits),
+        extra=make_source(extra) if extra else None,
         labels=np.concatenate(
             [open_labels(file, len(images[split]), num_classes) for split, file in label_files.items()]
         )
-        if labelled
+        if has_labels
         else None,
-        class_names=read_class_names(place / "class_names.json", num_classes),
+        class_names=read_class_names(array_folder / "class_names.json", num_classes),
     )
 
 
-def filled(folder: Path) -> bool:
+def has_entries(folder: Path) -> bool:
+    """Whether this is a folder that is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 
-def make_arrays(
+def make_missing_arrays(
     folder: Path,
     make: Callable[[Path], None] | None,
     *,
     splits: Sequence[str],
-    evaluated: Sequence[str],
+    evaluated_splits: Sequence[str],
     channels: int,
 ) -> None:
-    """Fill a missing folder, or say which files to put there."""
+    """Fill a missing folder by calling `make`.
+
+    Raises:
+        InputError: if that is not possible; it names the files to put there.
+    """
     images = ", ".join(f"{split}_images.npy" for split in splits)
-    labels = ", ".join(f"{split}_labels.npy" for split in evaluated)
+    labels = ", ".join(f"{split}_labels.npy" for split in evaluated_splits)
     files = f"{images} (uint8, M x H x W x {channels}), {labels} (int64) and class_names.json in it"
     if make is None:
         raise InputError(f"{folder} is missing", expected=files, do="put these files there")
     try:
-        make_once(folder, make, ready=filled)
+        make_folder_once(folder, make, ready=has_entries)
     except InputError as error:
         raise InputError(
-            f"{folder} is missing and could not be made, for {error.what}",
+            f"{folder} is missing and could not be made: {error.what}",
             expected=files,
             do=f"{error.do}, or put these files there",
         ) from error
@@ -128,9 +139,10 @@ SUPERCLASSES = (
     "vehicles_2",
 )
 
-# For each of CIFAR-100's classes, by alphabet, its position above: the data set's own coarse labels.
+# For each class of CIFAR-100, in alphabetical order, the position of its superclass above: the coarse labels that come
+# with the data set.
 # fmt: off
-SUPERCLASS_OF = np.array([
+SUPERCLASS_OF_CLASS = np.array([
      4,  1, 14,  8,  0,  6,  7,  7, 18,  3,
      3, 14,  9, 18,  7, 11,  3,  9,  7, 11,
      6, 11,  5, 10,  7,  6, 13, 15,  3, 15,
@@ -146,8 +158,8 @@ SUPERCLASS_OF = np.array([
 
 
 def cifar100_superclass(fine: np.ndarray) -> np.ndarray:
-    """The superclass, 0 to 19, of each of CIFAR-100's classes `fine`, 0 to 99; -1 (unknown) stays."""
-    return np.where(fine < 0, -1, SUPERCLASS_OF[fine])
+    """Return the superclass, 0 to 19, of each label `fine`, 0 to 99, of CIFAR-100; -1 (unknown) stays."""
+    return np.where(fine < 0, -1, SUPERCLASS_OF_CLASS[fine])
 
 
 def load_cifar20(
@@ -159,12 +171,13 @@ def load_cifar20(
     channels: int,
     make: Callable[[Path], None] | None,
 ) -> ImageSet:
-    """CIFAR-100 in its 20 superclasses, from `folder` if there is one, else from `cifar100`, labels mapped.
+    """Load CIFAR-100 with its 20 superclasses as classes.
 
-    The other arguments are those of `load_arrays`; `make` fills `cifar100`.
+    If `folder` exists, it holds the data set. Otherwise the images are those in the folder `cifar100`, with mapped
+    labels. The other arguments are those of `load_arrays`; `make` fills `cifar100`.
     """
     load = partial(load_arrays, fit=fit, evaluate=evaluate, extra=[], channels=channels)
-    if filled(Path(folder).expanduser()):
+    if has_entries(Path(folder).expanduser()):
         return load(folder=folder, num_classes=20, make=None)
     images = load(folder=cifar100, num_classes=100, make=make)
     assert images.labels is not None
@@ -172,8 +185,8 @@ def load_cifar20(
 
 
 def load_embedded_digits() -> ImageSet:
-    """scikit-learn's 1,797 images of 8 x 8: values 0 to 16 as 0 to 255, one channel, ten classes."""
-    from sklearn.datasets import load_digits  # takes seconds, and no other data set needs it
+    """Load scikit-learn's 1,797 digits of 8 x 8 pixels in ten classes; their values 0 to 16 are scaled to 0 to 255."""
+    from sklearn.datasets import load_digits  # imported here because it takes seconds and no other data set needs it
 
     digits = load_digits()
     source = ArraySource([np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]])
@@ -181,7 +194,7 @@ def load_embedded_digits() -> ImageSet:
     return ImageSet(source, source, labels=digits.target.astype(np.int64), class_names=names)
 
 
-# Files that stay files --------------------------------------------------------------------------------------
+# Image files that are not converted -------------------------------------------------------------------------
 
 
 def load_class_folders(
@@ -195,54 +208,54 @@ def load_class_folders(
     num_classes: int,
     num_workers: int,
 ) -> ImageSet:
-    """The image files ROOT/SPLIT/CLASS/**/FILE, decoded at `image_size` each time they are read.
+    """Load the image files ROOT/SPLIT/CLASS/**/FILE, which are decoded at `image_size` each time they are read.
 
-    They are searched for once: `folder` keeps the lists for as long as `root` is the same. Remove it when
-    files were added or removed.
+    The files are searched for once. Their list is kept in `folder` and used as long as `root` is the same; remove it
+    when files have been added or removed.
 
     Raises:
-        InputError: a folder is missing, or there are not `num_classes` classes, the same in all splits.
+        InputError: if a folder is missing, or the splits do not have the same `num_classes` classes.
     """
-    place = Path(folder).expanduser().absolute()
+    list_folder = Path(folder).expanduser().absolute()
     root = None if root is None else str(Path(root).expanduser().absolute())
-    evaluated = list(fit if evaluate is None else evaluate)
-    splits = list(dict.fromkeys([*fit, *evaluated]))
+    evaluated_splits = list(fit if evaluate is None else evaluate)
+    splits = list(dict.fromkeys([*fit, *evaluated_splits]))
 
     def make(work: Path) -> None:
-        lists, names = {}, None
+        files_by_split, class_names = {}, None
         for split in splits:
-            paths, labels, here = class_files(root, split, classes=None, num_classes=num_classes)
-            if here != (names or here):
+            paths, labels, split_names = find_class_files(root, split, classes=None, num_classes=num_classes)
+            if split_names != (class_names or split_names):
                 raise InputError(
                     f"the class folders of {split} and {splits[0]} in {root} have different names",
                     expected="the same in every split",
                     do="set dataset.root=DIR to a complete copy",
                 )
-            lists[split], names = {"paths": paths, "labels": labels.tolist()}, here
-        index = {"root": root, "class_names": names, "splits": lists}
+            files_by_split[split], class_names = {"paths": paths, "labels": labels.tolist()}, split_names
+        index = {"root": root, "class_names": class_names, "splits": files_by_split}
         (work / "files.json").write_text(json.dumps(index))
 
-    def ready(here: Path) -> bool:
-        if not (here / "files.json").is_file():
+    def is_up_to_date(folder: Path) -> bool:
+        if not (folder / "files.json").is_file():
             return False
-        index = json.loads((here / "files.json").read_text())
+        index = json.loads((folder / "files.json").read_text())
         return index["root"] == root and set(splits) <= set(index["splits"])
 
-    make_once(place, make, ready=ready)
-    index = json.loads((place / "files.json").read_text())
+    make_folder_once(list_folder, make, ready=is_up_to_date)
+    index = json.loads((list_folder / "files.json").read_text())
 
-    def listed(names: Sequence[str], what: str) -> list:
-        return [item for name in names for item in index["splits"][name][what]]
+    def join_lists(splits: Sequence[str], key: str) -> list:
+        return [item for split in splits for item in index["splits"][split][key]]
 
-    def source(names: Sequence[str]) -> FileSource:
-        paths = listed(names, "paths")
+    def make_source(splits: Sequence[str]) -> FileSource:
+        paths = join_lists(splits, "paths")
         return FileSource(paths, image_size=image_size, channels=channels, num_workers=num_workers)
 
-    fitted = source(fit)
+    fit_source = make_source(fit)
     return ImageSet(
-        fit=fitted,
-        evaluation=fitted if evaluated == list(fit) else source(evaluated),
-        labels=np.array(listed(evaluated, "labels"), np.int64),
+        fit=fit_source,
+        evaluation=fit_source if evaluated_splits == list(fit) else make_source(evaluated_splits),
+        labels=np.array(join_lists(evaluated_splits, "labels"), np.int64),
         class_names=index["class_names"],
-        paths=listed(evaluated, "paths"),
+        paths=join_lists(evaluated_splits, "paths"),
     )

@@ -1,4 +1,4 @@
-"""Devices: how many a run uses, which one a command uses, and a method made ready for the device of its training."""
+"""Devices: which one a command uses, how many a run uses, and the options of conf/hardware applied to a method."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from deepclust.engine import distributed
-from deepclust.engine.cuda_graphs import Prepared
+from deepclust.engine.cuda_graphs import AcceleratedFunctions
 from deepclust.errors import InputError
 
 
@@ -36,12 +36,12 @@ def apply_hardware_options(
     graphs: bool,
     fused_optimizer: bool,
 ) -> None:
-    """Make a method with its first weights, and its views, ready for the device and the processes of its training.
+    """Prepare a new method and its views for the devices and processes that it is trained on.
 
     The options are those of conf/hardware, and `sync_batchnorm`.
 
     Raises:
-        InputError: for a mode of torch.compile that makes CUDA graphs of its own.
+        InputError: if `compile` is a mode of torch.compile that makes its own CUDA graphs.
     """
     if channels_last:
         method.to(memory_format=torch.channels_last)
@@ -49,21 +49,24 @@ def apply_hardware_options(
         distributed.synchronise_batch_norm(method)
     if compile in ("reduce-overhead", "max-autotune"):
         raise InputError(
-            f"hardware.compile={compile} makes CUDA graphs of its own",
+            f"hardware.compile={compile} makes its own CUDA graphs",
             expected="default or max-autotune-no-cudagraphs",
             do="set hardware.graphs=true for CUDA graphs",
         )
     if compile is not None:
         method.compile_networks(compile)
     if graphs:
-        method.use_graphs()
-    views.prepared = Prepared(mode=compile, replayed=graphs)
+        method.use_cuda_graphs()
+    views.run_on_device = AcceleratedFunctions(compile_mode=compile, replayed=graphs)
     if fused_optimizer:
         method.make_optimizer = use_fused_kernel(method.make_optimizer)
 
 
 def use_fused_kernel(make_optimizer: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """Return `make_optimizer` with torch's step in one kernel, where that optimiser has one; equal but for rounding."""
+    """Return `make_optimizer` with `fused=True`, one kernel for a whole step, if that optimiser has this option.
+
+    The results are equal but for rounding.
+    """
     if "fused" not in signature(make_optimizer).parameters:
         return make_optimizer
     return partial(make_optimizer, fused=True)

@@ -1,8 +1,8 @@
-"""Collectives that are the identity on one process.
+"""Collective operations over the processes of a run; with a single process they return their input.
 
-Losses over the global batch gather rows with `gather_with_gradient`, whose backward pass sums what every process sends
-back. Each process computes the same loss, and DDP averages the gradients: the result is the gradient of one process on
-the joined batch.
+A loss over the global batch gathers rows with `all_gather_with_gradient`, whose backward pass sums the gradients that
+all processes have for a row. Every process computes the same loss, and DDP averages the gradients of the weights. The
+result is the gradient that one process would compute on the whole batch.
 """
 
 from typing import Any, cast
@@ -13,85 +13,98 @@ from torch import distributed as dist
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wait_for_all() -> None:
-    """Come back once every process is here."""
+def barrier() -> None:
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()
 
 
-def counts(rows: Tensor) -> list[int]:
-    """How many rows each process has, of which `rows` are this one's."""
+def all_row_counts(rows: Tensor) -> list[int]:
+    """Return how many rows each process has, in rank order; `rows` are those of this process."""
     if world_size() == 1:
         return [len(rows)]
-    mine = torch.tensor([len(rows)], device=rows.device)
-    every = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(every, mine)
-    return torch.cat(every).tolist()
+    own_count = torch.tensor([len(rows)], device=rows.device)
+    all_counts = [torch.zeros_like(own_count) for _ in range(world_size())]
+    dist.all_gather(all_counts, own_count)
+    return torch.cat(all_counts).tolist()
 
 
-def mean_weight(rows: Tensor) -> float:
-    """What a mean over this process's `rows` is multiplied by, so that DDP's average over the processes is the mean
-    over the rows of all."""
-    return len(rows) * world_size() / sum(counts(rows))
+def global_mean_factor(rows: Tensor) -> float:
+    """Return the factor that turns means over the rows of each process into the mean over the rows of all.
+
+    The mean over this process's `rows` times this factor, averaged over the processes as DDP does, is the mean over the
+    global batch. The factor is 1 where all processes have equally many rows.
+    """
+    return len(rows) * world_size() / sum(all_row_counts(rows))
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Rows (n_r, ...) of all processes in rank order, without gradient; the counts may differ, also be 0."""
-    return rows.detach() if world_size() == 1 else _joined(rows.detach(), counts(rows))
+def all_gather(rows: Tensor) -> Tensor:
+    """Return the rows (n_r, ...) of all processes in rank order, without gradient.
+
+    The number of rows n_r may differ between processes and may be 0.
+    """
+    return rows.detach() if world_size() == 1 else _all_gather_uneven(rows.detach(), all_row_counts(rows))
 
 
-def _joined(rows: Tensor, sizes: list[int]) -> Tensor:
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+def all_gather_with_gradient(rows: Tensor) -> Tensor:
+    """Return the rows (n_r, ...) of all processes in rank order; their gradients are summed over the processes.
+
+    The number of rows n_r may differ between processes and may be 0.
+    """
+    return rows if world_size() == 1 else cast(Tensor, _AllGatherWithGradient.apply(rows, all_row_counts(rows)))
+
+
+def _all_gather_uneven(rows: Tensor, row_counts: list[int]) -> Tensor:
+    """Return the rows of all processes; torch's all_gather needs equal shapes, so they are padded for the way."""
+    padded = rows.new_zeros((max(row_counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    pieces = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(pieces, padded)
-    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in row_counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, row_counts, strict=True)])
 
 
-class _GatherWithGradient(torch.autograd.Function):
+class _AllGatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
-        first = sum(sizes[: rank()])
-        ctx.mine = slice(first, first + len(rows))
-        return _joined(rows, sizes)
+    def forward(ctx: Any, rows: Tensor, row_counts: list[int]) -> Tensor:
+        first = sum(row_counts[: rank()])
+        ctx.own_rows = slice(first, first + len(rows))
+        return _all_gather_uneven(rows, row_counts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
-        return gradient[ctx.mine], None
-
-
-def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Rows (n_r, ...) of all processes in rank order; the counts may differ, also be 0."""
-    return rows if world_size() == 1 else cast(Tensor, _GatherWithGradient.apply(rows, counts(rows)))
+        return gradient[ctx.own_rows], None
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process rank 0's buffers: running statistics differ from rank to rank, and one network is meant."""
+    """Replace the buffers of `module` on every process by those of rank 0.
+
+    Running statistics differ between processes; this makes them those of one network.
+    """
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def broadcast(values: Tensor, source: int) -> Tensor:
-    """The `values` of process `source`; shapes and dtypes must agree."""
+    """Return the `values` of process `source`, written into `values`; shapes and dtypes must agree."""
     if world_size() > 1:
         dist.broadcast(values, source)
     return values
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the rows of all processes, on any device (torch's own refuses the CPU)."""
+    """Batch normalisation over the rows of all processes, on any device; torch's own does not work on the CPU."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -103,7 +116,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         axes = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        count = gather(input.new_tensor([input.numel() / input.shape[1]])).sum()
+        count = all_gather(input.new_tensor([input.numel() / input.shape[1]])).sum()
         mean = _sum_over_ranks(input.sum(axes)) / count
         centred = input - mean.view(shape)
         variance = _sum_over_ranks(centred.square().sum(axes)) / count
@@ -119,20 +132,25 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of `values` over the processes; gradients of all processes come back."""
+    """Return the sum of `values` over the processes; the gradient sums over the processes, too."""
     if world_size() == 1:
         return values
-    return cast(Tensor, _GatherWithGradient.apply(values.unsqueeze(0), [1] * world_size())).sum(0)
+    return cast(Tensor, _AllGatherWithGradient.apply(values.unsqueeze(0), [1] * world_size())).sum(0)
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:
-    """`module` with every batch normalisation layer working over all processes; the parameters stay as they are."""
+    """Replace every batch normalisation layer in `module` by a `SyncBatchNorm`, and return `module`.
+
+    The new layers hold the same parameters and buffers.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-            new = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            new._parameters, new._buffers = child._parameters, child._buffers
-            new.training = child.training
-            setattr(module, name, new)
+            layer = SyncBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            layer._parameters, layer._buffers = child._parameters, child._buffers
+            layer.training = child.training
+            setattr(module, name, layer)
         else:
             synchronise_batch_norm(child)
     return module

@@ -1,8 +1,8 @@
-"""Starts the processes of one run, or finds those that torchrun or Slurm's srun started.
+"""Starts the processes of one run, or uses those that torchrun or Slurm's srun has started.
 
-Lightning would start the other ranks by running the command line again, `-m` and all, and each would sweep for itself
-with its own parameters. So the processes are started here, every one with the same arguments, and Lightning finds
-itself inside a ready group.
+Lightning would start the other processes by running the command line again. With `-m` each of them would then begin a
+sweep of its own, with its own parameters. So the processes are started here, all with the same arguments, and Lightning
+finds a ready process group.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from typing import Any
 from deepclust.errors import InputError
 from deepclust.exit_codes import exit_code_of_signal
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # the numbers of these options for glibc's mallopt
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # options of glibc's mallopt, by their numbers in malloc.h
 
 
 def run_on_devices(
@@ -27,15 +27,16 @@ def run_on_devices(
     The arguments must be picklable. Where torchrun or srun has started the processes, each of them calls this.
 
     Raises:
-        InputError: if several devices would be left to Lightning's strategy, which sends buffers around, or the
-            processes that were started do not fit the devices; also what `work` raises.
+        InputError: if the strategy for several devices is left to Lightning, whose choice broadcasts buffers at every
+            step; if the processes that were started do not fit the devices.
         Exception: what `work` raises.
+        SystemExit: if a signal has stopped the run, with `exit_code_of_signal`.
     """
     if num_devices > 1 and strategy_is_auto:
         raise InputError(
-            f"hardware.devices is {num_devices}, and this hardware is for one",
+            f"hardware.devices is {num_devices}, but the chosen hardware file is for one device",
             expected="hardware=ddp or hardware=slurm for several",
-            do=f"set hardware=ddp hardware.devices={num_devices}, and hardware.precision and so on as wanted",
+            do=f"set hardware=ddp hardware.devices={num_devices}, and other hardware options as needed",
         )
     if processes_exist():
         check_processes(num_devices, num_nodes)
@@ -56,7 +57,7 @@ def run_on_devices(
         rdzv_endpoint="127.0.0.1:0",
         start_method="spawn",
         max_restarts=0,
-        signals_to_handle=",".join(number.name for number in handlers),  # handed on to the processes
+        signals_to_handle=",".join(number.name for number in handlers),  # these are passed on to the processes
     )
     try:
         results = elastic_launch(config, call_in_worker)(work, *arguments)
@@ -72,7 +73,10 @@ def run_on_devices(
 
 
 def call_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work` in a process that was started here. An InputError is returned: raised, it would arrive as text."""
+    """Call `work` in a process that `run_on_devices` has started, and return its result, or the InputError it raised.
+
+    A raised error would reach the calling process as text only.
+    """
     keep_freed_memory()
     try:
         return work(*arguments)
@@ -82,7 +86,7 @@ def call_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def processes_exist() -> bool:
     """Return whether this process is one of several that torchrun or Slurm's srun started."""
-    is_srun = "SLURM_STEP_ID" in os.environ  # a batch script has the number of tasks too, and is alone
+    is_srun = "SLURM_STEP_ID" in os.environ  # a batch script has SLURM_NTASKS too, but is a single process
     has_several_tasks = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "TORCHELASTIC_RUN_ID" in os.environ or (is_srun and has_several_tasks and not is_interactive)
@@ -92,30 +96,30 @@ def check_processes(num_devices: int, num_nodes: int) -> None:
     """Check that torchrun or srun has started a process for each device.
 
     Raises:
-        InputError: if it has not, or srun was not told how many of them share a node.
+        InputError: if not, or if srun does not say how many processes there are on a node.
     """
     per_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE"))
     total = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
     if (per_node, total) != (str(num_devices), str(num_devices * num_nodes)):
         raise InputError(
-            f"{total} processes were started, {per_node or 'an unknown number'} a node, and hardware asks for "
-            f"{num_nodes} x {num_devices}",
-            expected="a process for each device",
+            f"{total} processes were started, {per_node or 'an unknown number'} per node, but the hardware options ask "
+            f"for {num_nodes} nodes x {num_devices} devices",
+            expected="one process per device",
             do="choose hardware=slurm and start it by srun --nodes=M --ntasks-per-node=N, or set hardware.num_nodes=M "
             "hardware.devices=N",
         )
 
 
 def launched_rank() -> int:
-    """Return this process's rank among those that torchrun or srun started, before they have connected; else 0."""
+    """Return the rank that torchrun or srun has given this process, even before the processes connect; else 0."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) if processes_exist() else 0
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors free: from the system it comes back page by page, zeroed.
+    """Make glibc keep the memory that tensors free, instead of returning it to the operating system.
 
-    Otherwise glibc returns the activations of some steps and not of others; docs/performance.md says what that costs.
-    Nothing is done with another C library, or where the environment has settings for this one.
+    Memory that was returned comes back zeroed and page by page, which slows steps down; docs/performance.md says by how
+    much. Nothing is done with another C library, or if the environment has settings for glibc's malloc.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -123,5 +127,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):
         return
-    mallopt(MMAP_THRESHOLD, 2**25)  # bytes; the most that every version takes
-    mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes; the largest value that every version accepts
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""Where reduced precision stops: losses, prototypes and assignments."""
+"""A decorator that keeps losses, prototypes and assignments out of reduced precision."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,16 +11,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def full_precision(function: F) -> F:
-    """`function` with autocast off and its half and bfloat16 tensors raised to float32; float64 stays float64."""
+    """Run `function` with autocast off and its float16 and bfloat16 arguments as float32; float64 stays float64."""
 
-    def raised(value: Any) -> Any:
-        low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-        return value.float() if low else value
+    def to_full_precision(value: Any) -> Any:
+        is_reduced = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if is_reduced else value
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
-            return function(*map(raised, args), **{name: raised(value) for name, value in kwargs.items()})
+            return function(
+                *map(to_full_precision, args), **{name: to_full_precision(value) for name, value in kwargs.items()}
+            )
 
     return wrapper  # type: ignore[return-value]

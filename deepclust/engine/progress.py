@@ -1,14 +1,14 @@
-"""How far a piece of work is, and how long it will take: a bar on a terminal, a line now and then elsewhere.
+"""Shows how far a long piece of work is and how long it will take: a bar on a terminal, lines elsewhere.
 
-On standard output, by rank 0, and only once the work has lasted: what ends soon leaves nothing. Works may lie within
-each other. Showing them reads a clock at each step and nothing of what is computed.
+Process 0 writes to standard output, and only after the work has lasted a while, so that short work shows nothing. Works
+may be nested. Showing progress reads a clock at each step and nothing of what is computed.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepclust.engine import distributed
 
@@ -17,93 +17,105 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BAR_AFTER, LINE_AFTER = 1.0, 5.0  # seconds that work lasts before it is shown
-BAR_EVERY, LINE_EVERY = 0.5, 30.0  # seconds between two looks
+SECONDS_BEFORE_BAR, SECONDS_BEFORE_LINE = 1.0, 5.0  # that work must have lasted before it is shown
+SECONDS_BETWEEN_UPDATES, SECONDS_BETWEEN_LINES = 0.5, 30.0
 
-_bars: "Progress | None" = None  # a terminal holds one live display, so works within others add a bar to it
-_line_at = -float("inf")  # when any work wrote the last line: however many there are, a log stays short
+_live_display: "Progress | None" = None  # a terminal can hold one, so nested works add their bars to the same display
+_last_line_at = -float("inf")  # of all works together, so that a log stays short however many there are
 
 
 def track(
-    items: Iterable[T], what: str, total: int | None = None, *, size: Callable[[T], int] | None = None
+    items: Iterable[T], description: str, total: int | None = None, *, size: Callable[[T], int] | None = None
 ) -> Iterator[T]:
-    """The items, while it is shown how many of `total` are used; `size` says what an item counts, else 1."""
+    """Yield `items` and show how far through them the caller is.
+
+    Args:
+        items: what to iterate over.
+        description: what is shown as the name of the work.
+        total: the sum of the sizes of all items; None: their number.
+        size: gives the size of an item; None: 1 for each.
+    """
     if total is None:
         assert isinstance(items, Sized)
         total = len(items)
-    work = Work(what, total)
+    meter = ProgressMeter(description, total)
     try:
         for item in items:
             yield item
-            work.reach(work.done + (1 if size is None else size(item)))
+            meter.update(meter.done + (1 if size is None else size(item)))
     finally:
-        work.close()
+        meter.close()
 
 
-class Work:
-    """`total` steps of which `done` were done before; whoever begins it closes it, also after an error."""
+class ProgressMeter:
+    """Shows the progress of work of `total` steps, of which `done` were done before. It must be closed in the end."""
 
-    def __init__(self, what: str, total: int, *, done: int = 0, line_every: float = LINE_EVERY) -> None:
-        self.what, self.total, self.done, self.line_every = what, total, done, line_every
-        self.begun_with, self.began_at = done, time.monotonic()
-        self.looked_at = -float("inf")
+    def __init__(
+        self, description: str, total: int, *, done: int = 0, seconds_between_lines: float = SECONDS_BETWEEN_LINES
+    ) -> None:
+        self.description = description
+        self.total = total
+        self.done = done
+        self.seconds_between_lines = seconds_between_lines
+        self.initially_done, self.started_at = done, time.monotonic()
+        self.last_updated_at = -float("inf")
         self.bar: TaskID | None = None
 
-    def reach(self, done: int, note: Callable[[], str] = str) -> None:
-        """So many steps are done; `note` is asked for more to say only when something is shown."""
-        global _line_at
+    def update(self, done: int, make_status: Callable[[], str] = str) -> None:
+        """Say that `done` steps are done; `make_status` gives a text to show beside them, called only when needed."""
+        global _last_line_at
         self.done, now = done, time.monotonic()
-        if now - self.looked_at < BAR_EVERY or done >= self.total or distributed.rank() > 0:
+        if now - self.last_updated_at < SECONDS_BETWEEN_UPDATES or done >= self.total or distributed.rank() > 0:
             return
-        self.looked_at = now
-        lasted = now - self.began_at
-        left = lasted / max(done - self.begun_with, 1) * (self.total - done)
-        if _bars is not None or is_terminal():  # a live display stands in for sys.stdout
-            if lasted >= BAR_AFTER:
-                self.draw(f"{duration(left)} left", note())
-        elif lasted >= LINE_AFTER and now - _line_at >= self.line_every:
-            _line_at = now
-            print(
-                "  ".join(filter(None, [f"{self.what} {done / self.total:4.0%}", note(), f"{duration(left)} left"])),
-                flush=True,
-            )
-
-    def draw(self, left: str, note: str) -> None:
-        global _bars
-        if _bars is None:
-            _bars = new_bars()
-            _bars.start()
-        if self.bar is None:
-            self.bar = _bars.add_task(self.what, total=self.total, completed=self.done, left=left, note=note)
-        _bars.update(self.bar, completed=self.done, left=left, note=note)
+        self.last_updated_at = now
+        elapsed = now - self.started_at
+        remaining = elapsed / max(done - self.initially_done, 1) * (self.total - done)
+        time_left = f"{format_duration(remaining)} left"
+        if _live_display is not None or is_terminal():  # while a display is live, it takes the place of sys.stdout
+            if elapsed >= SECONDS_BEFORE_BAR:
+                self._draw_bar(time_left, make_status())
+        elif elapsed >= SECONDS_BEFORE_LINE and now - _last_line_at >= self.seconds_between_lines:
+            _last_line_at = now
+            texts = [f"{self.description} {done / self.total:4.0%}", make_status(), time_left]
+            print("  ".join(filter(None, texts)), flush=True)
 
     def close(self) -> None:
-        """Take its bar away."""
-        global _bars
-        if _bars is not None and self.bar is not None:
-            _bars.remove_task(self.bar)
-            if not _bars.tasks:
-                _bars.stop()
-                _bars = None
+        """Remove the bar from the terminal."""
+        global _live_display
+        if _live_display is not None and self.bar is not None:
+            _live_display.remove_task(self.bar)
+            if not _live_display.tasks:
+                _live_display.stop()
+                _live_display = None
         self.bar = None
+
+    def _draw_bar(self, time_left: str, status: str) -> None:
+        global _live_display
+        if _live_display is None:
+            _live_display = make_live_display()
+            _live_display.start()
+        fields: dict[str, Any] = {"completed": self.done, "time_left": time_left, "status": status}
+        if self.bar is None:
+            self.bar = _live_display.add_task(self.description, total=self.total, **fields)
+        _live_display.update(self.bar, **fields)
 
 
 def is_terminal() -> bool:
-    """Whether standard output can redraw a line."""
+    """Return whether standard output is a terminal that can redraw a line."""
     return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-def new_bars() -> "Progress":
-    """An empty live display."""
+def make_live_display() -> "Progress":
+    """Return a display of progress bars, without any bar yet."""
     from rich.progress import BarColumn, Progress, TextColumn  # costs a tenth of a second, and few commands need it
 
-    texts = ["{task.description}", "{task.percentage:.0f} %", "{task.fields[left]}", "{task.fields[note]}"]
-    what, *rest = (TextColumn(text, markup=False) for text in texts)
-    return Progress(what, BarColumn(), *rest, transient=True, refresh_per_second=4)
+    templates = ["{task.description}", "{task.percentage:.0f} %", "{task.fields[time_left]}", "{task.fields[status]}"]
+    description, *others = (TextColumn(template, markup=False) for template in templates)
+    return Progress(description, BarColumn(), *others, transient=True, refresh_per_second=4)
 
 
-def duration(seconds: float) -> str:
-    """About how long, in the unit that suits."""
+def format_duration(seconds: float) -> str:
+    """Format a rough duration in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

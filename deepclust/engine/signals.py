@@ -1,14 +1,15 @@
 """Signals that ask a run to stop: a time limit that comes near, preemption, `scancel`, `kill`.
 
-A signal comes in the middle of anything, and perhaps to one process of several, so it is only noted. Where training
-next stands between two batches all processes learn of it, the checkpoint is written (callbacks/checkpoint.py), and what
-would have happened at once happens then: the handler that was there before acts (submitit's puts the job back into the
-queue), or the process ends with 128 + the signal's number, as a shell reports it.
+A signal can come at any moment, and to only one of several processes, so at first it is only noted. Between two batches
+all processes learn of it and callbacks/last_checkpoint.py writes the checkpoint. Then the signal has the effect that it
+would have had at once: the handler that was installed before training is called (submitit's puts the job back into
+the queue), or, if there was none, the process exits with `exit_code_of_signal`.
 """
 
 import signal
 import sys
 import threading
+from enum import IntEnum
 from types import FrameType
 from typing import Any
 
@@ -17,112 +18,121 @@ from torch import distributed as dist
 
 from deepclust.engine import distributed
 from deepclust.errors import InputError
+from deepclust.exit_codes import exit_code_of_signal
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)  # acted on in this order
-GOES_ON, ENDS, FAILS = range(3)  # what comes of a handler
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)  # handled in this order
 
 
-class StopRequest:
-    """Which of STOP_SIGNALS have come since `watch`.
+class HandlerOutcome(IntEnum):
+    """How a call of a signal handler ended."""
 
-    Where no batch ends within `patience` seconds, as in a long E-step, the signal takes effect without a checkpoint: a
-    job that is put back into the queue too late is gone.
+    RETURNED = 0
+    EXITED = 1
+    FAILED = 2
+
+
+class StopSignals:
+    """Notes which of STOP_SIGNALS are received during training, and gives them their effect later.
+
+    Where no batch ends within `patience` seconds of a signal, as in a long E-step, the signal takes effect without a
+    checkpoint: a job that asks for its place in the queue too late does not get one.
     """
 
     def __init__(self, *, patience: float) -> None:
         self.patience = patience
         self.received: set[signal.Signals] = set()
-        self.before: dict[signal.Signals, Any] = {}
+        self.original_handlers: dict[signal.Signals, Any] = {}
 
-    def remember(self) -> None:
-        """Take the handlers of now for what is done in the end."""
-        self.before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    def save_original_handlers(self) -> None:
+        """Remember the handlers that are installed now; they are what `take_effect` calls."""
+        self.original_handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
-    def watch(self) -> None:
-        """Note signals from now on; those that are ignored stay so."""
+    def start_watching(self) -> None:
+        """Note signals from now on; those that are ignored stay ignored."""
         if self.received:
-            self._wait()
-        if threading.current_thread() is threading.main_thread():  # no other may
-            for number, handler in self.before.items():
+            self._start_timer()
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number, handler in self.original_handlers.items():
                 if handler is not signal.SIG_IGN:
-                    signal.signal(number, self._note)
+                    signal.signal(number, self._note_signal)
 
-    def unwatch(self) -> None:
-        """Put the handlers back that were there before."""
+    def stop_watching(self) -> None:
+        """Install the original handlers again."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        restore_handlers(self.before)
+        restore_handlers(self.original_handlers)
 
-    def agreed(self, device: torch.device) -> list[signal.Signals]:
-        """What has come to any of the processes, which all call this; `device` is theirs."""
+    def received_by_any_process(self, device: torch.device) -> list[signal.Signals]:
+        """Return the signals that any process has received. All processes call this; `device` is where they train."""
         if distributed.world_size() == 1:
             return [number for number in STOP_SIGNALS if number in self.received]
-        # Lightning asks the like of process 0 before each batch, so this is not what makes the device wait.
+        # This makes the host wait for the device, but Lightning's own broadcast before each batch does so anyway.
         flags = torch.tensor([number in self.received for number in STOP_SIGNALS], dtype=torch.int32, device=device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return [number for number, flag in zip(STOP_SIGNALS, flags.tolist(), strict=True) if flag]
 
-    def act(self, numbers: list[signal.Signals], device: torch.device) -> None:
-        """What these signals would have done at once; on every process what they do on process 0.
+    def take_effect(self, numbers: list[signal.Signals], device: torch.device) -> None:
+        """Give these signals their effect: call their original handlers, or exit where there is none.
 
-        Comes back where that handler does, as submitit's for SIGTERM.
+        The handlers are called on process 0, and the other processes follow what happens there. Returns if the handlers
+        return, as submitit's for SIGTERM does.
 
         Raises:
-            SystemExit: where the run ends.
-            InputError: where the handler fails, as submitit's where the job may not be put back once more.
+            SystemExit: if the run ends here.
+            InputError: if a handler fails, as submitit's does for a job that may not be put back once more.
         """
-        self.unwatch()
+        self.stop_watching()
         self.received.difference_update(numbers)
         for number in numbers:
-            outcome = torch.full((), FAILS, device=device)
+            outcome = torch.full((), HandlerOutcome.FAILED, device=device)
             try:
                 if distributed.rank() == 0:
-                    call_handler(self.before[number], number)
-                    outcome.fill_(GOES_ON)
+                    call_handler(self.original_handlers[number], number)
+                    outcome.fill_(HandlerOutcome.RETURNED)
             except SystemExit:
-                outcome.fill_(ENDS)
+                outcome.fill_(HandlerOutcome.EXITED)
                 raise
             finally:
                 distributed.broadcast(outcome, 0)
-            if outcome == ENDS:
-                sys.exit(128 + number)
-            if outcome == FAILS:
+            if outcome == HandlerOutcome.EXITED:
+                sys.exit(exit_code_of_signal(number))
+            if outcome == HandlerOutcome.FAILED:
                 raise RuntimeError(f"the handler of {number.name} has failed on process 0")
-        self.watch()
+        self.start_watching()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            self._wait()
+            self._start_timer()
         self.received.add(signal.Signals(number))
 
-    def _wait(self) -> None:
-        signal.signal(signal.SIGALRM, self._out_of_patience)
+    def _start_timer(self) -> None:
+        signal.signal(signal.SIGALRM, self._on_timeout)
         signal.setitimer(signal.ITIMER_REAL, self.patience)
 
-    def _out_of_patience(self, number: int, frame: FrameType | None) -> None:
-        self.unwatch()
+    def _on_timeout(self, number: int, frame: FrameType | None) -> None:
+        self.stop_watching()
         numbers = [number for number in STOP_SIGNALS if number in self.received]
         self.received.clear()
         for number in numbers:
-            call_handler(self.before[number], number)
-        self.watch()
+            call_handler(self.original_handlers[number], number)
+        self.start_watching()
 
 
 def restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
-    """Make these the handlers of their signals again."""
+    """Install these handlers for their signals; nothing is done outside the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it is not Python's
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not installed from Python
 
 
 def call_handler(handler: Any, number: signal.Signals) -> None:
-    """Call the handler of a signal; without one, end.
+    """Call the handler of a signal; if it is not callable (SIG_DFL, None), exit.
 
     Raises:
-        SystemExit: with 128 + the signal's number, where there is no handler.
-        InputError: where the handler fails.
+        SystemExit: with `exit_code_of_signal`, where there is no handler to call.
+        InputError: if the handler fails.
     """
     if not callable(handler):
-        sys.exit(128 + number)
+        sys.exit(exit_code_of_signal(number))
     try:
         handler(number, None)
     except Exception as error:

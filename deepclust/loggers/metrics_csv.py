@@ -1,4 +1,4 @@
-"""metrics.csv: every logged scalar by step."""
+"""A logger that writes metrics.csv: one row per step, one column per logged value."""
 
 import csv
 import time
@@ -10,17 +10,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class MetricsCsv(Logger):
-    """Writes `folder`/metrics.csv with one row a step; a resumed run drops the rows after its checkpoint and goes on.
+    """Writes `folder`/metrics.csv; a resumed run drops the rows after its checkpoint and continues the file.
 
-    (Lightning's own CSV logger starts a new file or repeats rows when a run is resumed.) The file is renewed once a
-    second at most, and before every checkpoint.
+    Lightning's own CSV logger starts a new file, or repeats rows, when a run is resumed. The file is written at most
+    once a second, and before every checkpoint.
     """
 
     def __init__(self, *, folder: Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.rows: dict[int, dict[str, Any]] = {}
-        self.saved_at = 0.0
+        self.last_saved_at = 0.0
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self.rows = {int(row["step"]): {k: v for k, v in row.items() if v} for row in csv.DictReader(file)}
@@ -39,9 +39,10 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
-        self.rows = {at: row for at, row in self.rows.items() if at <= step}  # what a kill left beyond the checkpoint
+        # A run that was killed may have left rows of steps after the checkpoint from which it is resumed.
+        self.rows = {row_step: row for row_step, row in self.rows.items() if row_step <= step}
         self.rows.setdefault(step, {"step": step}).update(metrics)
-        if time.monotonic() - self.saved_at > 1:
+        if time.monotonic() - self.last_saved_at > 1:
             self.save()
 
     @rank_zero_only
@@ -51,10 +52,10 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         columns = sorted({name for row in self.rows.values() for name in row} - {"step"})
-        beside = self.path.with_suffix(".writing")
-        with beside.open("w", newline="") as file:
+        temporary = self.path.with_suffix(".writing")
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, ["step", *columns])
             writer.writeheader()
             writer.writerows(self.rows.values())
-        beside.replace(self.path)
-        self.saved_at = time.monotonic()
+        temporary.replace(self.path)
+        self.last_saved_at = time.monotonic()

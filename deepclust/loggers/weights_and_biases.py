@@ -1,4 +1,4 @@
-"""Weights & Biases, without an account and without risk for the run."""
+"""A logger for Weights & Biases that works without an account and goes offline where the service fails."""
 
 import logging
 import netrc
@@ -17,31 +17,31 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 log = logging.getLogger(__name__)
 
-ASK_TIMEOUT = 3  # seconds in which the server must answer at all
-INIT_TIMEOUT, FINISH_TIMEOUT = 30, 60  # seconds that a run waits for the network, at its start and at its end
+RESPONSE_TIMEOUT = 3  # seconds within which the server must respond at all
+INIT_TIMEOUT, FINISH_TIMEOUT = 30, 60  # seconds that a run waits for the network at its start and at its end
 
 
 def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> WandbLogger:
-    """A logger that goes online only where a key is at hand, and offline where that fails.
+    """Return a logger that is online where an API key is configured, and offline elsewhere or where that fails.
 
-    WANDB_MODE decides if set; else a key, from WANDB_API_KEY or the netrc file, means online, and no key offline. An
-    offline run lies in `folder`/wandb and is sent later by `wandb sync`. A resumed run keeps its id.
+    WANDB_MODE, if set, decides instead. The key is looked for in WANDB_API_KEY and in the netrc file. An offline run is
+    stored in `folder`/wandb and can be sent later by `wandb sync`. A resumed run keeps its id.
     """
     import wandb
 
-    identity = folder / "wandb_id.txt"
-    if not identity.exists():
-        rank_zero_only(identity.write_text)(uuid.uuid4().hex[:8])
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        rank_zero_only(id_file.write_text)(uuid.uuid4().hex[:8])
     mode = os.environ.get("WANDB_MODE")
     if not mode:
-        mode = "online" if has_key() else "offline"
+        mode = "online" if has_api_key() else "offline"
         if mode == "offline":
             log.info("wandb has no key (see wandb login)")
     names = config["names"]
     settings: dict[str, Any] = {
         "project": project,
         "save_dir": str(folder),
-        "id": identity.read_text() if identity.exists() else None,
+        "id": id_file.read_text() if id_file.exists() else None,
         "resume": "allow",
         "name": f"{names['method']} {config['dataset']['name']} seed {config['seed']}",
         "group": folder.parent.name,
@@ -50,49 +50,50 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     }
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if mode == "online" and not answers(server := wandb.setup().settings.base_url):
+    if mode == "online" and not is_server_responding(server := wandb.setup().settings.base_url):
         log.warning("wandb's server %s does not answer", server)
         mode = "offline"
     if mode == "online":
         try:
-            patience = wandb.Settings(
+            timeouts = wandb.Settings(
                 init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=False
             )
-            logger = WandbLogger(**settings, mode="online", settings=patience)
-            _ = logger.experiment  # connects now, or fails now
+            logger = WandbLogger(**settings, mode="online", settings=timeouts)
+            _ = logger.experiment  # reading this attribute connects, so that a failure shows here
             return logger
         except Exception as error:
             log.warning("wandb could not go online (%s); this run is logged offline", str(error).splitlines()[0])
-            wandb.teardown()  # its own process still holds the failed run, and would refuse another one of that id
+            wandb.teardown()  # wandb's service process holds the failed run and would refuse another one with its id
             mode = "offline"
     if mode == "offline":
         log.info("wandb works offline; send the run later with: wandb sync %s", folder / "wandb" / "offline-run-*")
     return WandbLogger(**settings, mode=mode)
 
 
-def answers(url: str) -> bool:
-    """Whether anyone answers there within ASK_TIMEOUT, whatever is said."""
-    heard = threading.Event()
+def is_server_responding(url: str) -> bool:
+    """Return whether a server responds at `url` within RESPONSE_TIMEOUT, be it with an error."""
+    has_responded = threading.Event()
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            urlopen(url, timeout=ASK_TIMEOUT).close()
+            urlopen(url, timeout=RESPONSE_TIMEOUT).close()
         except HTTPError:
             pass
         except (OSError, HTTPException) as error:
-            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # wandb has certificates of its own
+            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # wandb brings its own certificates
                 return
-        heard.set()
+        has_responded.set()
 
-    # urlopen's own limit is for each address, and none for looking up the name: a thread may be left behind.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(ASK_TIMEOUT)
-    return heard.is_set()
+    # urlopen's timeout holds for each address and not for looking up the name, so the request runs in a thread that may
+    # be left behind.
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(RESPONSE_TIMEOUT)
+    return has_responded.is_set()
 
 
-def has_key() -> bool:
-    """Whether a key for the hosted service is configured."""
+def has_api_key() -> bool:
+    """Return whether an API key for wandb is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""How uneven soft clusters are: what keeps a cluster head from putting all images into one."""
+"""Losses that grow with uneven cluster sizes; they keep a cluster head from putting all images into one cluster."""
 
 import math
 
@@ -9,11 +9,12 @@ from deepclust.engine.precision import full_precision
 
 
 @full_precision
-def entropy_deficit(probabilities: Tensor) -> Tensor:
-    """What the entropy of the mean assignment lacks to log K, from probabilities (N, K); a scalar, 0 when balanced.
+def cluster_size_entropy_deficit(probabilities: Tensor) -> Tensor:
+    """Return by how much the entropy of the mean of `probabilities` (N, K) falls short of log K; a scalar.
 
-    log K + sum_k m_k log m_k with 0 log 0 = 0; m are the column sums divided by their total. An empty cluster gets a
-    gradient of 0 instead of one without end.
+    log K + sum_k m_k log m_k with 0 log 0 = 0, where m are the column sums divided by their total: the KL divergence of
+    the cluster sizes from equal ones, 0 when balanced and log K when collapsed. An empty cluster gets a gradient of 0
+    instead of an infinite one.
     """
     sizes = probabilities.sum(0)
     shares = sizes / sizes.sum()
@@ -21,9 +22,9 @@ def entropy_deficit(probabilities: Tensor) -> Tensor:
 
 
 @full_precision
-def squared_sizes(probabilities: Tensor) -> Tensor:
-    """1/N sum_k (sum_i P_ik)^2 of probabilities (N, K); a scalar, N/K when balanced and N when collapsed.
+def squared_cluster_sizes(probabilities: Tensor) -> Tensor:
+    """Return 1/N sum_k (sum_i P_ik)^2 of `probabilities` P (N, K); a scalar, N/K when balanced and N when collapsed.
 
-    It is in proportion to N, so its weight belongs to a batch size (DRC, arXiv 2008.03030).
+    The value is proportional to N, so that its weight holds for one batch size only (DRC, arXiv 2008.03030).
     """
     return probabilities.sum(0).square().sum() / len(probabilities)

@@ -1,6 +1,6 @@
 """InfoNCE between two views: over images (rows) or, with transposed assignments, over clusters.
 
-The rows enter as they are: a caller that wants cosines normalises them first.
+The rows are not normalised here: a caller that wants cosines normalises them first.
 """
 
 import torch
@@ -12,10 +12,10 @@ from deepclust.engine.precision import full_precision
 
 @full_precision
 def info_nce(anchors: Tensor, others: Tensor, *, temperature: float) -> Tensor:
-    """InfoNCE of `anchors` (N, D) against `others` (N, D), in one direction; a scalar, 0 for one row.
+    """Return InfoNCE of `anchors` (N, D) against `others` (N, D), in one direction; a scalar, 0 for one row.
 
     -1/N sum_i log( exp(a_i . b_i / t) / sum_j exp(a_i . b_j / t) ): row i of the others is the positive of anchor i,
-    its other rows are the negatives, and the anchors' own view takes no part (DRC, arXiv 2008.03030).
+    the other rows are its negatives. Anchors are not compared with each other (DRC, arXiv 2008.03030).
     """
     logits = anchors @ others.T / temperature
     return F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device))
@@ -23,10 +23,10 @@ def info_nce(anchors: Tensor, others: Tensor, *, temperature: float) -> Tensor:
 
 @full_precision
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float) -> Tensor:
-    """InfoNCE among the 2N rows of views a and b, both (N, D); a scalar, 0 for one row.
+    """Return NT-Xent, InfoNCE among the 2N rows of views a and b, both (N, D); a scalar, 0 for one row.
 
-    1/2N sum_i [ -r_i . r_p(i) / t + log sum_{j != i} exp(r_i . r_j / t) ] with p(i) the same row in the other view: the
-    negatives come from both views, and nothing is compared with itself (SimCLR, arXiv 2002.05709, equation 1; CC).
+    1/2N sum_i [ -r_i . r_p(i) / t + log sum_{j != i} exp(r_i . r_j / t) ] with p(i) the same row in the other view. The
+    negatives come from both views, and no row is compared with itself (SimCLR, arXiv 2002.05709, equation 1; CC).
     """
     rows = torch.cat([a, b])
     itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)

@@ -1,18 +1,22 @@
-"""Classifying images into remembered clusters (CoKe, arXiv 2105.11527; SeCu, arXiv 2311.14310)."""
+"""Cluster discrimination: classification into the clusters that an earlier epoch assigned.
+
+Used by CoKe (arXiv 2105.11527) and SeCu (arXiv 2311.14310).
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def mixed_targets(labels: Tensor, logits: Tensor, *, label_weight: float) -> Tensor:
-    """Targets (2, N, K) of two views: `label_weight` on the label, the rest on what the other view says; no gradient.
+def mix_with_other_view(pseudo_labels: Tensor, logits: Tensor, *, label_weight: float) -> Tensor:
+    """Return targets (2, N, K) of two views: pseudo-labels mixed with what the other view predicts; no gradient.
 
-    labels (N, K) are distributions, logits (2, N, K) those of the two views.
+    `pseudo_labels` (N, K) are distributions, and `label_weight` is their weight. The rest of the weight is on the
+    softmax of the other view's `logits` (2, N, K).
     """
-    return label_weight * labels + (1 - label_weight) * logits.detach().softmax(2).flip(0)
+    return label_weight * pseudo_labels + (1 - label_weight) * logits.detach().softmax(2).flip(0)
 
 
-def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row (V, N) of logits and targets (V, N, K), distributions."""
+def cross_entropy_per_row(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy (V, N) of each row of `logits` (V, N, K) with the distributions `targets` (V, N, K)."""
     rows = F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
     return rows.unflatten(0, logits.shape[:2])

@@ -1,4 +1,4 @@
-"""Prototypes of a batch, and the loss that scatters them (ProPos, arXiv 2111.11821; also in DigPro)."""
+"""Prototypes of the clusters in a batch, and the loss that scatters them (ProPos, arXiv 2111.11821; also in DigPro)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,26 +7,28 @@ from torch import Tensor
 from deepclust.engine.precision import full_precision
 from deepclust.nn.one_hot import one_hot_mask
 
-ABSENT_LOGIT = -10.0  # the authors' code fills the columns of absent clusters with this, after the temperature
+ABSENT_LOGIT = -10.0  # of absent clusters, after division by the temperature, as in the authors' code
 
 
-def batch_prototypes(embeddings: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Unit prototypes (K, D): normalised means of the normalised rows of `embeddings` (N, D); zero where absent.
+def batch_prototypes(embeddings: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:
+    """Return unit prototypes (K, D): normalised means of the normalised `embeddings` (N, D) of each cluster.
 
-    `labels` (N,) are cluster ids; rows with a negative id belong to no prototype.
+    `assignments` (N,) are cluster ids; rows with a negative id belong to no cluster. The prototype of a cluster that is
+    absent from the batch is zero.
     """
-    members = one_hot_mask(labels, num_clusters).to(embeddings.dtype)
+    members = one_hot_mask(assignments, num_clusters).to(embeddings.dtype)
     means = members.T @ F.normalize(embeddings, dim=1) / members.sum(0).clamp(min=1).unsqueeze(1)
     return F.normalize(means, dim=1)
 
 
 @full_precision
 def prototype_scattering(online: Tensor, target: Tensor, present: Tensor, *, temperature: float) -> Tensor:
-    """Pull each online prototype (K, D) to its target prototype and push it from the other online ones; a scalar.
+    """Return the loss that pulls online prototypes (K, D) to the target ones and away from each other; a scalar.
 
-    For the present clusters A, with z_cc = m_c . m'_c / t and z_cd = m_c . m_d / t, the mean over c in A of
-    -z_cc + log( sum over d in A of exp z_cd  +  (K - |A|) exp(-10) ). `present` (K,) is boolean. No cluster present:
-    zero. The gradient reaches `online` only.
+    A are the clusters that are `present` (K,) in the batch. With z_cc = m_c . m'_c / t and z_cd = m_c . m_d / t, the
+    loss is the mean over c in A of
+    -z_cc + log( sum over d in A of exp z_cd  +  (K - |A|) exp(-10) ); 0 if A is empty. The gradient reaches `online`
+    only.
     """
     logits = online @ online.T / temperature
     positives = (online * target.detach()).sum(1) / temperature
@@ -37,9 +39,11 @@ def prototype_scattering(online: Tensor, target: Tensor, present: Tensor, *, tem
 
 
 @full_precision
-def prototype_scattering_loss(q: Tensor, k: Tensor, labels: Tensor, num_clusters: int, *, temperature: float) -> Tensor:
-    """Prototype scattering of raw online rows q (N, D) against target rows k (N, D) with `labels` (N,); a scalar."""
-    present = one_hot_mask(labels, num_clusters).any(0)
-    online = batch_prototypes(q, labels, num_clusters)
-    target = batch_prototypes(k, labels, num_clusters)
+def prototype_scattering_loss(
+    q: Tensor, k: Tensor, assignments: Tensor, num_clusters: int, *, temperature: float
+) -> Tensor:
+    """Return the scattering loss of the prototypes of online and target embeddings q and k (N, D); a scalar."""
+    present = one_hot_mask(assignments, num_clusters).any(0)
+    online = batch_prototypes(q, assignments, num_clusters)
+    target = batch_prototypes(k, assignments, num_clusters)
     return prototype_scattering(online, target, present, temperature=temperature)

@@ -1,4 +1,12 @@
-"""The contract of a method. One paper, one file, one subclass."""
+"""The base class of all clustering methods: the hooks that a method overrides and the training that all methods share.
+
+Every paper is one file with one subclass of `ClusteringMethod`. Where to look in this file:
+
+- what a method may override: the section "Hooks of a method".
+- what is logged in a step: `log_terms`.
+- features of all images, gathered over all processes for the E-step: `run_e_step` and `encode_all`.
+- optimiser, parameter groups and learning rates: `configure_optimizers`.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -11,20 +19,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from deepclust.batch import Draws, TrainBatch, cache_sized
+from deepclust.batch import Draws, TrainBatch, split_to_cache_size
 from deepclust.engine import distributed
-from deepclust.engine.cuda_graphs import Replayed, ReplayedParts
+from deepclust.engine.cuda_graphs import ReplayedFunction, ReplayedParts
 from deepclust.engine.progress import track
 from deepclust.errors import InputError
 from deepclust.nn.schedules import Schedule
 
 
 class ClusteringMethod(LightningModule):
-    """What every method shares: the sum of the loss terms, the E-step, the features of a whole data set, the optimiser.
+    """Base class of a clustering method: sums the loss terms, runs the E-step, encodes data sets, makes the optimiser.
 
-    A method writes `losses` and whichever other hooks it needs. Any Lightning hook is free to use; call `super()`
-    where this class has one. State per image is a buffer of `num_images` rows made in the constructor, so that a
-    checkpoint holds it, indexed by `batch.indices` and written with values gathered from all processes.
+    A method implements `losses` and overrides the other hooks that it needs. It may use any Lightning hook, and calls
+    `super()` where this class defines the hook too.
+
+    State per image is a buffer of `num_images` rows. It is allocated in the constructor, so that checkpoints hold it,
+    indexed by `batch.indices`, and written with values that were gathered from all processes.
+
+    Args:
+        backbone: the network to train, from images to features (N, D); its attribute `num_features` is D.
+        num_clusters: the number of clusters K.
+        optimizer: makes the optimiser when it is called with the groups of `parameter_groups`.
+        schedule: the factor of the learning rate at each optimiser step; a group may have its own.
+        e_step_every_n_epochs: the E-step runs before the first epoch and then every so many epochs; 0 means never.
     """
 
     first_bad_step: Tensor
@@ -45,100 +62,104 @@ class ClusteringMethod(LightningModule):
         self.schedule = schedule
         self.e_step_every_n_epochs = e_step_every_n_epochs
         self.e_step_seconds = 0.0
-        self.replayed_parts: ReplayedParts | None = None  # of a step, beside the networks
-        self.steps_now = True  # whether the optimiser steps after this batch, or gradients still add up
-        # The first step (from 1) whose loss was not finite, 0 for none; on the device, so that no step waits for it.
+        # CUDA graphs of the methods marked `@replayable`; None: they run as written.
+        self.replayed_parts: ReplayedParts | None = None
+        # Whether the optimiser steps after the current batch. It does not while gradients are still accumulated.
+        self.is_optimizer_step = True
+        # The first step (from 1) whose loss was not finite; 0 for none. A buffer, because a comparison on the host
+        # would make every step wait for the device.
         self.register_buffer("first_bad_step", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    # What a method says -----------------------------------------------------------------------------------------------
+    # Hooks of a method ------------------------------------------------------------------------------------------------
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """The weighted terms of the objective by name; their sum is minimised."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it minimises")
+        """Return the weighted terms of the objective by name, each a scalar; their sum is minimised."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement losses(batch); every method has to")
 
     def encode(self, images: Tensor) -> Tensor:
-        """The features (N, D) that get clustered, of clean images (N, channels, H, W)."""
+        """Return the features (N, D) that are clustered, of clean images (N, channels, H, W)."""
         return self.backbone(images)
 
     def cluster_logits(self, features: Tensor) -> Tensor | None:
-        """The method's own rule: (N, K), the larger the likelier, from `encode`d features; None: it has none."""
+        """Return logits (N, K) of the method's own clustering from the features of `encode`; None: it has no rule.
+
+        The cluster of an image is the one with the largest logit.
+        """
         return None
 
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:
-        """Renew what is inferred over the whole fit set from its features (M, D).
+        """Update the state that is inferred from the features (M, D) of the whole fit set, such as pseudo-labels.
 
-        Every process is given all features and must end in the same state; `key` is what its random draws hang on.
+        `run_e_step` calls it. Every process is given the features of all images and must end in the same state;
+        random draws depend on `key` only.
         """
 
     def sampling_weights(self) -> Tensor | None:
-        """How likely each image (M,) of the fit set is to be drawn in the coming epoch; None: each once, shuffled."""
+        """Return weights (M,) by which the next epoch draws images of the fit set, with replacement.
+
+        None: every image is drawn once, in random order.
+        """
         return None
 
     def companions(self, indices: Tensor, draws: Draws) -> Tensor | None:
-        """The images (N, P) of the fit set that are wanted beside each image (N,) of a global batch; None: none.
+        """Return the images (N, P) of the fit set to load with each image (N,) of a global batch; None: no others.
 
-        Both are CPU tensors. A batch is read ahead of its use, so the answer may hang only on the draws
-        ("companions") and on what changes between epochs.
+        Both are CPU tensors. Batches are read ahead of their use. The answer may therefore depend only on
+        `draws.make_generator("companions")` and on state that changes between epochs.
         """
         return None
 
     def start_from(self, earlier: "ClusteringMethod") -> None:
-        """Take over what the run of an earlier stage has learned; called before the first step of a fresh run.
+        """Load what the run of an earlier stage has learned; called before the first step of a new run.
 
         Raises:
-            InputError: where the two do not fit.
+            InputError: where the networks of the two runs differ.
         """
-        self.take_over(self.backbone, earlier.backbone)
+        self.load_weights(self.backbone, earlier.backbone)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups; beside torch's keys a group may have its own `schedule` and an `lr_factor`."""
+        """Return the optimiser's groups; beside torch's keys a group may have its own `schedule` and an `lr_factor`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
-    @staticmethod
-    def take_over(own: nn.Module, earlier: nn.Module) -> None:
-        """The weights and running figures of `earlier` into `own`.
-
-        Raises:
-            InputError: where they are two kinds of network.
-        """
-        try:
-            own.load_state_dict(earlier.state_dict())
-        except RuntimeError as error:
-            raise InputError(
-                "the network of the earlier run has other weights than the one of this run",
-                expected="the same network in both",
-                do="choose the backbone, and the sizes in method, as in the earlier run",
-            ) from error
-
-    # What every method gets -------------------------------------------------------------------------------------------
+    # A training step and its logged values ----------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        batches, add_up = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        self.steps_now = (batch_idx + 1) % add_up == 0 or batch_idx + 1 == batches
+        num_batches, num_accumulated = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        self.is_optimizer_step = (batch_idx + 1) % num_accumulated == 0 or batch_idx + 1 == num_batches
         batch.draws.seed_layers(self.device, distributed.rank())
         terms = self.losses(batch)
         loss = torch.stack(list(terms.values())).sum()
         step = self.global_step + 1
-        bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step == 0)
-        self.first_bad_step += bad * step
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 or self.device.type == "cpu":
-            self.check_finite()
-        if step % every == 0:
-            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
-            self.log("train/loss", loss.detach(), prog_bar=True)
+        is_first_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step == 0)
+        self.first_bad_step += is_first_bad * step
+        is_logged = step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if is_logged or self.device.type == "cpu":
+            self.check_losses_are_finite()
+        if is_logged:
+            self.log_terms(terms, loss)
         return loss
 
-    def check_finite(self) -> None:
-        """Raise InputError if a loss was not a number; on every process if on one. Called before anything is saved."""
-        steps = distributed.gather(self.first_bad_step.unsqueeze(0))
-        if bad := [int(s) for s in steps if s > 0]:
+    def log_terms(self, terms: dict[str, Tensor], loss: Tensor) -> None:
+        """Log every term as `train/<name>` and their sum as `train/loss`, every `trainer.log_every_n_steps` steps.
+
+        Other values are logged with `self.log` in the Lightning hook where they are known; for example the norm of the
+        gradients in `on_before_optimizer_step`.
+        """
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+        self.log("train/loss", loss.detach(), prog_bar=True)
+
+    def check_losses_are_finite(self) -> None:
+        """Raise InputError, on every process, if the loss of any process was not finite; called before every save."""
+        first_bad_steps = distributed.all_gather(self.first_bad_step.unsqueeze(0))
+        if bad_steps := [int(step) for step in first_bad_steps if step > 0]:
             raise InputError(
-                f"the loss of step {min(bad)} is not a finite number",
+                f"the loss of step {min(bad_steps)} is not a finite number",
                 expected="finite losses",
                 do="lower the learning rate (method.optimizer.lr) or start again in this folder from the last good "
                 "checkpoint",
             )
+
+    # The E-step, and the features of all images gathered for it -------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
         every = self.e_step_every_n_epochs
@@ -146,7 +167,10 @@ class ClusteringMethod(LightningModule):
             self.run_e_step(self.current_epoch)
 
     def run_e_step(self, epoch: int) -> None:
-        """The E-step on the present weights, as it stands before `epoch` (from 0)."""
+        """Encode the fit set with the current weights, gather its features over all processes and call `e_step`.
+
+        `epoch` (from 0) is the epoch that follows the E-step; it makes the random draws of this E-step its own.
+        """
         started = time.perf_counter()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         with self.trainer.precision_plugin.forward_context():
@@ -156,69 +180,93 @@ class ClusteringMethod(LightningModule):
 
     @torch.no_grad()
     def encode_all(self, batches: Iterable[Tensor], num_images: int) -> Tensor:
-        """Features (M, D) of all images in order, at least float32, on every process.
+        """Return the features (M, D) of all images in data-set order, at least float32, the same on every process.
 
-        `batches` are this process's clean images: a contiguous share, in order, shares in rank order. Running figures
-        are rank 0's on every process, for one network is meant.
+        Each process encodes `batches`, its own clean images, and the results are gathered. The images of a process are
+        a contiguous part of the data set, in order, and the parts follow each other by rank. All processes use the
+        buffers of rank 0, such as the running statistics of batch normalisation, so that one network encodes all.
         """
         distributed.broadcast_buffers(self)
-        training, rows = self.training, []
+        was_training, encoded = self.training, []
         self.eval()
         try:
-            share = num_images // distributed.world_size()
-            for images in track(batches, "features of all images", share, size=len):
-                rows += [self.encode(part) for part in cache_sized(images.to(self.device, self.weight_dtype))]
+            num_own_images = num_images // distributed.world_size()
+            for images in track(batches, "features of all images", num_own_images, size=len):
+                encoded += [
+                    self.encode(part) for part in split_to_cache_size(images.to(self.device, self.weight_dtype))
+                ]
         finally:
-            self.train(training)
-        rows = [r.float() if r.dtype in (torch.float16, torch.bfloat16) else r for r in rows]
-        features = distributed.gather(torch.cat(rows))
+            self.train(was_training)
+        encoded = [f.float() if f.dtype in (torch.float16, torch.bfloat16) else f for f in encoded]
+        features = distributed.all_gather(torch.cat(encoded))
         assert len(features) == num_images, f"{len(features)} features of {num_images} images"
         return features
 
-    def compile_networks(self, mode: str) -> None:
-        """Have torch compile the backbone, and the copies of it that a method holds; names of weights stay.
+    # Networks: loading, compilation, CUDA graphs ----------------------------------------------------------------------
 
-        `mode` is torch.compile's. Sizes of batches are taken as fixed: there are few.
+    @staticmethod
+    def load_weights(network: nn.Module, earlier: nn.Module) -> None:
+        """Copy the parameters and buffers of `earlier` into `network`.
+
+        Raises:
+            InputError: where the two networks differ.
         """
-        # A graph for each network, mode and size of batch; beyond torch's limit of 8 the rest would not be compiled.
+        try:
+            network.load_state_dict(earlier.state_dict())
+        except RuntimeError as error:
+            raise InputError(
+                "the network of the earlier run has other weights than the one of this run",
+                expected="the same network in both",
+                do="choose the backbone, and the sizes in method, as in the earlier run",
+            ) from error
+
+    def compile_networks(self, mode: str) -> None:
+        """Compile the backbone, and the copies of it that a method holds, in place; the names of weights stay.
+
+        `mode` is that of torch.compile. Every batch size is compiled for itself, since there are few.
+        """
+        # Each network, mode and batch size is one compilation; beyond torch's limit of 8 the rest would run uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for module in self.modules():
             if type(module) is type(self.backbone):
                 module.compile(mode=mode, dynamic=False)
 
-    def use_graphs(self) -> None:
-        """Have the networks that the method calls, compiled or not, and its `replayable` parts replayed on a GPU.
+    def use_cuda_graphs(self) -> None:
+        """Replay the method's networks, compiled or not, and its `@replayable` parts as CUDA graphs on a GPU.
 
-        Networks are its children; those that lie deeper, as in a list of heads, belong to a part. Names of weights
-        stay.
+        Networks are the direct children of the method. Those that lie deeper, as in a list of heads, are replayed
+        within the `@replayable` part that calls them. The names of weights stay.
         """
         self.replayed_parts = ReplayedParts()
         for network in self.children():
             if any(True for _ in network.parameters()):
-                network._compiled_call_impl = Replayed(network._compiled_call_impl or network._call_impl, network)
+                call = network._compiled_call_impl or network._call_impl
+                network._compiled_call_impl = ReplayedFunction(call, network)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The floating type that inputs need."""
+        """The floating-point type of the weights, which inputs must have."""
         return next(self.parameters()).dtype
+
+    # The optimiser ----------------------------------------------------------------------------------------------------
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch."""
+        """The number of optimiser steps in an epoch."""
         batches = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
         return -(-batches // self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
         schedules = [group.pop("schedule", self.schedule) for group in groups]
-        rate_factors = [group.pop("lr_factor", 1.0) for group in groups]
+        group_factors = [group.pop("lr_factor", 1.0) for group in groups]
         optimizer = self.make_optimizer(groups)
-        for group, factor in zip(optimizer.param_groups, rate_factors, strict=True):
+        for group, factor in zip(optimizer.param_groups, group_factors, strict=True):
             group["lr"] *= factor
         # LambdaLR counts from 0 and sets the rate before the step that uses it; schedules count steps from 1.
-        factors: list[Callable[[int], float]] = [partial(self._factor, s) for s in schedules]
+        factors: list[Callable[[int], float]] = [partial(self._learning_rate_factor, s) for s in schedules]
         scheduler = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _factor(self, schedule: Schedule, steps_done: int) -> float:
+    def _learning_rate_factor(self, schedule: Schedule, steps_done: int) -> float:
         return schedule(steps_done + 1, self.steps_per_epoch)

@@ -1,26 +1,29 @@
 """CoKe: online constrained k-means (Qian, Xu, Hu, Li, Jin; CVPR 2022, arXiv 2105.11527).
 
-An epoch is two things at once. *Clustering*, without gradient: every batch is assigned to running centroids under a
-lower bound on cluster sizes, kept by dual variables, and moves them as running means of the epoch. *Classification*:
-the network learns the clusters that the images were given in the epoch before, against the centroids as that epoch
-left them. With two views the label is mixed with what the other view says; small crops, where there are any, learn
-the mean target of the two large ones and take no part in the clustering; with a single view the last epochs may
-average labels and centroids. Heads of several K share one embedding. The network stands still in the first epoch
-(rate 0).
+Every epoch does two things. *Clustering*, without gradient: each batch is assigned to running centroids under a lower
+bound on the cluster sizes, which dual variables enforce, and the centroids follow as running means over the epoch.
+*Classification*: the network learns to predict the cluster that each image got in the previous epoch (its
+pseudo-label), using the centroids as they stood at the end of that epoch (the frozen centroids).
+
+There are three variants. With two views, the target of a view mixes the pseudo-label with the prediction for the other
+view. Small crops, if there are any, learn the mean target of the two large views and are not clustered. With a single
+view, the last epochs can average pseudo-labels and centroids. Several heads with different K share one embedding. The
+network does not move in the first epoch (its learning rate is 0), which only creates the first clusters.
 
 Differs from the authors' code in:
-- data sets: theirs covers ImageNet with ResNet-50 only, a representation for linear classifiers, without a head of
-  `num_clusters` clusters (k-means judges it). Here the small sets take SeCu's recipe for network, views and
-  optimiser, two views and no predictor: a port, not a reproduction.
-- own clusters: those of the head whose K is `num_clusters`, by the running centroids, which are the frozen ones
-  between two epochs.
-- several processes: losses are means over the global batch, also where its shares are uneven.
-- an image that no earlier epoch has labelled (batches left out by drop_last) learns its new label.
-- products of embeddings and centroids, and losses, are float32 under reduced precision (theirs: float16).
+- Data sets. The authors cover ImageNet with ResNet-50 only. They learn a representation for linear classifiers, without
+  a head of `num_clusters` clusters, so k-means evaluates it. Small data sets use SeCu's settings here (network, kinds
+  of views, optimiser), with two views and no predictor. This is a port and not a reproduction.
+- Final clustering. It comes from the head whose K is `num_clusters` and uses the running centroids. Between two epochs
+  they equal the frozen ones.
+- Several processes. Losses are means over the global batch, even if the processes hold unequal parts of it.
+- Images without an earlier pseudo-label (`drop_last` leaves some out). They learn their new one.
+- Precision. Products of embeddings and centroids, and losses, are float32 under mixed precision (theirs: float16).
 
-Logged: `train/classification`, a cross-entropy, about the mean of log K over the heads where nothing is known;
-`train/clusters_in_batch`, how many clusters of the first head a batch fell into (1: collapse);
-`train/smallest_cluster` and `train/largest_cluster`, shares of the first head at the end of an epoch.
+Logged:
+- `train/classification`: the cross-entropy. For a network that knows nothing it is about the mean of log K over heads.
+- `train/clusters_in_batch`: the number of clusters of the first head that occur in a batch. 1 means collapse.
+- `train/smallest_cluster`, `train/largest_cluster`: their shares of all images, in the first head, at an epoch's end.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,25 +35,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepclust.batch import TrainBatch
-from deepclust.clustering.balanced_assignment import SizeBalance, sizes
+from deepclust.clustering.balanced_assignment import SizeConstraint, cluster_sizes
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.losses.discrimination import cross_entropies, mixed_targets
+from deepclust.losses.discrimination import cross_entropy_per_row, mix_with_other_view
 from deepclust.methods.base import ClusteringMethod
-from deepclust.nn.heads import deep_mlp, mlp
+from deepclust.nn.heads import three_layer_mlp, two_layer_mlp
 from deepclust.nn.one_hot import one_hot_mask
 from deepclust.nn.schedules import Schedule
 
 
 class CentroidHead(nn.Module):
-    """K unit centroids twice: frozen for the epoch, and running means of the rows that the epoch has shown so far."""
+    """The K centroids of one head in two versions, and the constraint that balances their clusters.
+
+    `frozen` (D, K) stays the same for an epoch and gives the logits of the loss. `running` (D, K) holds the means of
+    the features that the epoch has shown so far and assigns the clusters.
+    """
 
     frozen: Tensor
     running: Tensor
 
-    def __init__(self, *, num_features: int, balance: SizeBalance) -> None:
+    def __init__(self, *, num_features: int, balance: SizeConstraint) -> None:
         super().__init__()
         start = F.normalize(torch.randn(num_features, len(balance.counts)), dim=0)
         self.register_buffer("frozen", start)  # (D, K)
@@ -58,24 +65,28 @@ class CentroidHead(nn.Module):
         self.balance = balance
 
     def assign(self, features: Tensor, *, averaging: bool) -> Tensor:
-        """Clusters (N,) of features (N, D); by the frozen centroids while epochs are averaged."""
+        """Return the assignments (N,) of features (N, D). While epochs are averaged, the frozen centroids decide."""
         return self.balance.assign(features @ (self.frozen if averaging else self.running), None)
 
-    def update(self, features: Tensor, labels: Tensor, *, averaging: bool) -> None:
-        """Duals, counts and running centroids by the global batch (N, D) and its labels (N,).
+    def update(self, features: Tensor, assignments: Tensor, *, averaging: bool) -> None:
+        """Update duals, counts and running centroids with the features (N, D) and assignments (N,) of the global batch.
 
-        The first rows that a cluster gets in an epoch replace what it inherited.
+        The first features that a cluster gets in an epoch replace its inherited centroid.
         """
-        before = self.balance.counts.clone()
-        members = one_hot_mask(labels, len(before)).to(features.dtype)
-        self.balance.update(labels, None)
-        means = (self.running * before + features.T @ members) / self.balance.counts.clamp(min=1)
+        old_counts = self.balance.counts.clone()
+        members = one_hot_mask(assignments, len(old_counts)).to(features.dtype)
+        self.balance.update(assignments, None)
+        means = (self.running * old_counts + features.T @ members) / self.balance.counts.clamp(min=1)
         if not averaging:
             means = F.normalize(means, dim=0)
         self.running.copy_(torch.where(members.any(0), means, self.running))
 
-    def end_epoch(self, weight: float, *, averaging: bool) -> None:
-        """Let the running centroids, with this weight beside the frozen ones while averaging, be the next epoch's."""
+    def freeze_centroids_and_reset_counts(self, weight: float, *, averaging: bool) -> None:
+        """Make the running centroids the frozen ones of the next epoch, whose counts start at 0.
+
+        If epochs are averaged, the next centroids are the unit means of the frozen ones and the running ones. `weight`
+        is the weight of the running ones.
+        """
         if averaging:
             means = (1 - weight) * self.frozen + weight * F.normalize(self.running, dim=0)
             self.running.copy_(F.normalize(means, dim=0))
@@ -83,11 +94,12 @@ class CentroidHead(nn.Module):
         self.balance.end_epoch()
 
 
-class LabelMemory(nn.Module):
-    """The clusters that every image was given: `num_slots` of (label, weight), and which one is written next.
+class PseudoLabelMemory(nn.Module):
+    """The pseudo-labels of every image in every head: a table of `num_slots` pairs (label, weight) for each.
 
-    Up to `averaging_epoch` (from 0) an image has one label, that of its last epoch, in slot 0. From then on the
-    labels of the epochs are averaged, each with the same weight, as far as the slots go. One slot: never.
+    Until `averaging_epoch` (counted from 0) an image has one pseudo-label, the one from its last epoch, in slot 0. From
+    then on the pseudo-labels of all epochs are averaged with equal weights, as far as the slots suffice. With one slot
+    nothing is ever averaged.
     """
 
     labels: Tensor
@@ -99,20 +111,25 @@ class LabelMemory(nn.Module):
         self.averaging_epoch = averaging_epoch
         self.register_buffer("labels", torch.full((num_heads, num_images, num_slots), -1))  # -1: empty
         self.register_buffer("weights", torch.zeros(num_heads, num_images, num_slots))
+        # The slot that a new label overwrites next
         self.register_buffer("following", torch.zeros(num_heads, num_images, dtype=torch.int64))
 
-    def read(self, head: int, indices: Tensor, num_clusters: int, *, epoch: int, temperature: float) -> Tensor:
-        """Targets (N, K) of the images `indices`: a label, or a softmax over averaged ones; NaN where none is held."""
+    def read_targets(self, head: int, indices: Tensor, num_clusters: int, *, epoch: int, temperature: float) -> Tensor:
+        """Return the targets (N, K) of the images `indices` (N,): a one-hot pseudo-label, or an average of several.
+
+        The average is a softmax over the summed weights of the labels that occur, at this temperature. Rows of images
+        without a pseudo-label are NaN.
+        """
         labels, weights = self.labels[head, indices], self.weights[head, indices]
-        empty = torch.zeros(len(labels), num_clusters, dtype=weights.dtype, device=weights.device)
+        zeros = torch.zeros(len(labels), num_clusters, dtype=weights.dtype, device=weights.device)
         if epoch <= self.averaging_epoch or labels.shape[1] == 1:
-            one_hot = empty.scatter(1, labels[:, :1].clamp(min=0), 1.0)
+            one_hot = zeros.scatter(1, labels[:, :1].clamp(min=0), 1.0)
             return one_hot.masked_fill(labels[:, :1] < 0, torch.nan)
-        held = empty.scatter_add(1, labels.clamp(min=0), weights)
-        return (held / temperature).masked_fill(held <= 0, -torch.inf).softmax(1)
+        cluster_weights = zeros.scatter_add(1, labels.clamp(min=0), weights)
+        return (cluster_weights / temperature).masked_fill(cluster_weights <= 0, -torch.inf).softmax(1)
 
     def write(self, head: int, indices: Tensor, new: Tensor, *, epoch: int) -> None:
-        """Put the labels `new` (N,) of this epoch to the images `indices`."""
+        """Store the pseudo-labels `new` (N,) that the images `indices` (N,) got in this epoch."""
         num_slots = self.labels.shape[2]
         if epoch <= self.averaging_epoch or num_slots == 1:
             self.labels[head, indices, 0] = new
@@ -122,31 +139,52 @@ class LabelMemory(nn.Module):
             return
         labels, weights = self.labels[head, indices], self.weights[head, indices]
         match = labels == new.unsqueeze(1)
-        known = match.any(1)
-        last = num_slots - 1 - match.flip(1).int().argmax(1)
-        slot = torch.where(known, last, self.following[head, indices]).unsqueeze(1)
-        dropped = weights.gather(1, slot).masked_fill(known.unsqueeze(1), 0.0)
-        share = epoch_share(epoch, self.averaging_epoch)
-        # Weights of equal worth are common, and their last bits say which of them goes next: in this order, as the
-        # authors' code has it.
-        kept = weights.scatter_add(1, slot, -dropped) * ((1 - share) / (1 - dropped))
-        weights = kept.scatter_add(1, slot, torch.full_like(dropped, share))
+        is_stored = match.any(1)
+        last_match = num_slots - 1 - match.flip(1).int().argmax(1)
+        slot = torch.where(is_stored, last_match, self.following[head, indices]).unsqueeze(1)
+        dropped = weights.gather(1, slot).masked_fill(is_stored.unsqueeze(1), 0.0)
+        weight = averaging_weight(epoch, self.averaging_epoch)
+        # Several slots often have the same weight up to rounding, and the last bits decide which of them is overwritten
+        # next. The order of these operations is therefore that of the authors' code.
+        remaining = weights.scatter_add(1, slot, -dropped) * ((1 - weight) / (1 - dropped))
+        weights = remaining.scatter_add(1, slot, torch.full_like(dropped, weight))
         self.labels[head, indices] = labels.scatter(1, slot, new.unsqueeze(1))
         self.weights[head, indices] = weights
         self.following[head, indices] = weights.argmin(1)
 
 
-def epoch_share(epoch: int, averaging_epoch: int) -> float:
-    """What an epoch weighs in the average: 1 up to the first averaged one, then 1/2, 1/3, ..."""
+def averaging_weight(epoch: int, averaging_epoch: int) -> float:
+    """Return the weight of an epoch in the running average: 1 up to the first averaged epoch, then 1/2, 1/3, ..."""
     return 1 / (max(0, epoch - averaging_epoch) + 1)
 
 
 class CoKe(ClusteringMethod):
-    """CoKe with one, two or, if the third and later ones are small crops, more views.
+    """CoKe with one view, with two views, or with two large views and any number of small crops after them.
 
-    `head_multiples` are the heads' cluster numbers in multiples of `num_clusters`. `predictor_weight` is the share of
-    the predictor's loss, 0: there is none; `small_crops_weight` that of the small crops' (three or more views).
-    `averaging_epochs` last epochs average labels, in `num_slots` slots read at `label_temperature`, and centroids.
+    The arguments not listed here are those of `ClusteringMethod`. Symbols are those of the paper and its code.
+
+    Args of the networks:
+        embedding_size: size D of the embedding that all heads share.
+        hidden_size: width of the hidden layers of projector and predictor.
+        projector_layers: linear layers of the projector: 2, or 3 with batch normalisation at the end (ImageNet).
+        predictor_weight: share of the loss on the predictor's output (beta for a single view). 0: no predictor.
+
+    Args of the clustering:
+        num_images: number M of images that are clustered; each has a remembered pseudo-label.
+        head_multiples: number of clusters of each head, in multiples of `num_clusters`.
+        dual_step: step size eta of the dual variables.
+        min_share: lower bound gamma on a cluster's size, as a share of M / K. 1 asks for equal sizes.
+
+    Args of the objective:
+        temperature: temperature T of the logits.
+        label_weight: weight alpha of the pseudo-label in the target of two views; the rest is the other view's.
+        small_crops_weight: share 1 - beta of the small crops in the loss. It has no effect on fewer than three views.
+
+    Args of the averaging in the last epochs (single view):
+        epochs: number of epochs of the training.
+        averaging_epochs: number of last epochs in which pseudo-labels and centroids are averaged. 0: none.
+        num_slots: number S of different pseudo-labels that are remembered for an image.
+        label_temperature: temperature of the softmax that turns averaged pseudo-labels into targets.
     """
 
     clusters_in_batch: Tensor
@@ -182,17 +220,17 @@ class CoKe(ClusteringMethod):
             schedule=schedule,
             e_step_every_n_epochs=e_step_every_n_epochs,
         )
-        project = mlp if projector_layers == 2 else deep_mlp
-        self.projector = project(backbone.num_features, hidden_size, embedding_size)  # type: ignore[arg-type]
-        self.predictor = mlp(embedding_size, hidden_size, embedding_size) if predictor_weight else None
+        make_projector = two_layer_mlp if projector_layers == 2 else three_layer_mlp
+        self.projector = make_projector(backbone.num_features, hidden_size, embedding_size)  # type: ignore[arg-type]
+        self.predictor = two_layer_mlp(embedding_size, hidden_size, embedding_size) if predictor_weight else None
         self.head_multiples = list(head_multiples)
         self.heads = nn.ModuleList()
-        for size in (num_clusters * multiple for multiple in head_multiples):
-            balance = SizeBalance(num_clusters=size, step=dual_step, min_share=min_share)
+        for multiple in head_multiples:
+            balance = SizeConstraint(num_clusters=num_clusters * multiple, step=dual_step, min_share=min_share)
             self.heads.append(CentroidHead(num_features=embedding_size, balance=balance))
         self.register_buffer("clusters_in_batch", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.averaging_epoch = epochs - averaging_epochs
-        self.memory = LabelMemory(
+        self.averaging_epoch = epochs - averaging_epochs  # the first averaged one, counted from 0
+        self.memory = PseudoLabelMemory(
             num_heads=len(self.heads),
             num_images=num_images,
             num_slots=num_slots,
@@ -204,7 +242,9 @@ class CoKe(ClusteringMethod):
         self.label_weight = label_weight
         self.label_temperature = label_temperature
 
-    def each_head(self) -> list[CentroidHead]:
+    @property
+    def centroid_heads(self) -> list[CentroidHead]:
+        """The heads, with their type."""
         return list(self.heads)  # type: ignore[arg-type]
 
     # One step
@@ -213,83 +253,89 @@ class CoKe(ClusteringMethod):
         if batch.extra:
             raise InputError(
                 "the data set has extra images, and CoKe remembers a cluster of every image it learns from",
-                expected="every image among those to be clustered",
+                expected="only images that are clustered",
                 do="set dataset.source.extra=[]",
             )
         projections = [self.projector(self.backbone(view)) for view in batch.views]
-        predictions = [self.predictor(rows) for rows in projections] if self.predictor else None
-        rows = self.objective(
+        predictions = [self.predictor(z) for z in projections] if self.predictor else None
+        image_losses = self.compute_terms_and_update_clusters(
             torch.stack(projections), torch.stack(predictions) if predictions else None, batch.indices
         )
-        # The mean over the global batch, of which this process may hold more or less than its even share.
-        return {"classification": rows.sum() * distributed.world_size() / batch.draws.total}
+        # The mean over the global batch. DDP averages over processes, whose parts of it may differ in size.
+        return {"classification": image_losses.sum() * distributed.world_size() / batch.draws.global_batch_size}
 
-    @replayable(by=lambda self: self.current_epoch == 0, when=lambda self: self.current_epoch < self.averaging_epoch)
+    @replayable(
+        constants=lambda self: self.current_epoch == 0, when=lambda self: self.current_epoch < self.averaging_epoch
+    )
     @full_precision
-    def objective(self, projections: Tensor, predictions: Tensor | None, indices: Tensor) -> Tensor:
-        """Loss of each row (N,), mean over heads; clusters the batch.
+    def compute_terms_and_update_clusters(
+        self, projections: Tensor, predictions: Tensor | None, indices: Tensor
+    ) -> Tensor:
+        """Cluster the global batch, and return the loss of each image (N,) as the mean over heads.
 
-        projections and predictions (V, N, D), of any length: one or two large views, then small ones.
+        projections and predictions (V, N, D) are not normalised. Their first one or two views are the large ones. The
+        clustering changes duals, counts, running centroids, pseudo-labels and `clusters_in_batch`.
         """
         projections = F.normalize(projections, dim=2)
-        labels = self.cluster(projections[:2].detach().mean(0), indices)
+        label_targets = self.update_clusters_and_read_targets(projections[:2].detach().mean(0), indices)
         outputs = [(1 - self.predictor_weight, projections)]
         if predictions is not None:
             outputs.append((self.predictor_weight, F.normalize(predictions, dim=2)))
         losses = []
-        for head, known in zip(self.each_head(), labels, strict=True):
-            targets = known.unsqueeze(0)
+        for head, label_target in zip(self.centroid_heads, label_targets, strict=True):
+            targets = label_target.unsqueeze(0)
             if len(projections) > 1:
-                said = projections[:2] @ head.frozen / self.temperature
-                targets = mixed_targets(known, said, label_weight=self.label_weight)
+                view_logits = projections[:2] @ head.frozen / self.temperature
+                targets = mix_with_other_view(label_target, view_logits, label_weight=self.label_weight)
             for weight, rows in outputs:
                 logits = rows @ head.frozen / self.temperature
-                loss = cross_entropies(logits[:2], targets).mean(0)
+                loss = cross_entropy_per_row(logits[:2], targets).mean(0)
                 if len(logits) > 2:
                     mean_target = targets.mean(0).expand(len(logits) - 2, -1, -1)
-                    small = cross_entropies(logits[2:], mean_target).mean(0)
+                    small = cross_entropy_per_row(logits[2:], mean_target).mean(0)
                     loss = torch.lerp(loss, small, self.small_crops_weight)
                 losses.append(weight * loss)
-        return torch.stack(losses).sum(0) / len(labels)
+        return torch.stack(losses).sum(0) / len(label_targets)
 
     @torch.no_grad()
-    def cluster(self, features: Tensor, indices: Tensor) -> list[Tensor]:
-        """Move all heads by the global batch; what its rows are to learn: targets (N, K) by head.
+    def update_clusters_and_read_targets(self, features: Tensor, indices: Tensor) -> list[Tensor]:
+        """Assign the global batch and update all heads with it; return the targets (N, K) of this process by head.
 
-        features (N, D): means of the large views' unit projections, of any length. Targets are last epoch's labels;
-        in the first epoch, and for an image not seen before, the new ones.
+        features (N, D) are means of the unit projections of the large views and are not normalised again. Targets are
+        made of the pseudo-labels of earlier epochs. In the first epoch, and for images that have no earlier
+        pseudo-label, they are made of the new ones.
         """
         epoch, memory = self.current_epoch, self.memory
         averaging = epoch >= self.averaging_epoch
-        all_features, all_indices = distributed.gather(features), distributed.gather(indices)
+        all_features, all_indices = distributed.all_gather(features), distributed.all_gather(indices)
         targets = []
-        for number, head in enumerate(self.each_head()):
-            place = (number, indices, len(head.balance.counts))
-            old = memory.read(*place, epoch=epoch, temperature=self.label_temperature)
-            new = head.assign(all_features, averaging=averaging)
-            head.update(all_features, new, averaging=averaging)
-            memory.write(number, all_indices, new, epoch=epoch)
-            now = memory.read(*place, epoch=epoch, temperature=self.label_temperature)
-            targets.append(torch.where(old.isnan() | (epoch == 0), now, old))
-            if number == 0:
-                self.clusters_in_batch.copy_((sizes(new, head.balance.counts) > 0).sum())
+        for head_index, head in enumerate(self.centroid_heads):
+            entries = (head_index, indices, len(head.balance.counts))
+            old_targets = memory.read_targets(*entries, epoch=epoch, temperature=self.label_temperature)
+            assignments = head.assign(all_features, averaging=averaging)
+            head.update(all_features, assignments, averaging=averaging)
+            memory.write(head_index, all_indices, assignments, epoch=epoch)
+            new_targets = memory.read_targets(*entries, epoch=epoch, temperature=self.label_temperature)
+            targets.append(torch.where(old_targets.isnan() | (epoch == 0), new_targets, old_targets))
+            if head_index == 0:
+                self.clusters_in_batch.copy_((cluster_sizes(assignments, head.balance.counts) > 0).sum())
         return targets
 
     # Epochs
 
     def on_train_epoch_end(self) -> None:
-        counts = self.each_head()[0].balance.counts
+        counts = self.centroid_heads[0].balance.counts
         shares = counts / counts.sum()
         self.log_dict({"train/smallest_cluster": shares.min(), "train/largest_cluster": shares.max()})
         epoch, start = self.current_epoch, self.averaging_epoch
-        for head in self.each_head():
-            head.end_epoch(epoch_share(epoch, start), averaging=epoch >= start)
+        for head in self.centroid_heads:
+            head.freeze_centroids_and_reset_counts(averaging_weight(epoch, start), averaging=epoch >= start)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/clusters_in_batch", self.clusters_in_batch.float())
 
-    # The clusters
+    # The final clustering
 
     def encode(self, images: Tensor) -> Tensor:
         return F.normalize(self.projector(self.backbone(images)), dim=1)
@@ -297,5 +343,5 @@ class CoKe(ClusteringMethod):
     def cluster_logits(self, features: Tensor) -> Tensor | None:
         if 1 not in self.head_multiples:
             return None
-        head = self.each_head()[self.head_multiples.index(1)]
+        head = self.centroid_heads[self.head_multiples.index(1)]
         return features @ F.normalize(head.running, dim=0) / self.temperature

@@ -1,21 +1,25 @@
 """DRC: deep robust clustering by contrastive learning (Zhong, Chen, Jin, Hua; arXiv 2008.03030).
 
 One linear layer on the backbone gives K numbers per image, the *assignment feature*; its softmax is the *assignment
-probability*. Matching the probabilities of two views alone leaves the features of one cluster widely spread, for
-softmax hears the largest entry only. So both are contrasted between the views: the features row by row, an image
-against the others, and the probabilities column by column, a cluster over the batch against the others. The sum of
-the squared cluster sizes keeps them even. The clustering is the arg-max of the layer.
+probability*. Matching only the probabilities of two views leaves the features of a cluster widely spread, because
+softmax depends mainly on the largest entry. DRC therefore contrasts both between the views: the features row by row (an
+image against the other images) and the probabilities column by column (a cluster over the batch against the other
+clusters). The sum of the squared cluster sizes keeps the clusters balanced. The cluster of an image is the arg-max of
+the layer.
 
-Differs from the paper or its code in: there is no published code, and what the abstract does not say is filled in from
-third-party code of the two losses and from the settings of PICA and GCC, whose protocol and authors it shares.
-- similarities are cosines. The formula as printed has products, which `normalize_features: false` and
-  `normalize_probabilities: false` give.
-- the weight of the sizes belongs to a batch of `balance_batch_size` images and is rescaled for others, since the term
-  is in proportion to N.
-- several processes: features are gathered with their gradients, so that N is the global batch.
+Differs from the authors' code in: no code was published. What the abstract does not state is taken from third-party
+code of the two losses and from the settings of PICA and GCC; DRC shares PICA's protocol and GCC's authors. Own choices:
+- Similarities are cosines. The formula as printed has inner products; `normalize_features: false` and
+  `normalize_probabilities: false` give those.
+- `balance_weight` is the weight for a batch of `balance_batch_size` images. It is rescaled for other batch sizes, since
+  the term is proportional to N.
+- Several processes. Features are gathered with their gradients, so that N is the global batch.
 
-Logged: `train/feature`, contrast of images; `train/probability`, contrast of clusters; `train/balance`, weighted.
-Images that only help the representation, such as STL-10's unlabelled ones, count in the first alone.
+Logged terms:
+- `train/feature`: the contrast of images.
+- `train/probability`: the contrast of clusters.
+- `train/balance`: the weighted sum of the squared cluster sizes.
+Images that only help the representation, such as the unlabelled ones of STL-10, count in `train/feature` only.
 """
 
 from collections.abc import Callable
@@ -28,14 +32,23 @@ from deepclust.batch import TrainBatch
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
-from deepclust.losses.balance import squared_sizes
+from deepclust.losses.balance import squared_cluster_sizes
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
 
 
 class DRC(ClusteringMethod):
-    """DRC: one linear layer, contrasted before and after its softmax; no state between steps."""
+    """DRC: one linear layer, contrasted before and after its softmax; no state between steps.
+
+    Args (`backbone`, `num_clusters`, `optimizer`, `schedule`: see `ClusteringMethod`):
+        feature_temperature: the temperature of the contrast of images.
+        probability_temperature: the temperature of the contrast of clusters.
+        normalize_features: whether images are compared by cosine; otherwise by inner product.
+        normalize_probabilities: whether clusters are compared by cosine; otherwise by inner product.
+        balance_weight: lambda, the weight of the squared cluster sizes.
+        balance_batch_size: the batch size to which `balance_weight` belongs.
+    """
 
     def __init__(
         self,
@@ -67,15 +80,15 @@ class DRC(ClusteringMethod):
         self.balance_batch_size = balance_batch_size
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        z_a, z_b = (distributed.gather_with_gradient(self.head(self.backbone(view))) for view in batch.views)
-        feature, probability, sizes = self.objective(z_a, z_b)
-        weight = 0.0 if batch.extra else 1.0
-        balance_weight = weight * self.balance_weight * self.balance_batch_size / len(z_a)
-        return {"feature": feature, "probability": weight * probability, "balance": balance_weight * sizes}
+        z_a, z_b = (distributed.all_gather_with_gradient(self.head(self.backbone(view))) for view in batch.views)
+        feature, probability, balance = self.compute_terms(z_a, z_b)
+        cluster_weight = 0.0 if batch.extra else 1.0
+        balance_weight = cluster_weight * self.balance_weight * self.balance_batch_size / len(z_a)
+        return {"feature": feature, "probability": cluster_weight * probability, "balance": balance_weight * balance}
 
     @replayable()
-    def objective(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
-        """The three terms of the assignment features (N, K) of both views, by themselves."""
+    def compute_terms(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
+        """Return the three unweighted terms from the assignment features (N, K) of both views."""
         feature = feature_contrast(z_a, z_b, temperature=self.feature_temperature, normalize=self.normalize_features)
         return feature, *probability_losses(
             z_a, z_b, temperature=self.probability_temperature, normalize=self.normalize_probabilities
@@ -87,7 +100,10 @@ class DRC(ClusteringMethod):
 
 @full_precision
 def feature_contrast(z_a: Tensor, z_b: Tensor, *, temperature: float, normalize: bool) -> Tensor:
-    """Contrast of images: of the assignment features (N, K) of both views, rows of a against all of b; a scalar."""
+    """Return the contrast of images, a scalar, from the assignment features (N, K) of both views.
+
+    Each row of view a is compared with all rows of view b; there is no term in the other direction.
+    """
     if normalize:
         z_a, z_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
     return info_nce(z_a, z_b, temperature=temperature)
@@ -95,7 +111,7 @@ def feature_contrast(z_a: Tensor, z_b: Tensor, *, temperature: float, normalize:
 
 @full_precision
 def probability_losses(z_a: Tensor, z_b: Tensor, *, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Contrast of clusters, and their squared sizes in view a: of the assignment features (N, K); two scalars."""
+    """Return the contrast of clusters and the squared cluster sizes of view a, two scalars, from features (N, K)."""
     p_a, p_b = z_a.softmax(1), z_b.softmax(1)
     columns_a, columns_b = (F.normalize(p, dim=0).T if normalize else p.T for p in (p_a, p_b))
-    return info_nce(columns_a, columns_b, temperature=temperature), squared_sizes(p_a)
+    return info_nce(columns_a, columns_b, temperature=temperature), squared_cluster_sizes(p_a)

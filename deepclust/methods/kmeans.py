@@ -1,4 +1,12 @@
-"""k-means and spherical k-means on the features of a network that stays as it is: what every method is measured by."""
+"""k-means and spherical k-means on the features of a fixed network, the baseline of all methods.
+
+Lloyd's algorithm runs over the features of all images as the E-step, so that no training is needed
+(`trainer.max_epochs=0`). With epochs, the centroids also follow the gradient of the same objective over batches between
+two E-steps. Spherical k-means (Dhillon and Modha, Machine Learning 42, 2001) is `metric: cosine`.
+
+Logged term: `train/inertia`, the mean over the batch of the squared distance (or cosine distance) to the nearest
+centroid.
+"""
 
 from collections.abc import Callable
 
@@ -8,18 +16,20 @@ from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from deepclust.batch import TrainBatch
-from deepclust.clustering.distributed_kmeans import dealt_kmeans
-from deepclust.clustering.kmeans import Metric
+from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
+from deepclust.clustering.kmeans_distances import Metric
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
 
 
 class KMeans(ClusteringMethod):
-    """Lloyd's algorithm over the features of all images, as the E-step; no epoch of gradient steps is needed.
+    """k-means on the features of a network that is not trained.
 
-    With epochs, the centroids descend the same objective over batches between two E-steps. Spherical k-means is
-    `metric: cosine` (Dhillon and Modha, Machine Learning 42, 2001). Logged term: inertia, the mean squared distance
-    (or cosine distance) to the nearest centroid.
+    Args (`backbone`, `num_clusters`, `optimizer`, `schedule`: see `ClusteringMethod`):
+        metric: `euclidean` for k-means, `cosine` for spherical k-means.
+        restarts: the number of initialisations, of which the best result is kept.
+        max_iterations: the largest number of Lloyd iterations of a restart.
+        tolerance: a restart stops when the centroids move by no more than this times the variance of the features.
     """
 
     def __init__(
@@ -48,24 +58,24 @@ class KMeans(ClusteringMethod):
         self.centroids = nn.Parameter(torch.zeros(num_clusters, backbone.num_features))  # type: ignore[call-overload]
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        return {"inertia": self.distances(self.encode(batch.views[0])).amin(1).mean()}
+        return {"inertia": self.distances_to_centroids(self.encode(batch.views[0])).amin(1).mean()}
 
     def encode(self, images: Tensor) -> Tensor:
         self.backbone.eval()
         return self.backbone(images)
 
     def cluster_logits(self, features: Tensor) -> Tensor:
-        return -self.distances(features)
+        return -self.distances_to_centroids(features)
 
-    def distances(self, features: Tensor) -> Tensor:
-        """Squared or cosine distances (N, K) of features (N, D) to the centroids."""
+    def distances_to_centroids(self, features: Tensor) -> Tensor:
+        """Return the squared Euclidean or the cosine distances (N, K) of features (N, D) to the centroids."""
         if self.metric == "cosine":
             return 1 - normalize(features, dim=1) @ normalize(self.centroids, dim=1).T
         return torch.cdist(features, self.centroids).square()
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:
-        fitted = dealt_kmeans(
+        result = kmeans_on_all_ranks(
             features,
             num_clusters=self.num_clusters,
             metric=self.metric,
@@ -74,4 +84,4 @@ class KMeans(ClusteringMethod):
             tolerance=self.tolerance,
             key=key,
         )
-        self.centroids.copy_(fitted.centroids)
+        self.centroids.copy_(result.centroids)

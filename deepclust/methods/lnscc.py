@@ -1,23 +1,30 @@
 """LNSCC: locally normalized soft contrastive clustering (Ma and Kim, IJCAI 2022, doi 10.24963/ijcai.2022/460).
 
-A graph of nearest neighbours is made once of the images as they are, its weights normalised row by row, so that images
-at the border of a cluster count as much as those in its dense core. A network embeds the images: joined pairs are drawn
-in proportion to their weights and contract, pairs put together by chance expand. After a while k-means sets cluster
-centres in the embedding; later on the embedding and the centres are sharpened together, under Student-t assignments.
-No augmentation, no convolution, no pre-training; vectors that are no images will do. The clustering is the nearest
-centre, which takes new images too.
+A graph of nearest neighbours is built once, from the pixels or vectors themselves. Its weights are normalised for each
+image, so that images at the border of a cluster count as much as those in its dense core. A network embeds the images
+in three phases. In the first, pairs of the graph (positive pairs), drawn in proportion to their weights, attract each
+other, and random pairs (negative pairs) repel each other. The second begins when k-means sets cluster centres in the
+embedding; they do not move yet. In the third, embedding and centres are trained together on sharpened Student-t
+assignments. The method needs no augmentation, convolution or pre-training, and works on vectors that are no images.
+The final clustering is the nearest centre, also for new images.
 
-The text of the paper was not at hand: this is what the code released by its first author does. Differs from it in:
-- training pairs are drawn with replacement in proportion to how often they stand in its list (an image by its share of
-  the list, then its partner); no list of millions of pairs is made. An epoch is as many pairs as there are images.
-- neighbours are exact; theirs are approximate.
-- no dropout: their loop leaves training mode after the first step, so their results are without.
-- the gradient of pairs that coincide is 0; theirs is not a number.
-- several processes: negatives, cluster sizes and shares belong to the global batch; theirs runs on one device.
+This follows the code that the first author released, because the text of the paper was not available. Symbols below
+are those of that code.
 
-Logged: `train/pair`, mean cost of joined and random pairs; `train/cluster`, divergence of the assignments from their
-sharpened form, and `train/balance`, how far the mean assignment is from the wanted shares, both weighted and 0 until
-they count.
+Differs from the authors' code in:
+- Positive pairs. They are drawn with replacement, in proportion to how often the code's list of pairs contains them:
+  first an image by its share of the list, then its partner. No list of millions of pairs is made. An epoch has as many
+  pairs as there are images.
+- Neighbours. They are exact (theirs: approximate).
+- Dropout. There is none. The authors' training loop leaves training mode after the first step, so that their results
+  are without dropout too.
+- Pairs whose embeddings coincide. Their gradient is 0 (theirs: NaN).
+- Several processes. Negative pairs, cluster sizes and shares are those of the global batch (theirs: one device).
+
+Logged:
+- `train/pair`: the mean loss of positive and negative pairs.
+- `train/cluster`: the weighted KL divergence of the assignments from their sharpened form. 0 before the third phase.
+- `train/balance`: the weighted squared distance of cluster shares from the requested ones. 0 before the third phase.
 """
 
 import logging
@@ -31,7 +38,7 @@ from torch.optim import Optimizer
 
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.neighbor_graph import Partners, multiplicities, neighbor_graph
+from deepclust.clustering.neighbor_graph import PartnerSampler, build_neighbor_graph, compute_multiplicities
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
@@ -43,10 +50,31 @@ log = logging.getLogger(__name__)
 
 
 class LNSCC(ClusteringMethod):
-    """LNSCC: pairs of a neighbour graph from the first epoch, centres after `centres_after_epochs`, and their losses
-    after `clustering_after_epochs`; in between the centres stand still.
+    """LNSCC, whose `backbone` ends in the embedding that is clustered.
 
-    `backbone` ends in the embedding. `cluster_shares` (K,) is how large the clusters are meant to be, null: all alike.
+    The arguments not listed here are those of `ClusteringMethod`.
+
+    Args of the neighbour graph:
+        num_neighbors: number k of neighbours of an image, itself included.
+        max_multiplicity: how often the pair with weight 1 is counted when pairs are drawn; others in proportion.
+
+    Args of the contrast of pairs (L_pair):
+        min_dist: distance in the embedding up to which a pair counts as similar; as in UMAP.
+        spread: scale on which the similarity falls beyond `min_dist`; as in UMAP.
+        negatives: number M of negative pairs for each positive pair.
+        negative_weight: weight gamma of the negative pairs.
+
+    Args of the clustering (L_clu and L_bal):
+        cluster_weight: weight lambda_c of the divergence from the sharpened assignments.
+        balance_weight: weight lambda_b of the distance from the requested shares.
+        cluster_shares: the requested shares pi (K,) of the clusters, in any scale. null: all clusters are equal.
+        centres_after_epochs: number of epochs before the centres are set (end of phase 1).
+        clustering_after_epochs: number of epochs before the centres are trained (end of phase 2).
+
+    Args of the k-means that sets the centres:
+        kmeans_runs: number of k-means runs; the one whose shares are closest to the requested ones is taken.
+        kmeans_max_iterations: largest number of iterations of a run.
+        kmeans_tolerance: tolerance of the convergence test of a run.
     """
 
     centres_set: Tensor
@@ -92,7 +120,7 @@ class LNSCC(ClusteringMethod):
         self.centres = nn.Parameter(torch.empty(num_clusters, backbone.num_features))  # type: ignore[call-overload]
         nn.init.xavier_uniform_(self.centres)
         self.register_buffer("centres_set", torch.zeros((), dtype=torch.int64))
-        self.a, self.b = similarity_curve(min_dist=min_dist, spread=spread)
+        self.a, self.b = fit_similarity_curve(min_dist=min_dist, spread=spread)
         self.num_neighbors = num_neighbors
         self.max_multiplicity = max_multiplicity
         self.negatives = negatives
@@ -104,34 +132,37 @@ class LNSCC(ClusteringMethod):
         self.kmeans_runs = kmeans_runs
         self.kmeans_max_iterations = kmeans_max_iterations
         self.kmeans_tolerance = kmeans_tolerance
-        self.partners: Partners | None = None  # hangs on the images alone: made anew where a run is resumed
+        # It depends on the images only, so a resumed run makes it again.
+        self.partner_sampler: PartnerSampler | None = None
 
     # Pairs of the graph
 
     def on_train_start(self) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         images = datamodule.clean_batches(datamodule.fit, self.device)
-        rows = distributed.gather(torch.cat([batch.flatten(1) for batch in images]))
+        rows = distributed.all_gather(torch.cat([batch.flatten(1) for batch in images]))
         if len(rows) < 3:
             raise InputError(
                 f"the number of images is {len(rows)}, and LNSCC learns from a graph of nearest neighbours",
-                expected="3 images or more, and many more to find clusters",
+                expected="at least 3 images, and many more to find clusters",
                 do="add images",
             )
         k = self.num_neighbors
         if k >= len(rows):
             k = len(rows) - 1
-            log.warning("method.num_neighbors is %d for %d images; %d are taken", self.num_neighbors, len(rows), k)
-        graph = neighbor_graph(rows, k)
-        self.partners = Partners(graph, multiplicities(graph.weights, most=self.max_multiplicity))
+            log.warning("method.num_neighbors is %d for %d images; using %d", self.num_neighbors, len(rows), k)
+        graph = build_neighbor_graph(rows, k)
+        self.partner_sampler = PartnerSampler(
+            graph, compute_multiplicities(graph.weights, max_multiplicity=self.max_multiplicity)
+        )
 
     def sampling_weights(self) -> Tensor:
-        assert self.partners is not None
-        return self.partners.masses.double()
+        assert self.partner_sampler is not None
+        return self.partner_sampler.row_totals.double()
 
     def companions(self, indices: Tensor, draws: Draws) -> Tensor:
-        assert self.partners is not None
-        return self.partners.draw(indices, draws.generator("companions"))[:, None]
+        assert self.partner_sampler is not None
+        return self.partner_sampler.draw(indices, draws.make_generator("companions"))[:, None]
 
     # One step
 
@@ -139,23 +170,28 @@ class LNSCC(ClusteringMethod):
         if batch.extra:
             raise InputError(
                 "the data set has extra images, and LNSCC learns from pairs of the images that it clusters",
-                expected="a data set without",
+                expected="only images that are clustered",
                 do="set dataset.source.extra=[]",
             )
-        z = self.backbone(torch.cat([*batch.views, *batch.companion_views]))
-        z_i, z_j = (distributed.gather_with_gradient(half) for half in z.chunk(2))
-        draws = batch.draws.generator("negatives", z.device)
-        order = torch.randperm(len(z_i) * self.negatives, generator=draws, device=z.device)
-        return self.objective(z_i, z_j, order)
+        z = self.backbone(torch.cat([*batch.views, *batch.companion_views]))  # of images and their graph neighbours
+        z_i, z_j = (distributed.all_gather_with_gradient(half) for half in z.chunk(2))
+        generator = batch.draws.make_generator("negatives", z.device)
+        permutation = torch.randperm(len(z_i) * self.negatives, generator=generator, device=z.device)
+        return self.compute_terms(z_i, z_j, permutation)
 
-    @replayable(by=lambda self: self.current_epoch < self.clustering_after_epochs)
-    def objective(self, z_i: Tensor, z_j: Tensor, order: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the embeddings (B, D) of joined pairs, negatives in the `order` (B * negatives,)."""
-        joined, random = pair_costs(z_i, z_j, order, a=self.a, b=self.b, negative_weight=self.negative_weight)
-        pair = (joined + random) / (len(z_i) + len(order))
+    @replayable(constants=lambda self: self.current_epoch < self.clustering_after_epochs)
+    def compute_terms(self, z_i: Tensor, z_j: Tensor, permutation: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms of the embeddings z_i and z_j (N, D) of positive pairs.
+
+        `permutation` (N * negatives,) makes the negative pairs.
+        """
+        positive, negative = pair_losses(
+            z_i, z_j, permutation, a=self.a, b=self.b, negative_weight=self.negative_weight
+        )
+        pair = (positive + negative) / (len(z_i) + len(permutation))
         if self.current_epoch < self.clustering_after_epochs:
-            still = 0 * self.centres.sum()  # several processes expect every parameter to have a gradient
-            return {"pair": pair, "cluster": still, "balance": still}
+            zero = 0 * self.centres.sum()  # DDP expects a gradient of every parameter
+            return {"pair": pair, "cluster": zero, "balance": zero}
         q = soft_assignments(torch.cat([z_i, z_j]), self.centres)
         return {
             "pair": pair,
@@ -165,7 +201,7 @@ class LNSCC(ClusteringMethod):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.current_epoch < self.clustering_after_epochs:
-            self.centres.grad = None  # Adam is to meet the centres when they begin to move, and not before
+            self.centres.grad = None  # so that Adam has no state of the centres before they are trained
 
     # The centres
 
@@ -175,6 +211,7 @@ class LNSCC(ClusteringMethod):
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:
+        """Set the centres to the centroids of the k-means run whose shares are closest to the requested ones."""
         runs = [
             kmeans(
                 features,
@@ -188,61 +225,63 @@ class LNSCC(ClusteringMethod):
             for run in range(self.kmeans_runs)
         ]
         sizes = torch.stack([torch.bincount(run.assignments, minlength=self.num_clusters) for run in runs])
-        chosen = int(share_divergence(sizes, self.shares).argmin())
-        self.centres.copy_(runs[chosen].centroids)
+        best = int(share_divergence(sizes, self.shares).argmin())
+        self.centres.copy_(runs[best].centroids)
         self.centres_set.fill_(1)
 
     def cluster_logits(self, features: Tensor) -> Tensor | None:
         return -squared_distances(features, self.centres).log1p() if self.centres_set else None
 
 
-def similarity_curve(*, min_dist: float, spread: float) -> tuple[float, float]:
-    """The a and b whose 1 / (1 + a t^(2b)) is closest to 1 up to distance `min_dist` and a fall by `spread` beyond.
+def fit_similarity_curve(*, min_dist: float, spread: float) -> tuple[float, float]:
+    """Return a and b of the similarity 1 / (1 + a t^(2b)) at distance t in the embedding, fitted as in UMAP.
 
-    Least squares on 300 distances t from 0 to 3 `spread`; the curve and the fit are UMAP's.
+    Least squares on 300 distances from 0 to 3 `spread`, against 1 up to `min_dist` and exp(-(t - min_dist) / spread)
+    beyond.
     """
     distances = torch.linspace(0, 3 * spread, 300, dtype=torch.float64)
-    wanted = torch.exp(-(distances - min_dist).clamp(min=0) / spread)
-    (a, b), _ = curve_fit(lambda t, a, b: 1 / (1 + a * t ** (2 * b)), distances.numpy(), wanted.numpy())
+    targets = torch.exp(-(distances - min_dist).clamp(min=0) / spread)
+    (a, b), _ = curve_fit(lambda t, a, b: 1 / (1 + a * t ** (2 * b)), distances.numpy(), targets.numpy())
     return float(a), float(b)
 
 
 @full_precision
-def pair_costs(
-    z_i: Tensor, z_j: Tensor, order: Tensor, *, a: float, b: float, negative_weight: float
+def pair_losses(
+    z_i: Tensor, z_j: Tensor, permutation: Tensor, *, a: float, b: float, negative_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Summed costs of the joined pairs, rows of z_i and z_j (B, D), and of random ones, weighted; two scalars.
+    """Return the summed losses of positive and of negative pairs, two scalars; the second is weighted.
 
-    For the random ones both are repeated as often as needed, and the second is put in the `order` (B * M,). With the
-    similarity s = 1 / (1 + a |u - v|^(2b)) a joined pair costs log(1 + 1/s) and a random one log(1 + s).
+    Positive pairs are the rows of z_i and z_j (N, D). For the negative pairs each of them is repeated M times, and
+    `permutation` (N * M,) permutes the second members. With the similarity s = 1 / (1 + a |u - v|^(2b)), a positive
+    pair costs log(1 + 1/s) and a negative one log(1 + s).
     """
-    times = len(order) // len(z_i)
-    heads, tails = z_i.repeat_interleave(times, 0), z_j.index_select(0, order // times)
-    joined, random = (_dissimilarity(z_i, z_j, a, b), _dissimilarity(heads, tails, a, b))
-    return torch.log1p(1 + joined).sum(), negative_weight * torch.log1p(1 / (1 + random)).sum()
+    num_negatives = len(permutation) // len(z_i)
+    heads, tails = z_i.repeat_interleave(num_negatives, 0), z_j.index_select(0, permutation // num_negatives)
+    positive, negative = (_dissimilarity(z_i, z_j, a, b), _dissimilarity(heads, tails, a, b))
+    return torch.log1p(1 + positive).sum(), negative_weight * torch.log1p(1 / (1 + negative)).sum()
 
 
 def _dissimilarity(u: Tensor, v: Tensor, a: float, b: float) -> Tensor:
-    """1/s - 1 = a |u - v|^(2b) of rows (N, D)."""
-    squares = (u - v).square().sum(1)
-    # The power has an infinite slope at 0, the clamp none at all.
-    return a * squares.clamp(min=torch.finfo(squares.dtype).tiny) ** b
+    """Return 1/s - 1 = a |u - v|^(2b) for the rows of u and v (N, D)."""
+    squared = (u - v).square().sum(1)
+    # The slope of the power is infinite at 0. The clamp makes the gradient 0 there.
+    return a * squared.clamp(min=torch.finfo(squared.dtype).tiny) ** b
 
 
 def squared_distances(z: Tensor, centres: Tensor) -> Tensor:
-    """Squared Euclidean distances (N, K) of rows (N, D) to centres (K, D)."""
+    """Return the squared Euclidean distances (N, K) of embeddings (N, D) to centres (K, D)."""
     return torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 @full_precision
 def soft_assignments(z: Tensor, centres: Tensor) -> Tensor:
-    """Student-t assignments q (N, K) of embeddings (N, D): in proportion to 1 / (1 + squared distance)."""
+    """Return the Student-t assignments q (N, K) of embeddings (N, D), proportional to 1 / (1 + squared distance)."""
     similarities = 1 / (1 + squared_distances(z, centres))
     return similarities / similarities.sum(1, keepdim=True)
 
 
-def sharpened(q: Tensor) -> Tensor:
-    """The target p (N, K) of assignments q (N, K): in proportion to q^2 over the size of the cluster in the batch."""
+def target_distribution(q: Tensor) -> Tensor:
+    """Return the sharpened form p (N, K) of assignments q (N, K), proportional to q^2 / cluster size in the batch."""
     sizes = q.sum(0)
     weights = q.square() / torch.where(sizes > 0, sizes, 1)
     return weights / weights.sum(1, keepdim=True)
@@ -250,18 +289,21 @@ def sharpened(q: Tensor) -> Tensor:
 
 @full_precision
 def cluster_divergence(q: Tensor) -> Tensor:
-    """Mean over the rows of KL(p || q) of assignments q (N, K), p their sharpened form without gradient; a scalar."""
-    p = sharpened(q.detach())
+    """Return the mean of KL(p || q), a scalar, of assignments q (N, K) and their sharpened form p, without gradient."""
+    p = target_distribution(q.detach())
     return (torch.xlogy(p, p) - p * torch.log(q + 1e-10)).sum(1).mean()
 
 
 @full_precision
 def balance_loss(q: Tensor, shares: Tensor) -> Tensor:
-    """Mean squared difference of the clusters' shares of assignments q (N, K) from the wanted `shares` (K,)."""
+    """Return the mean squared difference, a scalar, of the mean assignment (q is (N, K)) and the `shares` (K,)."""
     return mse_loss(q.mean(0), shares.to(q.dtype))
 
 
 def share_divergence(sizes: Tensor, shares: Tensor) -> Tensor:
-    """KL(wanted || found) of cluster sizes (R, K) for wanted `shares` (K,), one for each clustering (R,); float64."""
-    found, wanted = sizes / sizes.sum(1, keepdim=True, dtype=torch.float64), shares.double()
-    return (wanted * torch.log((wanted + 1e-10) / (found + 1e-10))).sum(1)
+    """Return KL(shares || actual shares) of R clusterings (R,) with cluster sizes (R, K), in float64.
+
+    `shares` (K,) are the requested ones.
+    """
+    actual, requested = sizes / sizes.sum(1, keepdim=True, dtype=torch.float64), shares.double()
+    return (requested * torch.log((requested + 1e-10) / (actual + 1e-10))).sum(1)

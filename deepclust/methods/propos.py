@@ -1,21 +1,25 @@
 """ProPos: prototype scattering and positive sampling (Huang, Chen, Zhang, Shan; TPAMI 2022, arXiv 2111.11821).
 
-BYOL is kept whole: an online encoder, projector and predictor align with a target that follows them, without negatives.
-Two things are added. *Positive sampling*: a little Gaussian noise on the online projection before the predictor, so
-that a neighbour of the view, not the view itself, is aligned. *Prototype scattering*: the batch is averaged per
-pseudo-cluster in both networks; the online prototype of a cluster is pulled to its target prototype and pushed from the
-other online ones. Pseudo-labels come from spherical k-means over the whole set, on the target network, before every
-epoch; the final clustering is that same k-means. Without the two terms (weight and noise 0) this is BYOL.
+ProPos keeps BYOL whole: the predictions of an online network (backbone, projector, predictor) are aligned with a target
+network that follows it, without negatives. It adds two things. *Positive sampling* puts a little Gaussian noise on the
+online projection before the predictor, so that a neighbour of the view is aligned instead of the view itself.
+*Prototype scattering* averages the batch per pseudo-cluster in both networks. The online prototype of a cluster is
+pulled to its target prototype and pushed away from the other online prototypes. Pseudo-labels come from spherical
+k-means over the whole data set, on the target network, before every epoch. The final clustering is that same k-means.
+With noise and scattering weight 0 this is BYOL.
 
 Differs from the authors' code in:
-- several processes: prototypes, and the set of absent clusters, belong to the global batch, views are kept apart, and
-  the gradient is that of one process. Theirs takes the absent clusters of each device, mixes the views up in `joint`
-  mode, and divides the scattering term by the number of devices; their published weight 0.1 ran on 4 devices, so it
-  acted as 0.025, which is what the published recipes here use.
-- the k-means runs on one copy of the network: running statistics are rank 0's (theirs differ by device in part).
-- empty slots of the queue take no part (theirs start as random rows of image 0).
+- Several processes. Prototypes and the set of absent clusters belong to the global batch, the two views are kept apart,
+  and the gradient equals that of one process. The authors' code takes the absent clusters of each device, mixes up the
+  views in `joint` mode, and divides the scattering term by the number of devices. Their published weight of 0.1 ran on
+  4 devices and therefore acted as 0.025, which is what the published recipes here use.
+- The k-means sees one network: all processes use the running statistics of rank 0. Theirs partly differ by device.
+- Empty slots of the queue take no part. Theirs start as random rows that count as image 0.
 
-Logged: `train/alignment`, -2 cosine between prediction and target (-2 is best); `train/scattering`, weighted.
+Logged terms:
+- `train/alignment`: -2 times the cosine between prediction and target (-2 is best).
+- `train/scattering`: the weighted prototype scattering; 0 during warm-up.
+Images that only help the representation, such as the unlabelled ones of STL-10, count in `train/alignment` only.
 """
 
 from collections.abc import Callable
@@ -25,16 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclust.batch import TrainBatch
+from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.pseudo_labels import PseudoLabels
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
-from deepclust.losses.alignment import alignment
+from deepclust.losses.alignment import alignment_loss
 from deepclust.losses.prototypes import prototype_scattering_loss
 from deepclust.methods.base import ClusteringMethod
-from deepclust.nn.ema import Target, decay_at
-from deepclust.nn.heads import init_normal, mlp
+from deepclust.nn.ema import TargetNetwork, compute_ema_decay
+from deepclust.nn.heads import init_linear_layers, two_layer_mlp
 from deepclust.nn.queue import Queue
 from deepclust.nn.schedules import Schedule
 
@@ -42,8 +46,36 @@ from deepclust.nn.schedules import Schedule
 class ProPos(ClusteringMethod):
     """ProPos, and BYOL where `scattering_weight` and `noise_std` are 0.
 
-    `step_order` is the authors': `two_pass` sends each view through the networks on its own and moves the target after
-    the losses; `joint` moves the target first and sends both views through as one batch (batch statistics of 2N rows).
+    State between steps: the target network, the pseudo-labels of all images, and the queue.
+
+    Args (`backbone`, `num_clusters`, `optimizer`, `schedule`, `e_step_every_n_epochs`: see `ClusteringMethod`):
+
+        Networks
+        embedding_size: the size D of projections and predictions.
+        hidden_size: the number of hidden units of projector and predictor.
+        ema_decay: m, the target's EMA decay at the first step.
+        ema_decay_end: the target's EMA decay at the last step; it changes by a cosine in between.
+
+        Objective
+        step_order: `two_pass` sends each view through the networks by itself and moves the target afterwards;
+            `joint` moves the target first and sends both views as one batch, so that batch normalisation sees 2N rows.
+        temperature: tau, the temperature of prototype scattering.
+        noise_std: sigma, the standard deviation of the noise of positive sampling.
+        scattering_weight: lambda, the weight of prototype scattering.
+        warmup_epochs: the number of first epochs without noise and scattering.
+        epochs: the number of epochs of the run, over which the EMA decay changes.
+        queue_size: the number of past target projections that join the prototypes of a batch; 0 means no queue.
+
+        E-step (spherical k-means)
+        num_images: the number of images M of the fit set, each of which has a pseudo-label.
+        kmeans_restarts: the number of initialisations, of which the best result is kept.
+        kmeans_max_iterations: the largest number of iterations of a restart.
+        kmeans_tolerance: a restart stops when the centroids move by no more than this times the variance of the data.
+        balanced_sampling: whether epochs draw images so that all pseudo-clusters appear equally often.
+
+        Optimisation
+        predictor_lr_factor: the predictor's learning rate over that of backbone and projector.
+        decay_biases_and_norms: whether weight decay also acts on biases and batch normalisation.
     """
 
     def __init__(
@@ -80,9 +112,9 @@ class ProPos(ClusteringMethod):
             schedule=schedule,
             e_step_every_n_epochs=e_step_every_n_epochs,
         )
-        self.projector = mlp(backbone.num_features, hidden_size, embedding_size)  # type: ignore[arg-type]
-        self.predictor = init_normal(mlp(embedding_size, hidden_size, embedding_size), std=0.01)
-        self.target = Target(self.backbone, self.projector)
+        self.projector = two_layer_mlp(backbone.num_features, hidden_size, embedding_size)  # type: ignore[arg-type]
+        self.predictor = init_linear_layers(two_layer_mlp(embedding_size, hidden_size, embedding_size), std=0.01)
+        self.target = TargetNetwork(self.backbone, self.projector)
         self.pseudo_labels = PseudoLabels(
             num_images=num_images,
             num_clusters=num_clusters,
@@ -104,30 +136,11 @@ class ProPos(ClusteringMethod):
         self.predictor_lr_factor = predictor_lr_factor
         self.decay_biases_and_norms = decay_biases_and_norms
 
-    # The networks
-
-    def online(self, images: Tensor) -> Tensor:
-        """Raw projections q (N, D) of the online network."""
-        return self.projector(self.backbone(images))
-
-    def update_target(self) -> None:
-        """Move the target towards the online network by this step's EMA decay, once an optimiser step."""
-        if not self.steps_now:
-            return
-        num_steps = self.epochs * self.steps_per_epoch
-        decay = decay_at(self.global_step + 1, num_steps, start=self.ema_decay, end=self.ema_decay_end)
-        self.target.follow(self.backbone, self.projector, decay=decay)
-
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        on = self.current_epoch >= self.warmup_epochs
-        align, scatter = self.objective(batch, noise_std=self.noise_std if on else 0.0)
-        weight = self.scattering_weight if on and not batch.extra else 0.0
-        return {"alignment": align, "scattering": weight * scatter}
-
-    def objective(self, batch: TrainBatch, *, noise_std: float) -> tuple[Tensor, Tensor]:
-        """Alignment and (unweighted) scattering of one step, means of both directions; moves the target."""
+        """Return the weighted terms; also moves the target network and adds the target projections to the queue."""
+        is_warmup = self.current_epoch < self.warmup_epochs
         a, b = batch.views
         if self.step_order == "joint":
             self.update_target()
@@ -136,47 +149,77 @@ class ProPos(ClusteringMethod):
             q = torch.cat([self.online(a), self.online(b)])
             k = torch.cat([self.target(b), self.target(a)])
             self.update_target()
-        noise = torch.zeros_like(q)
-        if noise_std:
-            purposes = ("noise of a", "noise of b")
-            parts = [batch.draws.normal_like(half, p) for half, p in zip(q.chunk(2), purposes, strict=True)]
-            noise = noise_std * torch.cat(parts)
-        return self.terms(q, k, noise, None if batch.extra else batch.indices)
+        noise = torch.zeros_like(q) if is_warmup else self.draw_noise(q, batch.draws)
+        indices = None if batch.extra else batch.indices
+        alignment_term, scattering_term = self.compute_terms(q, k, noise, indices)
+        if self.queue is not None and indices is not None:
+            k_b, k_a = k.chunk(2)
+            global_indices = distributed.all_gather(indices).repeat(2)
+            self.queue.push(torch.cat([distributed.all_gather(k_b), distributed.all_gather(k_a)]), global_indices)
+        scattering_weight = 0.0 if is_warmup or batch.extra else self.scattering_weight
+        return {"alignment": alignment_term, "scattering": scattering_weight * scattering_term}
+
+    def online(self, images: Tensor) -> Tensor:
+        """Return the online network's projections q (N, D), not normalised."""
+        return self.projector(self.backbone(images))
+
+    def update_target(self) -> None:
+        """Move the target towards the online network by this step's EMA decay.
+
+        Does nothing while gradients are accumulated, so that the target moves once per optimiser step.
+        """
+        if not self.is_optimizer_step:
+            return
+        num_steps = self.epochs * self.steps_per_epoch
+        decay = compute_ema_decay(self.global_step + 1, num_steps, start=self.ema_decay, end=self.ema_decay_end)
+        self.target.update(self.backbone, self.projector, decay=decay)
+
+    def draw_noise(self, q: Tensor, draws: Draws) -> Tensor:
+        """Return the noise of positive sampling for the projections q (2N, D) of views a and b."""
+        if not self.noise_std:
+            return torch.zeros_like(q)
+        q_a, q_b = q.chunk(2)
+        standard_normal = [draws.normal_like(q_a, "noise of a"), draws.normal_like(q_b, "noise of b")]
+        return self.noise_std * torch.cat(standard_normal)
 
     @replayable()
-    def terms(self, q: Tensor, k: Tensor, noise: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Alignment and scattering of the raw projections q (2N, D) of views a and b with their targets k; fills the
-        queue. Images without `indices` (N,) belong to no cluster."""
-        halves = [(q, k, noise)]
+    def compute_terms(self, q: Tensor, k: Tensor, noise: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the unweighted alignment and scattering, means over both directions.
+
+        `q` (2N, D) holds the projections of views a and b, `k` (2N, D) the target projections of views b and a. Images
+        without `indices` (N,) belong to no cluster, and their scattering is 0.
+        """
+        directions = [(q, k, noise)]
         if self.step_order == "two_pass":
-            halves = list(zip(q.chunk(2), k.chunk(2), noise.chunk(2), strict=True))
-        align = torch.stack([alignment(self.predict(q, noise), k) for q, k, noise in halves]).mean()
-        align = distributed.mean_weight(q) * align
+            directions = list(zip(q.chunk(2), k.chunk(2), noise.chunk(2), strict=True))
+        align = torch.stack([alignment_loss(self.predict(q, noise), k) for q, k, noise in directions]).mean()
+        align = distributed.global_mean_factor(q) * align
         if indices is None:
             return align, align.new_zeros(())
         (q_a, q_b), (k_b, k_a) = q.chunk(2), k.chunk(2)
-        scatter = (self.scatter(q_a, k_b, indices) + self.scatter(q_b, k_a, indices)) / 2
-        if self.queue is not None:
-            images = distributed.gather(indices).repeat(2)
-            self.queue.push(torch.cat([distributed.gather(k_b), distributed.gather(k_a)]), images)
+        scatter = (self.scattering_loss(q_a, k_b, indices) + self.scattering_loss(q_b, k_a, indices)) / 2
         return align, scatter
 
     @full_precision  # bfloat16 would round the noise away
     def predict(self, q: Tensor, noise: Tensor) -> Tensor:
-        """Predictions (N, D) for neighbours of the raw projections q (N, D): positive sampling."""
+        """Return predictions (N, D) from the projections q (N, D) plus noise, which is positive sampling."""
         return self.predictor(q + noise)
 
-    def scatter(self, q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
-        """Prototype scattering of one direction over the global batch: q online, k target, both (N, D)."""
-        q, k = distributed.gather_with_gradient(q), distributed.gather(k)
-        indices = distributed.gather(indices)
+    def scattering_loss(self, q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+        """Return the prototype scattering of one direction over the global batch and the queue, a scalar.
+
+        q (N, D) are online and k (N, D) target projections of the images `indices` (N,).
+        """
+        q, k = distributed.all_gather_with_gradient(q), distributed.all_gather(k)
+        indices = distributed.all_gather(indices)
         assignments = self.pseudo_labels.assignments
-        labels = assignments[indices]
+        pseudo_labels = assignments[indices]
         if self.queue is not None:
-            past = torch.where(self.queue.indices >= 0, assignments[self.queue.indices], -1)
-            labels = torch.cat([labels, past])
+            # -1, no cluster, for the empty slots of the queue.
+            queue_labels = torch.where(self.queue.indices >= 0, assignments[self.queue.indices], -1)
+            pseudo_labels = torch.cat([pseudo_labels, queue_labels])
             q, k = torch.cat([q, self.queue.rows]), torch.cat([k, self.queue.rows])
-        return prototype_scattering_loss(q, k, labels, self.num_clusters, temperature=self.temperature)
+        return prototype_scattering_loss(q, k, pseudo_labels, self.num_clusters, temperature=self.temperature)
 
     # The E-step and the final clustering
 
@@ -184,7 +227,7 @@ class ProPos(ClusteringMethod):
         return self.target(images)
 
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:
-        self.pseudo_labels.renew(features, key)
+        self.pseudo_labels.update(features, key)
 
     def cluster_logits(self, features: Tensor) -> Tensor:
         return self.pseudo_labels.logits(features, temperature=self.temperature)
@@ -192,27 +235,27 @@ class ProPos(ClusteringMethod):
     def sampling_weights(self) -> Tensor | None:
         if not self.balanced_sampling:
             return None
-        return balanced_weights(self.pseudo_labels.assignments, self.num_clusters)
+        return balanced_sampling_weights(self.pseudo_labels.assignments, self.num_clusters)
 
     # The optimiser
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
-        for module, factor in (
+        for network, lr_factor in (
             (self.backbone, 1.0),
             (self.projector, 1.0),
             (self.predictor, self.predictor_lr_factor),
         ):
-            weights = [p for p in module.parameters() if p.dim() > 1]
-            others = [p for p in module.parameters() if p.dim() <= 1]  # biases, batch normalisation
-            groups.append({"params": weights, "lr_factor": factor})
-            groups.append({"params": others, "lr_factor": factor})
+            matrices = [p for p in network.parameters() if p.dim() > 1]
+            biases_and_norms = [p for p in network.parameters() if p.dim() <= 1]
+            groups.append({"params": matrices, "lr_factor": lr_factor})
+            groups.append({"params": biases_and_norms, "lr_factor": lr_factor})
             if not self.decay_biases_and_norms:
                 groups[-1]["weight_decay"] = 0.0
         return groups
 
 
-def balanced_weights(labels: Tensor, num_clusters: int) -> Tensor:
-    """Sampling weight of each image (M,): data-set size over the size of its cluster."""
-    counts = torch.bincount(labels, minlength=num_clusters)
-    return len(labels) / counts[labels].float()
+def balanced_sampling_weights(assignments: Tensor, num_clusters: int) -> Tensor:
+    """Return a sampling weight for each image (M,), M over the size of its cluster, from assignments (M,)."""
+    counts = torch.bincount(assignments, minlength=num_clusters)
+    return len(assignments) / counts[assignments].float()

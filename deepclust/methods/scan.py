@@ -1,22 +1,26 @@
 """SCAN: semantic clustering by adopting nearest neighbours (Van Gansbeke et al.; ECCV 2020, arXiv 2005.12320).
 
-Three stages, each a run of its own. A *pretext* task (`Pretext`, SimCLR) learns features whose nearest neighbours
-mostly show the same thing. *Clustering* (`SCAN`) mines those neighbours once and trains the network with a linear
-cluster head so that an image and a neighbour fall into the same cluster with certainty, while the entropy of the mean
-assignment keeps the clusters in use. Several heads may be trained; a loss that needs no labels says which one gives
-the clusters. *Self-labelling*, the third stage, is a method of its own, since it improves other clusterings too.
+SCAN has three stages, and each is a run of its own. The *pretext* stage (`Pretext`, SimCLR) learns features whose
+nearest neighbours mostly belong to the same class. The *clustering* stage (`SCAN`) finds ("mines") these neighbours
+once. It trains the network and a linear cluster head so that an image and its neighbour get the same cluster with high
+probability, while the entropy of the mean assignment keeps all clusters in use. Several heads can be trained, and a
+loss that needs no ground truth selects the one that gives the final clustering. The third stage, *self-labelling*, is
+`deepclust.methods.self_label`, because it improves the clusterings of other methods too.
 
 Differs from the authors' code in:
-- the last epoch is the result; theirs is the epoch and head of the lowest selection loss. The head is chosen as there.
-- the selection loss is taken on the images trained on and their mined neighbours; theirs on the test images, with five
-  neighbours among themselves.
-- several processes: the mean assignment is that of the global batch, with gradient; theirs is each device's own.
-- agreement is float32 and at most 1 under reduced precision.
+- The result. It is that of the last epoch. The authors take the epoch with the lowest selection loss. The head is
+  selected as in their code.
+- The selection loss. It is computed on the training images and their mined neighbours. The authors compute it on the
+  test images, each with its five nearest test images.
+- Several processes. The mean assignment is that of the global batch, with its gradient (theirs: of each device).
+- Precision. The agreement is float32 and at most 1 under mixed precision.
 
-Logged: `train/contrast`, the pretext task's loss, log (2N - 1) where nothing is known. `train/consistency`, minus the
-log of the agreement with neighbours (0 is best), and `train/entropy`, minus the weighted entropy of the mean assignment
-(-weight log K is best), both summed over the heads; `select/val_scan_loss`, the selection loss of the chosen head as
-the epoch begins.
+Logged:
+- `train/contrast`: the loss of the pretext stage. For a network that knows nothing it is log(2N - 1).
+- `train/consistency`: minus the log of the agreement with the neighbours, summed over the heads. 0 is best.
+- `train/entropy`: minus the weighted entropy of the mean assignment, summed over the heads. -weight log K per head is
+  best.
+- `select/val_scan_loss`: the selection loss of the selected head at the start of the epoch.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,15 +40,22 @@ from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
 
-SMALLEST_SHARE = 1e-8  # what the entropy takes for the share of an empty cluster
-PAIRS_AT_A_TIME = 2**24  # numbers of neighbours' assignments held at once
+SMALLEST_SHARE = 1e-8  # the share at which the entropy clamps those of empty clusters
+MAX_ELEMENTS_PER_CHUNK = 2**24  # of the probabilities of neighbours that the selection loss gathers at once
 
 
 # First stage ----------------------------------------------------------------------------------------------------------
 
 
 class Pretext(ClusteringMethod):
-    """SCAN's first stage: SimCLR in one direction. It has no clusters of its own."""
+    """SCAN's first stage: SimCLR in one direction. It has no clustering of its own; k-means evaluates its features.
+
+    The arguments not listed here are those of `ClusteringMethod`.
+
+    Args:
+        embedding_size: size of the output of the projector.
+        temperature: temperature t of the contrast.
+    """
 
     def __init__(
         self,
@@ -63,37 +74,37 @@ class Pretext(ClusteringMethod):
             schedule=schedule,
             e_step_every_n_epochs=0,
         )
-        self.projector = projection_head(backbone.num_features, embedding_size)  # type: ignore[arg-type]
+        self.projector = make_projector(backbone.num_features, embedding_size)  # type: ignore[arg-type]
         self.temperature = temperature
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        # Both views at once, so that batch statistics are those of all 2N pictures.
-        return {"contrast": self.objective(self.projector(self.backbone(torch.cat(batch.views))))}
+        # Both views in one pass, so that batch statistics are those of all 2N images.
+        return self.compute_terms(self.projector(self.backbone(torch.cat(batch.views))))
 
     @replayable()
-    def objective(self, projections: Tensor) -> Tensor:
-        """The contrast of raw projections (2N, D) of both views."""
-        rows = F.normalize(projections, dim=1)
-        anchors, others = (distributed.gather_with_gradient(view) for view in rows.chunk(2))
-        return pretext_loss(anchors, others, temperature=self.temperature)
+    def compute_terms(self, projections: Tensor) -> dict[str, Tensor]:
+        """Return the loss of the projections (2N, D) of both views, which are not normalised."""
+        embeddings = F.normalize(projections, dim=1)
+        anchors, others = (distributed.all_gather_with_gradient(view) for view in embeddings.chunk(2))
+        return {"contrast": pretext_loss(anchors, others, temperature=self.temperature)}
 
 
-def projection_head(in_features: int, out_features: int) -> nn.Sequential:
-    """Linear, ReLU, Linear, as wide inside as its input."""
+def make_projector(in_features: int, out_features: int) -> nn.Sequential:
+    """Return Linear, ReLU, Linear; the hidden layer is as wide as the input."""
     return nn.Sequential(nn.Linear(in_features, in_features), nn.ReLU(), nn.Linear(in_features, out_features))
 
 
 @full_precision
 def pretext_loss(anchors: Tensor, others: Tensor, *, temperature: float) -> Tensor:
-    """InfoNCE of unit rows `anchors` (N, D), each against its row of `others` (N, D); a scalar, 0 for one row.
+    """Return the InfoNCE loss, a scalar, of the unit embeddings `anchors` and `others` (N, D) of two views.
 
-    -1/N sum_i log( exp(a_i . b_i / t) / sum_r exp(a_i . r / t) ), where r runs over the 2N - 1 rows of both views that
-    are not a_i itself. Rows of the second view are never anchors.
+    -1/N sum_i log( exp(a_i . b_i / t) / sum_r exp(a_i . r / t) ), where r runs over the 2N - 1 embeddings of both views
+    other than a_i. Embeddings of the second view are never anchors. For N = 1 the loss is 0.
     """
     logits = anchors @ torch.cat([anchors, others]).T / temperature
     positions = torch.arange(len(anchors), device=anchors.device)
-    itself = logits.new_full((), -torch.inf)  # filled there: a number that is brought to a device would be waited for
-    logits = logits.index_put((positions, positions), itself)
+    minus_infinity = logits.new_full((), -torch.inf)  # made on the device; a copy from the host would wait for it
+    logits = logits.index_put((positions, positions), minus_infinity)
     return F.cross_entropy(logits, positions + len(anchors))
 
 
@@ -101,10 +112,22 @@ def pretext_loss(anchors: Tensor, others: Tensor, *, temperature: float) -> Tens
 
 
 class SCAN(ClusteringMethod):
-    """SCAN's second stage: `num_heads` cluster heads on the backbone of an earlier run, whose neighbours teach them.
+    """SCAN's second stage, on the backbone of an earlier run.
 
-    Neighbours are mined on the earlier run's projection (`projector`, of `embedding_size`) or on the backbone. Without
-    `train_backbone` the heads alone are trained, on a backbone in evaluation mode.
+    The arguments not listed here are those of `ClusteringMethod`. The E-step selects the head.
+
+    Args of the networks:
+        num_heads: number H of cluster heads; the best one is selected.
+        train_backbone: whether the backbone is trained. Otherwise it stays in evaluation mode (ImageNet).
+
+    Args of the neighbours:
+        num_images: number M of images that are clustered; each has a row in the table of neighbours.
+        num_neighbors: number of neighbours that are mined for an image.
+        mine_on: the features whose neighbours are mined, the earlier run's "projection" or its "backbone".
+        embedding_size: size of that projection, as in the earlier run.
+
+    Args of the objective:
+        entropy_weight: weight lambda of the entropy (equation 2).
     """
 
     neighbors: Tensor
@@ -135,17 +158,17 @@ class SCAN(ClusteringMethod):
         )
         width: int = backbone.num_features  # type: ignore[assignment]
         self.heads = nn.ModuleList(nn.Linear(width, num_clusters) for _ in range(num_heads))
-        self.projector = projection_head(width, embedding_size) if mine_on == "projection" else None
+        self.projector = make_projector(width, embedding_size) if mine_on == "projection" else None
         if self.projector is not None:
             self.projector.requires_grad_(False)
         self.num_neighbors = num_neighbors
         self.train_backbone = train_backbone
         self.entropy_weight = entropy_weight
-        self.has_start = False
-        # (M, 1 + num_neighbors): the image itself, then its neighbours, nearest first; -1 until they are mined
+        self.has_earlier_run = False
+        # (M, 1 + num_neighbors): each image and then its neighbours, nearest first; -1 until they are mined
         self.register_buffer("neighbors", torch.full((num_images, 1 + num_neighbors), -1))
         self.register_buffer("best_head", torch.zeros((), dtype=torch.int64))
-        self.table = self.neighbors  # on the CPU
+        self.neighbors_on_cpu = self.neighbors
         backbone.requires_grad_(train_backbone)
         self.train()
 
@@ -160,70 +183,73 @@ class SCAN(ClusteringMethod):
     def start_from(self, earlier: ClusteringMethod) -> None:
         super().start_from(earlier)
         if self.projector is not None:
-            theirs = getattr(earlier, "projector", None)
-            if not isinstance(theirs, nn.Module):
+            earlier_projector = getattr(earlier, "projector", None)
+            if not isinstance(earlier_projector, nn.Module):
                 raise InputError(
                     f"the earlier run is of {type(earlier).__name__}, which has no projector to mine neighbours on",
-                    expected="a run of method=scan_pretext, or neighbours by the backbone",
+                    expected="a run of method=scan_pretext, or neighbours mined on the backbone",
                     do="set method.mine_on=backbone",
                 )
-            self.take_over(self.projector, theirs)
-        self.has_start = True
+            self.load_weights(self.projector, earlier_projector)
+        self.has_earlier_run = True
 
     def on_train_start(self) -> None:
         if bool((self.neighbors < 0).any()):
-            if not self.has_start:
+            if not self.has_earlier_run:
                 raise InputError(
-                    "SCAN mines neighbours on what an earlier run has learned, and start and before are null",
+                    "SCAN mines neighbours on the features of an earlier run, and start and before are null",
                     expected="a finished run of method=scan_pretext or of another method with the same backbone",
                     do="set start=DIR",
                 )
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             features = self.encode_all(datamodule.clean_batches(datamodule.fit, self.device), len(datamodule.fit))
-            self.neighbors.copy_(self.mine(features))
-        self.table = self.neighbors.cpu()
+            self.neighbors.copy_(self.mine_neighbors(features))
+        self.neighbors_on_cpu = self.neighbors.cpu()
 
     @torch.no_grad()
-    def mine(self, features: Tensor) -> Tensor:
-        """Every image and its nearest others (M, 1 + k) by cosine, from its features (M, D)."""
+    def mine_neighbors(self, features: Tensor) -> Tensor:
+        """Return the indices (M, 1 + k) of each image and its k nearest others by cosine, from the features (M, D)."""
         if self.projector is not None:
             features = torch.cat([self.projector(rows.to(self.weight_dtype)) for rows in features.split(65536)])
         rows = F.normalize(features, dim=1)
         rank, processes = distributed.rank(), distributed.world_size()
-        first, stop = (len(rows) * r // processes for r in (rank, rank + 1))  # each process searches for its share
+        # Each process searches the neighbours of its own part of the images.
+        first, stop = (len(rows) * r // processes for r in (rank, rank + 1))
         own = torch.arange(first, stop, device=rows.device)
-        found = nearest_neighbors(rows[first:stop], rows, self.num_neighbors, metric="inner_product", exclude=own)[1]
-        return distributed.gather(torch.cat([own[:, None], found], 1))
+        nearest = nearest_neighbors(rows[first:stop], rows, self.num_neighbors, metric="inner_product", exclude=own)[1]
+        return distributed.all_gather(torch.cat([own[:, None], nearest], 1))
 
     def companions(self, indices: Tensor, draws: Draws) -> Tensor:
-        """One of the image itself and its neighbours, all equally likely."""
-        columns = torch.randint(self.table.shape[1], (len(indices),), generator=draws.generator("companions"))
-        return self.table[indices, columns][:, None]
+        """Return one companion (N, 1) of each image: itself or one of its neighbours, with equal chances."""
+        num_columns = self.neighbors_on_cpu.shape[1]
+        columns = torch.randint(num_columns, (len(indices),), generator=draws.make_generator("companions"))
+        return self.neighbors_on_cpu[indices, columns][:, None]
 
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         if batch.extra:
             raise InputError(
-                "the data set has extra images, and SCAN mines neighbours among the images to be clustered only",
-                expected="every image among those to be clustered",
+                "the data set has extra images, and SCAN mines neighbours only among the images that are clustered",
+                expected="only images that are clustered",
                 do="set dataset.source.extra=[]",
             )
-        # One after the other, so that batch statistics are a view's.
-        return self.objective(*(self.backbone(images) for images in (batch.views[0], batch.companion_views[0])))
+        # Two passes, so that images and neighbours each have their own batch statistics.
+        anchors, neighbors = (self.backbone(images) for images in (batch.views[0], batch.companion_views[0]))
+        return self.compute_terms(anchors, neighbors)
 
     @replayable()
-    def objective(self, anchors: Tensor, neighbors: Tensor) -> dict[str, Tensor]:
-        """The weighted terms, of the features (N, D) of images and of a neighbour of each."""
-        consistency, entropies = scan_losses(self.all_logits(anchors), self.all_logits(neighbors))
+    def compute_terms(self, anchors: Tensor, neighbors: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms of the features (N, D) of images and of a neighbour of each."""
+        consistency, entropies = scan_losses(self.gather_head_logits(anchors), self.gather_head_logits(neighbors))
         return {"consistency": consistency.sum(), "entropy": -self.entropy_weight * entropies.sum()}
 
-    def all_logits(self, features: Tensor) -> Tensor:
-        """Logits (H, N, K) of every head for the images of the global batch, from this process's features (n, D)."""
+    def gather_head_logits(self, features: Tensor) -> Tensor:
+        """Return the logits (H, N, K) of all heads for the global batch, from the features (n, D) of this process."""
         logits = torch.stack([head(features) for head in self.heads], 1)
-        return distributed.gather_with_gradient(logits).transpose(0, 1)
+        return distributed.all_gather_with_gradient(logits).transpose(0, 1)
 
-    # The clusters
+    # The final clustering
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -232,7 +258,7 @@ class SCAN(ClusteringMethod):
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:
-        """Choose the head whose clusters agree best with the neighbours."""
+        """Select the head with the lowest selection loss."""
         features = features.to(self.weight_dtype)
         consistency, entropies = selection_losses((head(features).softmax(1) for head in self.heads), self.neighbors)
         losses = consistency - entropies
@@ -245,39 +271,39 @@ class SCAN(ClusteringMethod):
 
 @full_precision
 def scan_losses(anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """What lacks to agreement with the neighbours, and the entropy of the anchors' mean assignment; each (...).
+    """Return the disagreement with the neighbours and the entropy of the anchors' mean assignment, each of shape (...).
 
-    Of logits (..., N, K) of images and of one neighbour each; SCAN, equation 2. A head minimises the first minus a
-    weight times the second.
+    anchors and neighbors are logits (..., N, K) of images and of one neighbour each. A head minimises the first minus
+    lambda times the second (SCAN, equation 2).
     """
     p, q = anchors.softmax(-1), neighbors.softmax(-1)
     return disagreements(p, q).mean(-1), entropy(p.mean(-2))
 
 
 def disagreements(p: Tensor, q: Tensor) -> Tensor:
-    """-log <p, q> (...) of assignments (..., K), at most 100."""
+    """Return -log <p, q> (...) of probabilities p and q (..., K); at most 100."""
     agreement = (p * q).sum(-1).clamp(max=1)
     return F.binary_cross_entropy(agreement, torch.ones_like(agreement), reduction="none")
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy (...) of distributions (..., K) whose entries are taken for SMALLEST_SHARE at least."""
+    """Return the entropy (...) of distributions (..., K), whose entries are clamped to SMALLEST_SHARE from below."""
     shares = probabilities.clamp(min=SMALLEST_SHARE)
     return -(shares * shares.log()).sum(-1)
 
 
 @full_precision
 def selection_losses(probabilities: Iterable[Tensor], neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """Disagreement with all listed neighbours and entropy of each head; (H,) each, the lower their difference the
-    better.
+    """Return the mean disagreement with all neighbours and the entropy of the mean assignment, both (H,).
 
-    From the assignments (M, K) of each head and the table of neighbours (M, 1 + k).
+    `probabilities` (M, K) are those of each of H heads, and neighbors (M, 1 + k) are indices. The selection loss of a
+    head is the first minus the second; the lowest one is best.
     """
     consistency, entropies = [], []
     for p in probabilities:
-        rows = max(1, PAIRS_AT_A_TIME // (neighbors.shape[1] * p.shape[1]))
-        pairs = zip(p.split(rows), neighbors.split(rows), strict=True)
-        total = torch.stack([disagreements(some[:, None], p[beside]).double().sum() for some, beside in pairs]).sum()
+        chunk_size = max(1, MAX_ELEMENTS_PER_CHUNK // (neighbors.shape[1] * p.shape[1]))
+        chunks = zip(p.split(chunk_size), neighbors.split(chunk_size), strict=True)
+        total = torch.stack([disagreements(own[:, None], p[indices]).double().sum() for own, indices in chunks]).sum()
         consistency.append((total / neighbors.numel()).to(p.dtype))
         entropies.append(entropy(p.mean(0)))
     return torch.stack(consistency), torch.stack(entropies)

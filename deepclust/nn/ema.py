@@ -1,4 +1,4 @@
-"""A target network that follows an online one."""
+"""Target networks: exponential moving averages (EMA) of the weights of an online network."""
 
 import copy
 import math
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from deepclust.errors import InputError
 
 
-def target_of(online: nn.Module) -> nn.Module:
-    """A copy of `online` that takes no gradient: where a target network starts."""
+def make_target(online: nn.Module) -> nn.Module:
+    """Return a copy of `online` that takes no gradient, as a target network to begin with."""
     target = copy.deepcopy(online)
     target.requires_grad_(False)
     return target
@@ -19,18 +19,20 @@ def target_of(online: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_target(target: nn.Module, online: nn.Module, decay: float) -> None:
-    """target <- decay * target + (1 - decay) * online for every parameter; running statistics are left alone."""
-    ours: list[Tensor] = list(target.parameters())
-    theirs: list[Tensor] = list(online.parameters())
-    torch._foreach_mul_(ours, decay)
-    torch._foreach_add_(ours, theirs, alpha=1 - decay)
+    """Do target <- decay * target + (1 - decay) * online for every parameter; running statistics stay as they are."""
+    target_parameters: list[Tensor] = list(target.parameters())
+    online_parameters: list[Tensor] = list(online.parameters())
+    torch._foreach_mul_(target_parameters, decay)
+    torch._foreach_add_(target_parameters, online_parameters, alpha=1 - decay)
 
 
-class Target(nn.Module):
-    """The target of BYOL, ProPos and DigPro: copies of a backbone and its projector; images -> unit rows (N, D).
+class TargetNetwork(nn.Module):
+    """The target network of ProPos and DigPro (BYOL's): copies of a backbone and its projector.
+
+    It maps images (N, 3, H, W) to unit embeddings (N, D), without gradient.
 
     Raises:
-        InputError: where the backbone has no weights that could follow.
+        InputError: where the backbone has no weights to average.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
@@ -41,22 +43,22 @@ class Target(nn.Module):
                 expected="a backbone with weights, such as those in conf/backbone",
                 do="choose one with backbone=NAME; for vectors, method=lnscc or method=kmeans",
             )
-        self.backbone = target_of(backbone)
-        self.projector = target_of(projector)
+        self.backbone = make_target(backbone)
+        self.projector = make_target(projector)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(self.projector(self.backbone(images)), dim=1)
 
-    def follow(self, backbone: nn.Module, projector: nn.Module, *, decay: float) -> None:
-        """Move towards the online networks: target <- decay * target + (1 - decay) * online."""
+    def update(self, backbone: nn.Module, projector: nn.Module, *, decay: float) -> None:
+        """Move both copies towards the online networks: target <- decay * target + (1 - decay) * online."""
         update_target(self.backbone, backbone, decay)
         update_target(self.projector, projector, decay)
 
 
-def decay_at(step: int, num_steps: int, *, start: float, end: float) -> float:
-    """EMA decay at `step` (from 1) of `num_steps`: half a cosine from `start` to `end`; constant where they agree.
+def compute_ema_decay(step: int, num_steps: int, *, start: float, end: float) -> float:
+    """Return the EMA decay at `step` (from 1) of `num_steps`: half a cosine from `start` to `end`.
 
-    BYOL (Grill et al. 2020), equation of section 3.2; ProPos uses the same.
+    BYOL (Grill et al. 2020), section 3.2; ProPos uses the same.
     """
     return end - (end - start) * (math.cos(math.pi * step / num_steps) + 1) / 2

@@ -1,10 +1,10 @@
-"""Small networks on top of a backbone."""
+"""Multi-layer perceptrons on top of a backbone: projectors and predictors."""
 
 from torch import nn
 
 
-def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
-    """Linear, batch normalisation, ReLU, Linear: BYOL's projector and predictor."""
+def two_layer_mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+    """Build Linear, batch normalisation, ReLU, Linear: BYOL's projector and predictor."""
     return nn.Sequential(
         nn.Linear(in_features, hidden_features),
         nn.BatchNorm1d(hidden_features),
@@ -13,8 +13,8 @@ def mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequent
     )
 
 
-def deep_mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
-    """Three linear layers, batch normalisation after each, ReLU between them: the projector of ImageNet recipes."""
+def three_layer_mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+    """Build three linear layers with batch normalisation after each and ReLU between: ImageNet recipes' projector."""
     return nn.Sequential(
         nn.Linear(in_features, hidden_features),
         nn.BatchNorm1d(hidden_features),
@@ -27,8 +27,8 @@ def deep_mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Se
     )
 
 
-def init_normal(module: nn.Module, std: float) -> nn.Module:
-    """`module` with linear weights drawn from N(0, std^2) and biases 0."""
+def init_linear_layers(module: nn.Module, std: float) -> nn.Module:
+    """Draw the weights of all linear layers of `module` from N(0, std^2), set their biases to 0; return `module`."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, 0.0, std)

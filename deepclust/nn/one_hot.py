@@ -1,13 +1,13 @@
-"""Which rows belong to which cluster."""
+"""Cluster membership of rows as a boolean one-hot matrix."""
 
 import torch
 from torch import Tensor
 
 
-def one_hot_mask(labels: Tensor, num_clusters: int) -> Tensor:
-    """Whether each row of `labels` (N,) belongs to each cluster (N, K), boolean; a negative label belongs to none.
+def one_hot_mask(assignments: Tensor, num_clusters: int) -> Tensor:
+    """Return whether each row belongs to each cluster, boolean (N, K), by `assignments` (N,); negative ones to none.
 
-    Leading dimensions stay: labels (..., N) give (..., N, K). Unlike one_hot it takes two operations, which counts on a
-    GPU.
+    Leading dimensions stay: assignments (..., N) give (..., N, K). This takes two operations, fewer than
+    torch.nn.functional.one_hot, which counts on a GPU.
     """
-    return labels.unsqueeze(-1) == torch.arange(num_clusters, device=labels.device)
+    return assignments.unsqueeze(-1) == torch.arange(num_clusters, device=assignments.device)

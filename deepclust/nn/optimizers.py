@@ -8,11 +8,11 @@ from torch.optim import Optimizer
 
 
 class Lars(Optimizer):
-    """SGD with momentum where the step of each matrix goes by the length of its weights (You et al., arXiv 1708.03888).
+    """LARS: SGD with momentum whose steps are scaled to the norm of each weight tensor (You et al., arXiv 1708.03888).
 
-    For tensors p of more than one dimension, with d = g + `weight_decay` p, the gradient g becomes `trust` |p| / |d| d,
-    or d where a length is 0; others keep g. Then m <- `momentum` m + g and p <- p - lr m. (timm's divides by
-    |g| + weight_decay |p| instead of |d|.)
+    For a tensor p of more than one dimension, d = g + `weight_decay` p. The gradient g becomes `trust` |p| / |d| d,
+    or d where a norm is 0. Other tensors keep g and have no weight decay. Then m <- `momentum` m + g and p <- p - lr m.
+    (timm's LARS divides by |g| + weight_decay |p| instead of |d|.)
     """
 
     def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
@@ -20,7 +20,7 @@ class Lars(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; gives what `closure` gives."""
+        """Do one step; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -30,8 +30,10 @@ class Lars(Optimizer):
                 gradient = p.grad
                 if p.dim() > 1:
                     gradient = gradient.add(p, alpha=group["weight_decay"])
-                    length, size = p.norm(), gradient.norm()
-                    scale = torch.where((length > 0) & (size > 0), group["trust"] * length / size, 1.0)
+                    weight_norm, gradient_norm = p.norm(), gradient.norm()
+                    scale = torch.where(
+                        (weight_norm > 0) & (gradient_norm > 0), group["trust"] * weight_norm / gradient_norm, 1.0
+                    )
                     gradient = gradient * scale
                 state = self.state[p]
                 if "momentum_buffer" not in state:

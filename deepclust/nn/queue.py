@@ -1,4 +1,4 @@
-"""State that outlives a step: a first-in, first-out queue of rows."""
+"""A first-in, first-out queue of embeddings from earlier batches."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, indices: Tensor) -> None:
-        """Put `rows` (N, D) of the images `indices` (N,) in the place of the oldest; only the last `size` are kept."""
+        """Replace the oldest rows by `rows` (N, D) of the images `indices` (N,), the last `size` of them at most."""
         size = len(self.indices)
         rows, indices = rows[-size:], indices[-size:]
         slots = (self.position + torch.arange(len(rows), device=rows.device)) % size

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factors of the base rate by optimiser step."""
+"""Learning-rate schedules: the factor of the base rate at each optimiser step."""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from typing import Literal, Protocol
 
 
 class Schedule(Protocol):
-    """A factor of the base rate; `step` counts from 1, `steps_per_epoch` optimiser steps make an epoch."""
+    """Maps an optimiser step to a factor of the base rate."""
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float: ...
+    def __call__(self, step: int, steps_per_epoch: int) -> float:
+        """Return the factor at `step`, counted from 1 over the whole run; an epoch has `steps_per_epoch` steps."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,11 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupCosine:
-    """Linear warm-up from 0, then half a cosine whose argument is divided by the length of the whole run.
+    """Linear warm-up from 0, then half a cosine that is stretched over `epochs`, the length of the whole run.
 
-    The rate therefore does not reach 0 at the end. `fractional` moves with every step; `stepwise` holds the cosine for
-    an epoch and lets the warm-up end where the cosine of the warm-up's last epoch stands. Both are ProPos's.
+    `fractional` changes the factor at every step. Its cosine begins after the warm-up and therefore does not reach 0 at
+    the end of the run. `stepwise` holds the cosine for an epoch; its warm-up leads up to the value that the cosine has
+    after `warmup_epochs`. Both variants are those of ProPos's code.
     """
 
     warmup_epochs: float
@@ -37,33 +40,37 @@ class WarmupCosine:
             if epoch < self.warmup_epochs:
                 return epoch / self.warmup_epochs
             return _half_cosine((epoch - self.warmup_epochs) / self.epochs)
-        whole = (step - 1) // steps_per_epoch
-        if whole < self.warmup_epochs:
+        epoch_number = (step - 1) // steps_per_epoch
+        if epoch_number < self.warmup_epochs:
             return step / (self.warmup_epochs * steps_per_epoch) * _half_cosine(self.warmup_epochs / self.epochs)
-        return _half_cosine(whole / self.epochs)
+        return _half_cosine(epoch_number / self.epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeadEpochCosine:
-    """0 for an epoch, linear to 1 until `warmup_epochs` (the dead one counted), then half a cosine to 0 (SeCu,
-    CoKe)."""
+class DelayedWarmupCosine:
+    """0 in the first epoch, then linear warm-up to 1, then half a cosine to 0 (SeCu, CoKe).
+
+    `warmup_epochs` counts the first epoch, `epochs` is the length of the whole run.
+    """
 
     warmup_epochs: int
     epochs: int
 
     def __call__(self, step: int, steps_per_epoch: int) -> float:
-        done, warm = step - 1, self.warmup_epochs * steps_per_epoch
-        if done < steps_per_epoch:
+        steps_done, warmup_steps = step - 1, self.warmup_epochs * steps_per_epoch
+        if steps_done < steps_per_epoch:
             return 0.0
-        if done < warm:
-            return max(1, done - steps_per_epoch) / (warm - steps_per_epoch)
-        return _half_cosine((done - warm) / max(1, self.epochs * steps_per_epoch - warm))
+        if steps_done < warmup_steps:
+            return max(1, steps_done - steps_per_epoch) / (warmup_steps - steps_per_epoch)
+        return _half_cosine((steps_done - warmup_steps) / max(1, self.epochs * steps_per_epoch - warmup_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochCosine:
-    """Half a cosine from 1 to `floor`, where epoch `epochs` (from 0) would stand; held for an epoch (SCAN's pretext,
-    GCC)."""
+    """Half a cosine from 1 to `floor` that changes once per epoch (SCAN's pretext, GCC).
+
+    It would reach `floor` in the epoch after the last of `epochs`.
+    """
 
     epochs: int
     floor: float
@@ -75,7 +82,7 @@ class EpochCosine:
 
 @dataclass(frozen=True, kw_only=True)
 class RisingCosine:
-    """Half a cosine from 0 to 1 over the run: SeCu's prototypes on ImageNet under the entropy rule."""
+    """Half a cosine from 0 to 1 over the run: for SeCu's prototypes on ImageNet under the entropy constraint."""
 
     epochs: int
 

@@ -1,4 +1,4 @@
-"""Where the images lie in the features, in two dimensions: t-SNE and the first two principal components."""
+"""A map of the images by their features, in two dimensions: t-SNE and the first two principal components."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,32 +9,32 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from deepclust.datasets.image_sources import ImageSource
-from deepclust.engine.randomness import generator, seed_of
-from deepclust.report.html_fragments import image_name, shrink
+from deepclust.engine.randomness import derive_seed, make_generator
+from deepclust.report.html_fragments import image_name, shrink_image
 
-COMPONENTS = 50  # principal components that t-SNE starts from
+NUM_COMPONENTS = 50  # principal components that t-SNE gets
 PERPLEXITY = 30
-ITERATIONS = 500  # of t-SNE; twice as many take twice as long and look the same
-FEWEST = 5  # points that t-SNE makes sense for
-TILE = 64  # pixels; the longest side of a picture
-CHUNK = 256  # pictures read at once
+TSNE_ITERATIONS = 500  # twice as many take twice as long and give a map that looks the same
+MIN_TSNE_POINTS = 5
+MAX_PICTURE_SIDE = 64  # pixels
+CHUNK_SIZE = 256  # pictures read at once
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Some or all of `total` images, P of them, as points."""
+    """P of the images of a data set, all or a sample, as points in the plane."""
 
-    total: int
-    rows: np.ndarray  # (P,) which images
-    places: dict[str, np.ndarray]  # (P, 2) by projection, the first to be shown first
-    clusters: np.ndarray  # (P,)
+    num_images: int  # of the whole data set
+    indices: np.ndarray  # (P,) of the images in the data set
+    projections: dict[str, np.ndarray]  # name -> coordinates (P, 2); the page shows the first one first
+    assignments: np.ndarray  # (P,)
     confidence: np.ndarray  # (P,)
     labels: np.ndarray | None  # (P,), -1 where unknown
-    names: list[str]  # of the images, P
-    pictures: np.ndarray | None  # uint8 (P, h, w, channels), at most TILE a side
+    image_names: list[str]  # P
+    pictures: np.ndarray | None  # uint8 (P, h, w, channels), sides of at most MAX_PICTURE_SIDE pixels
 
 
-def embedding_map(
+def compute_embedding_map(
     features: Tensor,
     assignments: np.ndarray,
     confidence: np.ndarray,
@@ -45,64 +45,70 @@ def embedding_map(
     max_points: int,
     seed: int,
 ) -> EmbeddingMap | None:
-    """A map of up to `max_points` of the images, drawn at random; None if `max_points` is 0.
+    """Return a map of up to `max_points` images, drawn at random; None if that leaves no image.
 
-    features (M, D), assignments (M,), confidence (M,), labels (M,) and paths are about the images of `source`.
-    Images with features that are no finite numbers are left out.
+    features (M, D), assignments (M,), confidence (M,), labels (M,) and paths belong to the images of `source`.
+    Images whose features are not finite are left out.
     """
-    drawn = torch.randperm(len(features), generator=generator(seed, "map"))[:max_points].sort().values
-    taken = features[drawn.to(features.device)].float().cpu()
-    finite = taken.isfinite().all(1)
-    rows, points = drawn[finite].numpy(), taken[finite].numpy()
-    if not len(rows):
+    drawn = torch.randperm(len(features), generator=make_generator(seed, "map"))[:max_points].sort().values
+    sample = features[drawn.to(features.device)].float().cpu()
+    is_finite = sample.isfinite().all(1)
+    indices, points = drawn[is_finite].numpy(), sample[is_finite].numpy()
+    if not len(indices):
         return None
     return EmbeddingMap(
-        total=len(features),
-        rows=rows,
-        places=project(points, seed=seed),
-        clusters=assignments[rows],
-        confidence=confidence[rows],
-        labels=None if labels is None else labels[rows],
-        names=[image_name(row, paths) for row in rows.tolist()],
-        pictures=None if source is None else _pictures(source, rows),
+        num_images=len(features),
+        indices=indices,
+        projections=compute_projections(points, seed=seed),
+        assignments=assignments[indices],
+        confidence=confidence[indices],
+        labels=None if labels is None else labels[indices],
+        image_names=[image_name(index, paths) for index in indices.tolist()],
+        pictures=None if source is None else _read_pictures(source, indices),
     )
 
 
-def project(points: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
-    """Places (P, 2) of points (P, D) by projection.
+def compute_projections(points: np.ndarray, *, seed: int) -> dict[str, np.ndarray]:
+    """Return coordinates (P, 2) of points (P, D) for each projection, by its name.
 
-    One thread: what threads add up in an order of their own ends in another map each time.
+    t-SNE is left out where the points are too few or all the same. The work is done in one thread: several threads add
+    up in varying order, so that the map would differ from run to run.
     """
-    from sklearn.manifold import TSNE  # half a second, which a run need not wait before its first step
+    from sklearn.manifold import TSNE  # takes half a second, for which the start of a run need not wait
 
     with threadpool_limits(limits=1):
-        reduced = _principal(points, seed=seed)
-        flat = np.zeros((len(points), 2), np.float32)
-        flat[:, : reduced.shape[1]] = reduced[:, :2]
-        places = {"principal components": flat}
-        if len(points) < FEWEST or not flat[:, 0].std() > 0:
-            return places
+        components = _compute_principal_components(points, seed=seed)
+        first_two = np.zeros((len(points), 2), np.float32)
+        first_two[:, : components.shape[1]] = components[:, :2]
+        projections = {"principal components": first_two}
+        if len(points) < MIN_TSNE_POINTS or not first_two[:, 0].std() > 0:
+            return projections
         tsne = TSNE(
             perplexity=min(PERPLEXITY, (len(points) - 1) / 3),
-            max_iter=ITERATIONS,
-            init=1e-4 * flat / flat[:, 0].std(),
-            random_state=seed_of(seed, "t-SNE") % 2**32,
+            max_iter=TSNE_ITERATIONS,
+            init=1e-4 * first_two / first_two[:, 0].std(),
+            random_state=derive_seed(seed, "t-SNE") % 2**32,
         )
-        return {"t-SNE": tsne.fit_transform(reduced), **places}
+        return {"t-SNE": tsne.fit_transform(components), **projections}
 
 
-def _principal(points: np.ndarray, *, seed: int) -> np.ndarray:
-    """The first COMPONENTS principal components (P, at most COMPONENTS) of points (P, D), those that vary."""
+def _compute_principal_components(points: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return the first NUM_COMPONENTS principal components of points (P, D), or as many as there are.
+
+    They are zeros (P, 1) where all points are the same.
+    """
     from sklearn.decomposition import PCA
 
     points = points - points.mean(0)
     scale = np.abs(points).max()
     if not scale > 0:
         return np.zeros((len(points), 1), np.float32)
-    pca = PCA(min(COMPONENTS, *points.shape), random_state=seed_of(seed, "map") % 2**32)
+    pca = PCA(min(NUM_COMPONENTS, *points.shape), random_state=derive_seed(seed, "map") % 2**32)
     return pca.fit_transform(points / scale)
 
 
-def _pictures(source: ImageSource, rows: np.ndarray) -> np.ndarray:
-    read = (source.read(rows[at : at + CHUNK]).permute(0, 2, 3, 1).numpy() for at in range(0, len(rows), CHUNK))
-    return np.stack([shrink(pixels, TILE) for chunk in read for pixels in chunk])
+def _read_pictures(source: ImageSource, indices: np.ndarray) -> np.ndarray:
+    """Return uint8 pictures (P, h, w, channels) of the images at `indices`, with sides of at most MAX_PICTURE_SIDE."""
+    starts = range(0, len(indices), CHUNK_SIZE)
+    chunks = (source.read(indices[start : start + CHUNK_SIZE]).permute(0, 2, 3, 1).numpy() for start in starts)
+    return np.stack([shrink_image(pixels, MAX_PICTURE_SIDE) for chunk in chunks for pixels in chunk])

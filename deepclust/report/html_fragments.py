@@ -1,4 +1,4 @@
-"""Pieces of the page that its sections share."""
+"""Pieces of HTML and ways to write names, numbers and images that several sections of the report share."""
 
 import base64
 import io
@@ -8,55 +8,55 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-PIXELATED_BELOW = 48  # pixels; smaller pictures are enlarged with sharp edges
+PIXELATED_BELOW = 48  # pixels; the browser enlarges smaller pictures with sharp edges
 
 
-def line(parts: Iterable[str]) -> str:
-    """One line of small text, escaped."""
+def render_note(parts: Iterable[str]) -> str:
+    """Return a paragraph of small text: the parts, escaped and joined by dots."""
     return f'<p class="dim">{escape(" · ".join(parts))}</p>'
 
 
-def words(key: str) -> str:
-    """`a_name` as it is spoken."""
+def key_to_words(key: str) -> str:
+    """Return a key such as `empty_clusters` with spaces in place of its underscores."""
     return key.replace("_", " ")
 
 
-def number(value: object) -> str:
-    """Four significant digits for a fraction; other things as they are."""
+def format_number(value: object) -> str:
+    """Return a float with four significant digits, an int with thousands separators, anything else as text."""
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def class_name(index: int, class_names: Sequence[str] | None) -> str:
-    """What a class is called."""
+    """Return the name of a class, or `class INDEX` where classes have no names."""
     return f"class {index}" if class_names is None else class_names[index]
 
 
 def image_name(index: int, paths: Sequence[str] | None) -> str:
-    """What an image is called: its path, where it has one."""
+    """Return the path of an image, or `image INDEX` where images have no paths."""
     return f"image {index}" if paths is None else paths[index]
 
 
-def as_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 (H, W, channels) for Pillow."""
+def to_pillow_image(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 pixels (H, W, channels) as a Pillow image."""
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
-def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (H, W, channels), its longer side at most `side` pixels."""
+def shrink_image(pixels: np.ndarray, max_side: int) -> np.ndarray:
+    """Return uint8 pixels (H, W, channels) scaled down so that the longer side has at most `max_side` pixels."""
     height, width, channels = pixels.shape
-    scale = side / max(height, width)
+    scale = max_side / max(height, width)
     if scale >= 1:
         return pixels
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = as_image(pixels).resize(size, Image.Resampling.LANCZOS)
+    small = to_pillow_image(pixels).resize(size, Image.Resampling.LANCZOS)
     return np.asarray(small).reshape(size[1], size[0], channels)
 
 
-def data_uri(pixels: np.ndarray, **how: int) -> str:
-    """uint8 (H, W, channels) as text: a PNG, or with `quality` (and what else Pillow's writer takes) a JPEG."""
-    kind = "jpeg" if how else "png"
+def encode_data_uri(pixels: np.ndarray, **jpeg_options: int) -> str:
+    """Return uint8 pixels (H, W, channels) as a data URI: a JPEG if there are options for Pillow's writer, or a PNG."""
+    image_format = "jpeg" if jpeg_options else "png"
     file = io.BytesIO()
-    as_image(pixels).save(file, kind, **how)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    to_pillow_image(pixels).save(file, image_format, **jpeg_options)
+    return f"data:image/{image_format};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,10 @@
-"""The script of the map: pointing at a point, tapping it or going to it by the arrow keys shows its image."""
+"""The script of the map: pointing at a point, tapping it or moving to it with the arrow keys shows its image.
+
+It reads the points from the paths that scatter_plot.py draws, whose attributes `data-k` and `data-l` hold cluster and
+label; names, confidence and the place of the pictures are in the JSON element `points`. In the script, `seen` returns
+the drawing that is visible, `least` finds the point with the lowest cost, and `point` shows the image of the point that
+is nearest to the mouse or finger, if it is near enough.
+"""
 
 SCRIPT = """
 (() => {

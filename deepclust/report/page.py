@@ -1,4 +1,4 @@
-"""report.html: one file that opens without a network: scores, clusters as pictures, plots, how it was run."""
+"""The page report.html: scores, clusters as pictures, plots and how the run was made, all in one file."""
 
 import base64
 import hashlib
@@ -9,26 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from deepclust.report.cluster_pictures import Sheet, clusters
-from deepclust.report.curves import curves as draw_curves
-from deepclust.report.curves import number_of_clusters
+from deepclust.report.cluster_pictures import ClusterPictures, render_clusters
+from deepclust.report.curves import render_curves, render_number_of_clusters
 from deepclust.report.embedding_map import EmbeddingMap
-from deepclust.report.heatmap import heat_map
-from deepclust.report.html_fragments import line, number, words
+from deepclust.report.heatmap import render_heat_map
+from deepclust.report.html_fragments import format_number, key_to_words, render_note
 from deepclust.report.map_script import SCRIPT
-from deepclust.report.scatter_plot import scatter
+from deepclust.report.scatter_plot import render_scatter_plot
 from deepclust.report.style_sheet import STYLE
 
 METRICS = {
-    "acc": "images whose cluster is matched to their class, one cluster a class",
-    "nmi": "what cluster and class tell of each other; 100 is the same grouping",
-    "ari": "pairs of images rightly together or apart; 0 is chance",
+    "acc": "images in the cluster that is matched to their class, one cluster per class",
+    "nmi": "information that clusters and classes share; 100 is the same grouping",
+    "ari": "pairs of images that are rightly together or apart; 0 is chance",
 }
-RULES = {
+RULE_TITLES = {
     "method": "the method's own rule",
     "kmeans": "k-means on its features",
     "kmeans_on_pixels": "k-means on the pixels",
 }
+HEADINGS = {"Number": "Number of clusters"}  # of sections whose headings are not their names
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -39,7 +39,7 @@ PAGE = """<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{title}</h1>{head}<nav>{links}</nav></header>
+<header><h1>{title}</h1>{header}<nav>{links}</nav></header>
 {sections}
 {script}
 </body>
@@ -51,90 +51,105 @@ def write_report(
     path: Path,
     *,
     results: Mapping,
-    sheets: Sequence[Sheet],
+    clusters: Sequence[ClusterPictures],
     embedding: EmbeddingMap | None,
-    table: np.ndarray | None,
+    contingency_table: np.ndarray | None,
     class_names: Sequence[str] | None,
-    curves: Path | None,
+    metrics_file: Path | None,
     config_text: str,
 ) -> None:
-    """Write the page to `path`.
+    """Write the page to `path`. A section without content is left out.
 
-    results: the content of results.json. table: counts (C, K) of classes in clusters. curves: a CSV file with
-    a column `step` and one a scalar, empty where nothing was logged. What is None or missing is left out.
+    results: the content of results.json.
+    contingency_table: counts (C, K) of the images of each class in each cluster.
+    metrics_file: CSV with a column `step` and one for each scalar, with empty cells where it was not logged.
     """
-    num_full = int(results["num_clusters"] - results["health"]["empty_clusters"])
-    parts = {
-        "Clusters": clusters(sheets, num_full=num_full),
-        "Map": scatter(embedding, table, class_names),
-        "Classes": heat_map(table, class_names),
-        "Number": number_of_clusters(results.get("number")),
-        "Curves": draw_curves(
-            curves, rules=RULES, final=_judged(results), steps=results["steps"], epochs=results["epochs"]
+    num_nonempty = int(results["num_clusters"] - results["health"]["empty_clusters"])
+    sections = {
+        "Clusters": render_clusters(clusters, num_nonempty=num_nonempty),
+        "Map": render_scatter_plot(embedding, contingency_table, class_names),
+        "Classes": render_heat_map(contingency_table, class_names),
+        "Number": render_number_of_clusters(results.get("number")),
+        "Curves": render_curves(
+            metrics_file,
+            rule_titles=RULE_TITLES,
+            final_values=_get_final_values(results),
+            steps=results["steps"],
+            epochs=results["epochs"],
         ),
-        "Run": _run(results, config_text),
+        "Run": _render_run(results, config_text),
     }
-    shown = {name: body for name, body in parts.items() if body}
+    shown = {name: content for name, content in sections.items() if content}
     script = SCRIPT if "Map" in shown else ""
     page = PAGE.format(
-        policy=_policy(script),
+        policy=_make_security_policy(script),
         title=escape(f"{results['method']} on {results['dataset']}"),
         style=STYLE,
-        head=_head(results, sheets),
+        header=_render_header(results, clusters),
         links=" ".join(f'<a href="#{name}">{name}</a>' for name in shown),
-        sections="\n".join(f'<section id="{name}"><h2>{name}</h2>{body}</section>' for name, body in shown.items()),
+        sections="\n".join(
+            f'<section id="{name}"><h2>{HEADINGS.get(name, name)}</h2>{content}</section>'
+            for name, content in shown.items()
+        ),
         script=f"<script>{script}</script>" if script else "",
     )
-    path.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no valid text
+    path.write_text(page, encoding="utf-8", errors="replace")  # a file name may not be valid text
 
 
-def _policy(script: str) -> str:
-    """By which the browser itself keeps the page from loading anything, and from running any script but ours."""
-    said = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+def _make_security_policy(script: str) -> str:
+    """Return the policy by which the browser loads nothing from elsewhere and runs no script but the given one."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     if script:
-        said += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-    return said
+        script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{script_hash}'"
+    return policy
 
 
-def _head(results: Mapping, sheets: Sequence[Sheet]) -> str:
-    """What was clustered, and the scores with what they mean; without labels, what can still be said."""
-    images, num_clusters, epochs = (f"{results[key]:,}" for key in ("num_images", "num_clusters", "epochs"))
-    facts = [f"{images} images", f"{num_clusters} clusters", results["backbone"], f"{epochs} epochs"]
+def _render_header(results: Mapping, clusters: Sequence[ClusterPictures]) -> str:
+    """Return the HTML of what was clustered and of the scores; without labels, of the sizes of the clusters."""
+    num_images, num_clusters, epochs = (f"{results[key]:,}" for key in ("num_images", "num_clusters", "epochs"))
+    facts = [f"{num_images} images", f"{num_clusters} clusters", results["backbone"], f"{epochs} epochs"]
     facts.append(f"seed {results['seed']}")
     health = dict(results["health"])
-    scored = {**(results["scores"] or {}), **(results.get("baseline") or {})}
-    known = [(name, s) for rule, name in RULES.items() if (s := scored.get(rule))]
-    if known:
-        (rule, scores), *others = known
-        tiles = [(f"{100 * scores[m]:.1f}", m.upper(), meaning) for m, meaning in METRICS.items()]
-        below = [[f"in percent, for {rule}"]]
-        below += [[name, *(f"{m.upper()} {100 * s[m]:.1f}" for m in METRICS)] for name, s in others]
+    scores_by_rule = {**(results["scores"] or {}), **(results.get("baseline") or {})}
+    scored_rules = [(title, scores) for rule, title in RULE_TITLES.items() if (scores := scores_by_rule.get(rule))]
+    if scored_rules:
+        (first_title, first_scores), *others = scored_rules
+        tiles = [(f"{100 * first_scores[m]:.1f}", m.upper(), meaning) for m, meaning in METRICS.items()]
+        notes = [[f"in percent, for {first_title}"]]
+        notes += [[title, *(f"{m.upper()} {100 * scores[m]:.1f}" for m in METRICS)] for title, scores in others]
     else:
-        evenness, empty = f"{100 * health.pop('cluster_size_entropy'):.1f}", int(health.pop("empty_clusters"))
+        evenness, num_empty = f"{100 * health.pop('cluster_size_entropy'):.1f}", int(health.pop("empty_clusters"))
         tiles = [
-            (evenness, "evenness", "of the cluster sizes in percent; 100 is all of one size, 0 all in one cluster"),
-            (number(empty), "empty", f"of the {num_clusters} clusters; these hold no image"),
+            (evenness, "evenness", "of the cluster sizes, in percent; 100: all the same, 0: all images in one cluster"),
+            (format_number(num_empty), "empty", f"of the {num_clusters} clusters have no images"),
         ]
-        if sheets:
-            share = f"{100 * sheets[0]['share']:.1f}"
+        if clusters:
+            share = f"{100 * clusters[0].share:.1f}"
             tiles.append((share, "largest", "percent of the images are in the largest cluster"))
-        below = [["without labels nothing can be said about right or wrong"]]
+        notes = [["without labels, the clusters cannot be scored"]]
     if "trust" in results:
-        below.append([results["trust"]["message"]])
+        notes.append([results["trust"]["message"]])
     if health:
-        below.append([f"{words(key)} {number(value)}" for key, value in health.items()])
+        notes.append([f"{key_to_words(key)} {format_number(value)}" for key, value in health.items()])
     cards = "".join(f"<div><b>{value}</b> {name}<p>{meaning}</p></div>" for value, name, meaning in tiles)
-    return f'{line(facts)}<div class="tiles">{cards}</div>{"".join(map(line, below))}'
+    return f'{render_note(facts)}<div class="tiles">{cards}</div>{"".join(map(render_note, notes))}'
 
 
-def _judged(results: Mapping) -> dict[str, float]:
-    """Final scores and health by the names that their curves have."""
-    scores = {f"eval/{rule}/{m}": v for rule, s in (results["scores"] or {}).items() for m, v in (s or {}).items()}
-    return scores | {f"eval/{name}": float(value) for name, value in results["health"].items()}
+def _get_final_values(results: Mapping) -> dict[str, float]:
+    """Return the final scores and health by the names under which they are logged during training."""
+    scores_by_rule = {rule: scores or {} for rule, scores in (results["scores"] or {}).items()}
+    values = {f"eval/{rule}/{m}": value for rule, scores in scores_by_rule.items() for m, value in scores.items()}
+    return values | {f"eval/{name}": float(value) for name, value in results["health"].items()}
 
 
-def _run(results: Mapping, config_text: str) -> str:
-    timing = {words(k.removesuffix("_seconds")): _timing(k, v) for k, v in results["timing"].items() if v != 0}
+def _render_run(results: Mapping, config_text: str) -> str:
+    """Return the HTML of how the run was made: command, times, memory, versions and configuration."""
+    timing = {
+        key_to_words(key.removesuffix("_seconds")): _format_timing(key, value)
+        for key, value in results["timing"].items()
+        if value != 0
+    }
     memory = results["peak_memory_bytes"]
     facts = {
         **timing,
@@ -144,7 +159,9 @@ def _run(results: Mapping, config_text: str) -> str:
         "commit": results["commit"],
         **results["versions"],
     }
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None)
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value is not None
+    )
     command = results["command"] if isinstance(results["command"], str) else shlex.join(results["command"])
     return (
         f"<pre>{escape(command)}</pre><dl>{rows}</dl>"
@@ -152,9 +169,10 @@ def _run(results: Mapping, config_text: str) -> str:
     )
 
 
-def _timing(key: str, value: float | None) -> str | None:
+def _format_timing(key: str, value: float | None) -> str | None:
+    """Return an entry of `timing` as text; as seconds, minutes or hours if the key ends in `_seconds`."""
     if value is None or not key.endswith("_seconds"):
-        return None if value is None else number(value)
+        return None if value is None else format_number(value)
     if value < 60:
         return f"{value:.1f} s"
     minutes = round(value / 60)

@@ -5,8 +5,8 @@ from typing import Any
 
 from deepclust.callbacks.evaluation import EvaluationResult
 from deepclust.datasets.image_sources import ImageSet, ImageSource
-from deepclust.report.cluster_pictures import Sheet, cluster_sheets
-from deepclust.report.embedding_map import embedding_map
+from deepclust.report.cluster_pictures import ClusterPictures, choose_cluster_pictures
+from deepclust.report.embedding_map import compute_embedding_map
 from deepclust.report.page import write_report
 
 
@@ -20,34 +20,38 @@ def write_run_report(
     per_cluster: int,
     map_points: int,
     config_text: str,
-) -> list[Sheet]:
+) -> list[ClusterPictures]:
     """Write report.html into a run folder and return what it shows of each cluster.
 
-    `per_cluster` images of each kind are shown for a cluster, and at most `map_points` images on the map.
+    Each list of pictures of a cluster has at most `per_cluster` images, the map at most `map_points`.
     """
     assignments, confidence = evaluation.assignments.numpy(), evaluation.confidence.numpy()
-    shown: dict[str, Any] = {
+    image_options: dict[str, Any] = {
         "source": find_pictures(images),
         "labels": images.labels,
         "paths": images.paths,
         "seed": seed,
     }
-    sheets = cluster_sheets(assignments, confidence, class_names=images.class_names, per_cluster=per_cluster, **shown)
-    embedding = embedding_map(evaluation.features, assignments, confidence, max_points=map_points, **shown)
+    clusters = choose_cluster_pictures(
+        assignments, confidence, class_names=images.class_names, per_cluster=per_cluster, **image_options
+    )
+    embedding = compute_embedding_map(
+        evaluation.features, assignments, confidence, max_points=map_points, **image_options
+    )
     write_report(
         folder / "report.html",
         results=results,
-        sheets=sheets,
+        clusters=clusters,
         embedding=embedding,
-        table=None if evaluation.table is None else evaluation.table.numpy(),
+        contingency_table=None if evaluation.contingency_table is None else evaluation.contingency_table.numpy(),
         class_names=images.class_names,
-        curves=folder / "metrics.csv",
+        metrics_file=folder / "metrics.csv",
         config_text=config_text,
     )
-    return sheets
+    return clusters
 
 
 def find_pictures(images: ImageSet) -> ImageSource | None:
-    """Return what the evaluation images look like; None for vectors without pictures."""
+    """Return the pictures of the evaluation images: for vectors those given with them, if any, else the images."""
     is_vectors = images.evaluation.shape[:2] == (1, 1)
     return images.pictures if is_vectors else images.evaluation

@@ -1,7 +1,8 @@
-"""The map of the embeddings as a drawing: points, colours, legends, the pictures, and the script that shows them.
+"""The map of the embeddings as HTML: drawings of the points, buttons, legends and the pictures of the images.
 
-The points are paths of strokes without length, which round or square ends turn into dots: a tenth of the text of
-circles. Switching is by style sheet; only pointing at a point needs the script.
+A group is a cluster or a class. Each group has a marker: a number that stands for a colour and a shape, dot or square.
+The points are strokes of length zero, which round or square line caps turn into dots or squares; that takes a tenth of
+the text of circles. Buttons work by the style sheet alone; only pointing at a point needs the script of map_script.py.
 """
 
 import json
@@ -13,216 +14,239 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from deepclust.report.embedding_map import TILE, EmbeddingMap
-from deepclust.report.heatmap import matching
-from deepclust.report.html_fragments import PIXELATED_BELOW, class_name, data_uri, line, shrink
+from deepclust.report.embedding_map import MAX_PICTURE_SIDE, EmbeddingMap
+from deepclust.report.heatmap import match_clusters_to_classes
+from deepclust.report.html_fragments import PIXELATED_BELOW, class_name, encode_data_uri, render_note, shrink_image
 
-WIDTH, HEIGHT, MARGIN = 1000, 800, 24  # of the drawing, in its own units; the height is the largest
-SPRITE_BYTES = 1_600_000  # of all pictures as text
-SIDES = (TILE, 56, 48, 40, 32, 24, 16)  # pixels of a picture; the largest that fits is taken
-QUALITY = 80  # of JPEG
+WIDTH, MAX_HEIGHT, MARGIN = 1000, 800, 24  # of the drawing, in its own units
+MAX_SPRITE_BYTES = 1_600_000  # of the pictures of all points as text
+PICTURE_SIDES = (MAX_PICTURE_SIDE, 56, 48, 40, 32, 24, 16)  # pixels; the largest that fits is taken
+JPEG_QUALITY = 80
 JPEG_BLOCK = 8  # pixels
-# Petroff, Accessible Color Sequences for Data Visualization (2021), the ten, apart for colour-blind eyes too; but for
-# the second of its greys, which as a dot is too like the first, a blue that is far from all.
+# The ten colours of Petroff, Accessible Color Sequences for Data Visualization (2021), which colour-blind eyes can tell
+# apart too. As dots, its two greys look alike; the second of them is replaced by a blue that is far from all others.
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#1f2eff", "#92dadb")
-SLOTS = 2 * len(COLOURS)  # each colour as dots and as squares
-UNKNOWN = SLOTS  # for images without a label
-NAMES = 30  # on the map, of the largest groups
-LETTER = 19, 36  # width and height of a letter on the map, at most
+NUM_MARKERS = 2 * len(COLOURS)  # each colour as dots, then each colour as squares
+UNLABELLED_MARKER = NUM_MARKERS  # of images without a label
+MAX_GROUP_NAMES = 30  # on the map, those of the largest groups
+LETTER_SIZE = 19, 36  # largest width and height of a letter on the map, in units of the drawing
 
 
-def scatter(shown: EmbeddingMap | None, table: np.ndarray | None, class_names: Sequence[str] | None) -> str:
-    """The map, coloured by cluster and, with labels, by class; a class has the colour of its matched cluster."""
-    if shown is None:
+def render_scatter_plot(
+    embedding: EmbeddingMap | None, contingency_table: np.ndarray | None, class_names: Sequence[str] | None
+) -> str:
+    """Return the HTML of the map, coloured by cluster and, if there are labels, by class.
+
+    contingency_table: counts (C, K) that match clusters to classes; a class gets the marker of its cluster.
+    """
+    if embedding is None:
         return ""
-    labels = np.full(len(shown.rows), -1) if shown.labels is None else shown.labels
-    known = bool((labels >= 0).any())
-    order = np.lexsort((labels, shown.clusters))  # of the points in the drawing
-    places = {name: _fit(xy)[order] for name, xy in shown.places.items()}
-    first = next(iter(places.values()))
-    clusters, labels = shown.clusters[order], labels[order]
-    cluster_slots = _slots(_centres(first, clusters), {})
-    label_slots = {-1: UNKNOWN}
-    if known:
-        matched = {} if table is None else {int(c): int(k) for k, c in enumerate(matching(table))}
-        given = {c: cluster_slots[k] for c, k in matched.items() if k in cluster_slots}
-        label_slots |= _slots(_centres(first, labels), given)
-    names = {c: class_name(c, class_names) for c in np.unique(labels).tolist() if c >= 0} | {-1: "no label"}
+    labels = np.full(len(embedding.indices), -1) if embedding.labels is None else embedding.labels
+    has_labels = bool((labels >= 0).any())
+    order = np.lexsort((labels, embedding.assignments))  # of the points in the drawings
+    projections = {name: _scale_to_drawing(points)[order] for name, points in embedding.projections.items()}
+    assignments, labels = embedding.assignments[order], labels[order]
+    first = next(iter(projections.values()))
+    cluster_markers = _choose_markers(_find_medoids(first, assignments), {})
+    class_markers = {-1: UNLABELLED_MARKER}
+    if has_labels:
+        class_of_cluster = [] if contingency_table is None else match_clusters_to_classes(contingency_table).tolist()
+        cluster_of_class = {int(c): k for k, c in enumerate(class_of_cluster)}
+        matched = {c: cluster_markers[k] for c, k in cluster_of_class.items() if k in cluster_markers}
+        class_markers |= _choose_markers(_find_medoids(first, labels), matched)
+    cluster_titles = {cluster: str(cluster) for cluster in cluster_markers}
+    shown_classes = np.unique(labels).tolist()
+    class_titles = {c: class_name(c, class_names) for c in shown_classes if c >= 0} | {-1: "no label"}
 
-    switches = _switch("place", list(places))
-    if known:
-        switches += f'<br class="narrow">{_switch("colour", ["by cluster", "by label"])}'
-    drawings = [
-        _drawing(at, name, xy, clusters, labels, cluster_slots, label_slots, names)
-        for at, (name, xy) in enumerate(places.items())
-    ]
-    legends = _legend("k", cluster_slots, {k: str(k) for k in cluster_slots})
-    if known:
-        legends += _legend("l", {c: label_slots[c] for c in np.unique(labels).tolist()}, names)
+    buttons = _render_radio_buttons("place", list(projections))
+    if has_labels:
+        buttons += f'<br class="narrow">{_render_radio_buttons("colour", ["by cluster", "by label"])}'
+    drawings = []
+    for number, (name, points) in enumerate(projections.items()):
+        paths = _render_points(points, assignments, labels, cluster_markers, class_markers)
+        titles = _render_group_names("k", _find_medoids(points, assignments), cluster_titles)
+        titles += _render_group_names("l", _find_medoids(points, labels), class_titles)
+        size = f"{WIDTH} {points[:, 1].max() + MARGIN}"
+        drawings.append(
+            f'<svg class="p{number}" viewBox="0 0 {size}" role="img" aria-label="{escape(name)}">'
+            f'{paths}{titles}<circle class="ring" r="16"/></svg>'
+        )
+    legends = _render_legend("k", cluster_markers, cluster_titles)
+    if has_labels:
+        legends += _render_legend("l", {c: class_markers[c] for c in shown_classes}, class_titles)
     data: dict[str, Any] = {
-        "names": [shown.names[i] for i in order.tolist()],
-        "confidence": np.round(shown.confidence[order], 3).tolist(),
-        "labels": names if known else None,
+        "names": [embedding.image_names[i] for i in order.tolist()],
+        "confidence": np.round(embedding.confidence[order], 3).tolist(),
+        "labels": class_titles if has_labels else None,
     }
     sprite = ""
-    if shown.pictures is not None:
-        uri, data["tile"] = _sprite(shown.pictures[order])
+    if embedding.pictures is not None:
+        uri, data["tile"] = _make_sprite(embedding.pictures[order])
         sprite = f'<img id="sprite" src="{uri}" alt="" hidden>'
-    # a browser takes what follows "<" in a script for an end of it, or for a comment
+    # "<" is escaped because "</script>" would end the data and "<!--" would start a comment.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'{line(_said(shown))}<p class="dim screen">Point at one to see it.</p><div class="embedding">{switches}'
-        '<div class="stage" tabindex="0" aria-label="map of the images; the arrow keys go from one to the next">'
+        f'{render_note(_describe_map(embedding))}<p class="dim screen">Point at a marker to see its image.</p>'
+        f'<div class="embedding">{buttons}'
+        '<div class="stage" tabindex="0" aria-label="map of the images; the arrow keys move from image to image">'
         f'{"".join(drawings)}<output class="tip" hidden><canvas></canvas><span></span></output></div>{legends}'
         f'{sprite}<script type="application/json" id="points">{text}</script></div>'
     )
 
 
-def _said(shown: EmbeddingMap) -> list[str]:
-    count = f"{len(shown.rows):,}"
-    said = [
-        f"all {count} images" if len(shown.rows) == shown.total else f"{count} of {shown.total:,} images, at random"
-    ]
-    said.append("each where its features are, in two dimensions")
-    if "t-SNE" in shown.places:
-        said.append("t-SNE keeps neighbours together; distances between groups and their sizes mean little")
-    if len(np.unique(shown.clusters)) > len(COLOURS):
-        said.append("colours repeat, far from each other")
-    return said
+def _describe_map(embedding: EmbeddingMap) -> list[str]:
+    """Return the notes above the map."""
+    count = f"{len(embedding.indices):,}"
+    is_complete = len(embedding.indices) == embedding.num_images
+    notes = [f"all {count} images" if is_complete else f"{count} of {embedding.num_images:,} images, drawn at random"]
+    notes.append("positions: features projected to two dimensions")
+    if "t-SNE" in embedding.projections:
+        notes.append("t-SNE keeps neighbours together; distances between groups and sizes of groups mean little")
+    if len(np.unique(embedding.assignments)) > len(COLOURS):
+        notes.append("more clusters than colours: clusters that are far apart share one")
+    return notes
 
 
-def _fit(places: np.ndarray) -> np.ndarray:
-    """Places (P, 2) in the units of the drawing, y downwards, both axes to one scale; whole numbers."""
-    low, extent = places.min(0), np.ptp(places, axis=0)
-    room = np.array([WIDTH, HEIGHT]) - 2 * MARGIN
-    scale = min((r / e for r, e in zip(room, extent, strict=True) if e > 0), default=1.0)
-    placed = (places - low) * scale
-    placed[:, 0] += (WIDTH - scale * extent[0]) / 2
-    placed[:, 1] = MARGIN + scale * extent[1] - placed[:, 1]
-    return np.round(placed).astype(int)
+def _scale_to_drawing(points: np.ndarray) -> np.ndarray:
+    """Return points (P, 2) in units of the drawing, as whole numbers: y points downwards, both axes have one scale."""
+    low, extent = points.min(0), np.ptp(points, axis=0)
+    available = np.array([WIDTH, MAX_HEIGHT]) - 2 * MARGIN
+    scale = min((a / e for a, e in zip(available, extent, strict=True) if e > 0), default=1.0)
+    scaled = (points - low) * scale
+    scaled[:, 0] += (WIDTH - scale * extent[0]) / 2
+    scaled[:, 1] = MARGIN + scale * extent[1] - scaled[:, 1]
+    return np.round(scaled).astype(int)
 
 
-def _centres(places: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
-    """The medoid's place (2,) of each group but -1, the largest group first: it is in the group also where that is in
-    pieces."""
-    found, counts = np.unique(groups, return_counts=True)
-    by_size = found[np.argsort(-counts, kind="stable")].tolist()
-    members = {group: places[groups == group] for group in by_size if group >= 0}
+def _find_medoids(points: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the medoid (2,) of the points of each group, largest group first.
+
+    Unlike the mean, a medoid lies within the group even if the group is in several pieces. Group -1, the images without
+    a label, has none.
+    """
+    unique_groups, counts = np.unique(groups, return_counts=True)
+    by_size = unique_groups[np.argsort(-counts, kind="stable")].tolist()
+    members = {group: points[groups == group] for group in by_size if group >= 0}
     return {group: own[cdist(own, own).sum(0).argmin()] for group, own in members.items()}
 
 
-def _slots(centres: dict[int, np.ndarray], given: dict[int, int]) -> dict[int, int]:
-    """A slot for every group: unused colours first, then the one whose bearers are the farthest away.
+def _choose_markers(centres: dict[int, np.ndarray], given: dict[int, int]) -> dict[int, int]:
+    """Return a marker for each group in `centres`; groups in `given` keep the marker that they have there.
 
-    The other shape of a colour counts as twice as far. `given` are slots of some of the groups.
+    Unused colours are taken first, then the marker whose groups are the farthest away. A group with the same colour but
+    the other shape counts as if it were twice as far away.
     """
-    slots = {group: slot for group, slot in given.items() if group in centres}
+    markers = {group: marker for group, marker in given.items() if group in centres}
     for group, centre in centres.items():
-        if group in slots:
+        if group in markers:
             continue
-        nearest = np.full(SLOTS, np.inf)
-        if slots:
-            taken = np.array(list(slots.values()))
-            distance = np.linalg.norm(np.stack([centres[g] for g in slots]) - centre, axis=1)
-            np.minimum.at(nearest, taken, distance)
-            np.minimum.at(nearest, (taken + len(COLOURS)) % SLOTS, 2 * distance)
-        slots[group] = int(nearest.argmax())
-    return slots
+        nearest = np.full(NUM_MARKERS, np.inf)  # distance to the nearest group with this marker
+        if markers:
+            used = np.array(list(markers.values()))
+            distance = np.linalg.norm(np.stack([centres[g] for g in markers]) - centre, axis=1)
+            np.minimum.at(nearest, used, distance)
+            np.minimum.at(nearest, (used + len(COLOURS)) % NUM_MARKERS, 2 * distance)
+        markers[group] = int(nearest.argmax())
+    return markers
 
 
-def _switch(group: str, names: Sequence[str]) -> str:
+def _render_radio_buttons(name: str, choices: Sequence[str]) -> str:
+    """Return radio buttons, the first of them checked."""
     buttons = []
-    for n, name in enumerate(names):
-        checked = "" if n else " checked"
-        buttons.append(f'<input type="radio" name="{group}" id="{group}{n}"{checked}>')
-        buttons.append(f'<label for="{group}{n}">{name}</label>')
+    for number, choice in enumerate(choices):
+        checked = "" if number else " checked"
+        buttons.append(f'<input type="radio" name="{name}" id="{name}{number}"{checked}>')
+        buttons.append(f'<label for="{name}{number}">{choice}</label>')
     return "".join(buttons)
 
 
-def _drawing(
-    at: int,
-    name: str,
-    places: np.ndarray,
-    clusters: np.ndarray,
+def _render_points(
+    points: np.ndarray,
+    assignments: np.ndarray,
     labels: np.ndarray,
-    cluster_slots: dict[int, int],
-    label_slots: dict[int, int],
-    names: dict[int, str],
+    cluster_markers: dict[int, int],
+    class_markers: dict[int, int],
 ) -> str:
-    """One projection; points (P, 2) in the order of (cluster, label), a path for every pair."""
-    pairs, starts = np.unique(np.stack([clusters, labels], 1), axis=0, return_index=True)
+    """Return one path for each pair of cluster and label; points (P, 2) are sorted by cluster, then by label."""
+    pairs, starts = np.unique(np.stack([assignments, labels], 1), axis=0, return_index=True)
     paths = []
-    for (cluster, label), points in zip(pairs.tolist(), np.split(places, starts[1:]), strict=True):
-        strokes = "".join(f"M{x} {y}h0" for x, y in points.tolist())
-        kinds = f"k{cluster_slots[cluster]} l{label_slots[label]}"
-        paths.append(f'<path class="{kinds}" data-k="{cluster}" data-l="{label}" d="{strokes}"/>')
-    dot = round(float(np.clip(340 / np.sqrt(len(places)), 8, 16)))
-    numbers = {cluster: str(cluster) for cluster in cluster_slots}
-    said = _texts("k", _centres(places, clusters), numbers) + _texts("l", _centres(places, labels), names)
-    size = f"{WIDTH} {places[:, 1].max() + MARGIN}"
-    return (
-        f'<svg class="p{at}" viewBox="0 0 {size}" role="img" aria-label="{escape(name)}">'
-        f'<g stroke-width="{dot}">{"".join(paths)}</g>{said}'
-        '<circle class="ring" r="16"/></svg>'
-    )
+    for (cluster, label), members in zip(pairs.tolist(), np.split(points, starts[1:]), strict=True):
+        strokes = "".join(f"M{x} {y}h0" for x, y in members.tolist())
+        css_classes = f"k{cluster_markers[cluster]} l{class_markers[label]}"
+        paths.append(f'<path class="{css_classes}" data-k="{cluster}" data-l="{label}" d="{strokes}"/>')
+    diameter = round(float(np.clip(340 / np.sqrt(len(points)), 8, 16)))
+    return f'<g stroke-width="{diameter}">{"".join(paths)}</g>'
 
 
-def _texts(kind: str, centres: dict[int, np.ndarray], names: dict[int, str]) -> str:
-    """The names of groups at their centres, but where a larger one has its own."""
-    drawn: list[tuple[float, float, float]] = []
+def _render_group_names(kind: str, centres: dict[int, np.ndarray], titles: dict[int, str]) -> str:
+    """Return the names of groups at their centres. A name that would cover that of a larger group is left out.
+
+    kind: `k` for clusters, `l` for classes.
+    """
+    drawn: list[tuple[float, float, float]] = []  # x, y and half the width of a name
     texts = []
     for group, (x, y) in centres.items():
-        if len(drawn) == NAMES:
+        if len(drawn) == MAX_GROUP_NAMES:
             break
-        half = LETTER[0] * len(names[group]) / 2
-        if any(abs(x - u) < half + other and abs(y - v) < LETTER[1] for u, v, other in drawn):
+        half_width = LETTER_SIZE[0] * len(titles[group]) / 2
+        if any(abs(x - u) < half_width + other and abs(y - v) < LETTER_SIZE[1] for u, v, other in drawn):
             continue
-        drawn.append((x, y, half))
-        texts.append(f'<text x="{x:.0f}" y="{y:.0f}">{escape(names[group])}</text>')
+        drawn.append((x, y, half_width))
+        texts.append(f'<text x="{x:.0f}" y="{y:.0f}">{escape(titles[group])}</text>')
     return f'<g class="by-{kind}">{"".join(texts)}</g>'
 
 
-def _legend(kind: str, slots: dict[int, int], names: dict[int, str]) -> str:
-    chips = "".join(
-        f'<span data-{kind}="{group}"><i class="{kind}{slots[group]}"></i>{escape(names[group])}</span>'
-        for group in sorted(slots, key=lambda group: (group < 0, group))
+def _render_legend(kind: str, markers: dict[int, int], titles: dict[int, str]) -> str:
+    """Return the marker and the name of each group in their order, images without a label last."""
+    entries = "".join(
+        f'<span data-{kind}="{group}"><i class="{kind}{markers[group]}"></i>{escape(titles[group])}</span>'
+        for group in sorted(markers, key=lambda group: (group < 0, group))
     )
-    return f'<div class="legend by-{kind}">{chips}</div>'
+    return f'<div class="legend by-{kind}">{entries}</div>'
 
 
-def _sprite(pictures: np.ndarray) -> tuple[str, dict[str, int | bool]]:
-    """All pictures (P, h, w, channels) on one sheet as a data URI, and where to find each."""
+def _make_sprite(pictures: np.ndarray) -> tuple[str, dict[str, int | bool]]:
+    """Return all pictures (P, h, w, channels) in one image, as a data URI, and where in it each picture is."""
     longest = max(pictures.shape[1:3])
     if longest <= PIXELATED_BELOW:
-        uri = data_uri(_sheet(pictures, block=1))
-        if len(uri) <= SPRITE_BYTES // 2:
-            return uri, _tile(pictures, block=1)
-    for side in dict.fromkeys(min(side, longest) for side in SIDES):
-        small = np.stack([shrink(pixels, side) for pixels in pictures])
-        uri = data_uri(_sheet(small, block=JPEG_BLOCK), quality=QUALITY, subsampling=0)
-        if len(uri) <= SPRITE_BYTES:
+        uri = encode_data_uri(_arrange_in_grid(pictures, block=1))
+        if len(uri) <= MAX_SPRITE_BYTES // 2:
+            return uri, _describe_grid(pictures, block=1)
+    for side in dict.fromkeys(min(side, longest) for side in PICTURE_SIDES):
+        small = np.stack([shrink_image(pixels, side) for pixels in pictures])
+        uri = encode_data_uri(_arrange_in_grid(small, block=JPEG_BLOCK), quality=JPEG_QUALITY, subsampling=0)
+        if len(uri) <= MAX_SPRITE_BYTES:
             break
-    return uri, _tile(small, block=JPEG_BLOCK)
+    return uri, _describe_grid(small, block=JPEG_BLOCK)
 
 
-def _tile(pictures: np.ndarray, *, block: int) -> dict[str, int | bool]:
+def _describe_grid(pictures: np.ndarray, *, block: int) -> dict[str, int | bool]:
+    """Return what the script needs in order to find a picture in the grid: sizes and distances in pixels, columns."""
     count, height, width = pictures.shape[:3]
-    across, down = width + -width % block, height + -height % block
-    sharp = max(height, width) < PIXELATED_BELOW
-    return {"w": width, "h": height, "dx": across, "dy": down, "columns": _columns(count), "sharp": sharp}
+    return {
+        "w": width,
+        "h": height,
+        "dx": width + -width % block,
+        "dy": height + -height % block,
+        "columns": _count_columns(count),
+        "sharp": max(height, width) < PIXELATED_BELOW,
+    }
 
 
-def _columns(count: int) -> int:
+def _count_columns(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-def _sheet(pictures: np.ndarray, *, block: int) -> np.ndarray:
-    """Pictures (P, h, w, channels) in rows, each filled up to whole blocks, which JPEG codes as one."""
+def _arrange_in_grid(pictures: np.ndarray, *, block: int) -> np.ndarray:
+    """Return pictures (P, h, w, channels) in rows of one image.
+
+    Each is padded to whole blocks of `block` pixels, so that no JPEG block holds parts of two pictures.
+    """
     count, height, width, channels = pictures.shape
-    columns = _columns(count)
+    columns = _count_columns(count)
     rows = math.ceil(count / columns)
-    full = ((0, rows * columns - count), (0, -height % block), (0, -width % block), (0, 0))
-    padded = np.pad(pictures, full, mode="edge")
-    tall, wide = padded.shape[1:3]
-    grid = padded.reshape(rows, columns, tall, wide, channels).swapaxes(1, 2)
-    return grid.reshape(rows * tall, columns * wide, channels)
+    padding = ((0, rows * columns - count), (0, -height % block), (0, -width % block), (0, 0))
+    padded = np.pad(pictures, padding, mode="edge")
+    padded_height, padded_width = padded.shape[1:3]
+    grid = padded.reshape(rows, columns, padded_height, padded_width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * padded_height, columns * padded_width, channels)

@@ -1,4 +1,4 @@
-"""The style sheet of the page."""
+"""The style sheet of the report, with the colours and shapes of the markers on the map."""
 
 from deepclust.report.scatter_plot import COLOURS
 
@@ -91,6 +91,8 @@ summary{cursor:pointer}
  .heat td,.heat th{min-width:0;padding:0 .15em;height:1.6em}.heat th:first-child{position:static}
  details::details-content{content-visibility:visible;height:auto}details pre{columns:3;font-size:8px;line-height:1.2}}
 """
-for slot, colour in enumerate([*COLOURS, *COLOURS, "var(--line)"]):  # of the map; by label where the switch says so
-    shape = SQUARE if slot // len(COLOURS) == 1 else DOT
-    STYLE += f".k{slot},#colour1:checked~.stage .l{slot},.by-l .l{slot}{{color:{colour};{shape}}}\n"
+# On the map, class `k3` is the marker 3 for a cluster and `l3` the marker 3 for a class, which applies while the button
+# `colour1`, "by label", is chosen. The last marker is that of images without a label.
+for marker, colour in enumerate([*COLOURS, *COLOURS, "var(--line)"]):
+    shape = SQUARE if marker // len(COLOURS) == 1 else DOT
+    STYLE += f".k{marker},#colour1:checked~.stage .l{marker},.by-l .l{marker}{{color:{colour};{shape}}}\n"

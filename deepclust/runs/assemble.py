@@ -14,7 +14,7 @@ from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import apply_hardware_options
-from deepclust.engine.lightning import disable_lightning_requeue
+from deepclust.engine.lightning_settings import disable_lightning_requeue
 from deepclust.methods.base import ClusteringMethod
 
 

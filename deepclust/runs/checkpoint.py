@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from deepclust.callbacks.checkpoint import CHECKPOINT_FORMAT
+from deepclust.callbacks.last_checkpoint import CHECKPOINT_FORMAT
 from deepclust.config.build import build
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
@@ -65,6 +65,13 @@ def load_method(checkpoint: dict[str, Any]) -> tuple[DictConfig, ClusteringMetho
     method = build(cfg.method)
     method.load_state_dict(checkpoint["state_dict"])
     return cfg, method.eval()
+
+
+def stored_image_shape(run_cfg: DictConfig) -> tuple[int, int]:
+    """Return side in pixels and channels in which a run's own images are stored."""
+    source = run_cfg.dataset.source
+    image_size = source.get("image_size") or (source.get("make") or {}).get("image_size")
+    return image_size or run_cfg.dataset.image_size, run_cfg.dataset.channels
 
 
 def compute_checksum(state: dict[str, Tensor]) -> str:

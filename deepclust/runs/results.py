@@ -13,7 +13,7 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from deepclust.callbacks.evaluation import EvaluationResult
-from deepclust.clustering.number_of_clusters import Estimate
+from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.runs.folder import ERROR, RESULTS
 from deepclust.runs.provenance import read_command_line, read_commit, read_versions
@@ -29,7 +29,7 @@ def compose_results(
     e_step_seconds: float,
     evaluate_seconds: float,
     pixel_scores: dict[str, float] | None,
-    estimate: Estimate | None,
+    estimate: ClusterNumberEstimate | None,
 ) -> dict[str, Any]:
     """Return the content of results.json for a run that has been trained and evaluated.
 
@@ -70,7 +70,7 @@ def compose_results(
     return results
 
 
-def describe_estimate(estimate: Estimate) -> dict[str, Any]:
+def describe_estimate(estimate: ClusterNumberEstimate) -> dict[str, Any]:
     """Return what results.json says of an estimated number of clusters."""
     return asdict(estimate) | {"message": estimate.summarize()}
 

@@ -1,4 +1,7 @@
-"""The views of a batch: named pipelines, drawn for the global batch and applied to the rows at hand."""
+"""The views of a batch, made by named pipelines of transforms.
+
+Every view is drawn for the whole global batch and applied to the images that this process holds.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,29 +12,30 @@ import torch
 from torch import Tensor
 
 from deepclust.errors import InputError
-from deepclust.views.random_draws import Layout, pack, per_image, rows_of, unpack
+from deepclust.views.random_draws import Layout, add_pixel_dimensions, pack_tensors, select_rows, unpack_tensors
 
-Recipes = list[tuple[str, dict[str, Tensor]]]  # the pipeline and the draw of every view
-Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # from images and packed draws to views
+ViewDraws = list[tuple[str, dict[str, Tensor]]]  # for every view, the name of its pipeline and its draw
+Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # makes views of images and packed draws
 
 
 class Transform(Protocol):
-    """Something that changes images at random, in two steps: what is drawn, and what the draw does."""
+    """A random change of images in two steps: `draw` draws all random numbers, `apply` uses them."""
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Everything random about n images: CPU tensors (n, ...) by name."""
+        """Return everything that is random about n images: CPU tensors (n, ...) by name."""
         ...
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Images (N, C, h, w) from images (N, C, H, W) in [0, 1], which stay as they are; not random.
+        """Return images (N, C, h, w), made of images (N, C, H, W) in [0, 1] as the draw says; nothing here is random.
 
-        The draw is on the images' device. On any but the CPU, no value is asked for and nothing copied from the host.
+        The given images must not be changed. The draw is on the device of the images. On any device but the CPU, this
+        must neither ask for a value of a tensor nor copy anything from the host.
         """
         ...
 
 
 class Pipeline:
-    """Transforms one after the other; a Transform itself."""
+    """Transforms that follow one another; itself a Transform."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = list(transforms)
@@ -45,33 +49,35 @@ class Pipeline:
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         for position, transform in enumerate(self.transforms):
-            start = f"{position}."
-            own = {name.removeprefix(start): values for name, values in draw.items() if name.startswith(start)}
-            images = transform.apply(images, own)
+            prefix = f"{position}."
+            own_draw = {name.removeprefix(prefix): values for name, values in draw.items() if name.startswith(prefix)}
+            images = transform.apply(images, own_draw)
         return images
 
 
 class MultiView:
-    """Turns images into V normalised float views, one per entry of `names`.
+    """Makes V normalised float views of images, one for each entry of `names`.
 
-    Images are uint8, or floats that are taken as they are: vectors, say, as images of one pixel and many channels.
+    The images are uint8, or floats that are used as they are (such as vectors, as images of one pixel with many
+    channels).
 
     Args:
-        pipelines: lists of transforms by name; `clean` is the one without chance that evaluation uses.
-        names: the pipeline of every view; a name may come twice, the draws are independent.
-        mean: per channel, of pixels in [0, 1]; None: the views stay in [0, 1].
-        std: likewise.
+        pipelines: lists of transforms by name. `clean` is the pipeline that evaluation uses; it must not be random.
+        names: the pipeline of every view. A name may occur several times; the draws of its views are independent.
+        mean: mean of each channel, for pixels in [0, 1]; with None the views stay in [0, 1].
+        std: standard deviation of each channel, likewise.
 
     Raises:
-        InputError: a name without a pipeline, or a mean and a std that do not belong together.
+        InputError: if a name has no pipeline, `clean` is random, or mean and std do not belong together.
     """
 
-    piece_bytes = 2**21  # a CPU works through a batch in pieces that stay in its cache
-    prepared: Callable[[Hashable, Render, Tensor, Tensor], tuple[Tensor, ...]] | None = None
-    """Off the CPU, `prepared(key, render, images, packed)` gives what `render(images, packed)` gives.
+    piece_bytes = 2**21  # a CPU works through a batch in pieces of this size, which stay in its cache
+    run_on_device: Callable[[Hashable, Render, Tensor, Tensor], tuple[Tensor, ...]] | None = None
+    """If set, called on other devices than the CPU as `run_on_device(key, render, images, packed)`.
 
-    `render` asks for no value and copies nothing from the host, so that it can be compiled as a whole and repeated by a
-    CUDA graph; equal keys mean the same operations on tensors of the same shapes.
+    It must return what `render(images, packed)` returns. `render` asks for no value of a tensor and copies nothing from
+    the host, so that it can be compiled as a whole and replayed by a CUDA graph. Equal keys mean the same operations on
+    tensors of the same shapes.
     """
 
     def __init__(
@@ -107,31 +113,36 @@ class MultiView:
         self.std = None if std is None else torch.tensor(list(std))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, generator: torch.Generator, *, rows: slice, total: int) -> tuple[Tensor, ...]:
-        """V views (N, C, h, w) of images (N, C, H, W), the `rows` of a global batch of `total` images.
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, *, rows: slice, global_batch_size: int
+    ) -> tuple[Tensor, ...]:
+        """Return V views (N, C, h, w) of images (N, C, H, W), which are the `rows` of a global batch.
 
-        Every image meets the draw of its place in the global batch, whoever holds it.
+        The draw of an image depends on its position in the global batch, not on the process that holds it.
         """
-        return self._draw_and_run(images, self.names, generator, rows=rows, total=total)
+        return self._draw_and_render(images, self.names, generator, rows=rows, global_batch_size=global_batch_size)
 
     @torch.no_grad()
-    def companion(self, images: Tensor, generator: torch.Generator, *, rows: slice, total: int) -> Tensor:
-        """The first view (N, C, h, w) alone: that of images which are wanted beside others."""
-        return self._draw_and_run(images, self.names[:1], generator, rows=rows, total=total)[0]
+    def companion_view(
+        self, images: Tensor, generator: torch.Generator, *, rows: slice, global_batch_size: int
+    ) -> Tensor:
+        """Return only the first view (N, C, h, w), for images that accompany those of a batch."""
+        first = self.names[:1]
+        return self._draw_and_render(images, first, generator, rows=rows, global_batch_size=global_batch_size)[0]
 
-    def _draw_and_run(
-        self, images: Tensor, names: Sequence[str], generator: torch.Generator, *, rows: slice, total: int
+    def _draw_and_render(
+        self, images: Tensor, names: Sequence[str], generator: torch.Generator, *, rows: slice, global_batch_size: int
     ) -> tuple[Tensor, ...]:
-        draws = [rows_of(self.pipelines[name].draw(total, generator), rows) for name in names]
-        return self._run(images, list(zip(names, draws, strict=True)))
+        draws = [select_rows(self.pipelines[name].draw(global_batch_size, generator), rows) for name in names]
+        return self._render_views(images, list(zip(names, draws, strict=True)))
 
     @torch.no_grad()
     def clean(self, images: Tensor) -> Tensor:
-        """The view (N, C, h, w) without chance of images (N, C, H, W)."""
-        return self._run(images, [("clean", {})])[0]
+        """Return the view (N, C, h, w) without randomness of images (N, C, H, W)."""
+        return self._render_views(images, [("clean", {})])[0]
 
-    def _run(self, images: Tensor, recipes: Recipes) -> tuple[Tensor, ...]:
-        """Every recipe applied to the images and normalised."""
+    def _render_views(self, images: Tensor, view_draws: ViewDraws) -> tuple[Tensor, ...]:
+        """Apply every draw to the images and normalise the results."""
         channels = images.shape[1]
         if self.mean is not None and len(self.mean) not in (1, channels):
             raise InputError(
@@ -140,55 +151,67 @@ class MultiView:
                 do="set dataset.mean and dataset.std for these images",
             )
         with torch.autocast(images.device.type, enabled=False):
-            return (self._in_pieces if images.is_cpu else self._at_once)(images, recipes)
+            return (self._render_in_pieces if images.is_cpu else self._render_all_at_once)(images, view_draws)
 
-    def _in_pieces(self, images: Tensor, recipes: Recipes) -> tuple[Tensor, ...]:
-        scale, piece = self._scale(), max(16, self.piece_bytes // (4 * math.prod(images.shape[1:])))
-        views: list[list[Tensor]] = [[] for _ in recipes]
-        for start in range(0, len(images), piece):
-            part = slice(start, start + piece)
-            pixels = to_pixels(images[part])
-            for view, (name, draw) in zip(views, recipes, strict=True):
-                view.append(finish(self.pipelines[name].apply(pixels, rows_of(draw, part)), scale))
-        return tuple(torch.cat(view) for view in views)
+    def _render_in_pieces(self, images: Tensor, view_draws: ViewDraws) -> tuple[Tensor, ...]:
+        """Make the views of a few images at a time, each view in turn."""
+        normalization = self._normalization()
+        piece_size = max(16, self.piece_bytes // (4 * math.prod(images.shape[1:])))  # images
+        pieces_of_views: list[list[Tensor]] = [[] for _ in view_draws]
+        for start in range(0, len(images), piece_size):
+            rows = slice(start, start + piece_size)
+            floats = to_float_images(images[rows])
+            for pieces, (name, draw) in zip(pieces_of_views, view_draws, strict=True):
+                pieces.append(normalize(self.pipelines[name].apply(floats, select_rows(draw, rows)), normalization))
+        return tuple(torch.cat(pieces) for pieces in pieces_of_views)
 
-    def _at_once(self, images: Tensor, recipes: Recipes) -> tuple[Tensor, ...]:
-        """The same with all views of one pipeline at once: small images cost a GPU as much as there are operations."""
-        names = tuple(name for name, _ in recipes)
-        joined = []
+    def _render_all_at_once(self, images: Tensor, view_draws: ViewDraws) -> tuple[Tensor, ...]:
+        """Make the views of all images, with one pass through each pipeline for all of its views.
+
+        With small images, a GPU takes as long as it takes to launch the operations, however many images there are.
+        """
+        names = tuple(name for name, _ in view_draws)
+        joined_draws = []
         for name in dict.fromkeys(names):
-            draws = [draw for other, draw in recipes if other == name]
-            joined.append({key: torch.cat([draw[key] for draw in draws]) for key in draws[0]})
-        packed, layout = pack([self._scale(), *joined], images.device)
-        render = partial(self._render, names=names, layout=layout)
-        if self.prepared is None:
+            draws = [draw for other, draw in view_draws if other == name]
+            joined_draws.append({key: torch.cat([draw[key] for draw in draws]) for key in draws[0]})
+        packed, layout = pack_tensors([self._normalization(), *joined_draws], images.device)
+        render = partial(self._render_packed, names=names, layout=layout)
+        if self.run_on_device is None:
             return render(images, packed)
-        return self.prepared((names, layout, images.shape, images.dtype), render, images, packed)
+        return self.run_on_device((names, layout, images.shape, images.dtype), render, images, packed)
 
-    def _render(self, images: Tensor, packed: Tensor, *, names: tuple[str, ...], layout: Layout) -> tuple[Tensor, ...]:
-        """The views `names` from the scale and, per pipeline, the joined draws of its views."""
-        scale, *draws = unpack(packed, layout)
-        pixels = to_pixels(images)
-        made: dict[str, list[Tensor]] = {}
+    def _render_packed(
+        self, images: Tensor, packed: Tensor, *, names: tuple[str, ...], layout: Layout
+    ) -> tuple[Tensor, ...]:
+        """Make the views `names`; `packed` holds mean and std and, for each pipeline, the joined draws of its views."""
+        normalization, *draws = unpack_tensors(packed, layout)
+        floats = to_float_images(images)
+        views_by_pipeline: dict[str, list[Tensor]] = {}
         for name, draw in zip(dict.fromkeys(names), draws, strict=True):
-            views = self.pipelines[name].apply(pixels.repeat(names.count(name), 1, 1, 1), draw)
-            made[name] = list(finish(views, scale).split(len(pixels)))
-        return tuple(made[name].pop(0) for name in names)
+            views = self.pipelines[name].apply(floats.repeat(names.count(name), 1, 1, 1), draw)
+            views_by_pipeline[name] = list(normalize(views, normalization).split(len(floats)))
+        return tuple(views_by_pipeline[name].pop(0) for name in names)
 
-    def _scale(self) -> dict[str, Tensor]:
-        held = {"mean": self.mean, "std": self.std}
-        return {name: values[None] for name, values in held.items() if values is not None}
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Floats (N, C, H, W), those of uint8 images in [0, 1]."""
-    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels if images.is_floating_point() else pixels / 255
+    def _normalization(self) -> dict[str, Tensor]:
+        """Return mean and std (1, C) by name, or an empty dict if the views stay in [0, 1]."""
+        both = {"mean": self.mean, "std": self.std}
+        return {name: values[None] for name, values in both.items() if values is not None}
 
 
-def finish(images: Tensor, scale: dict[str, Tensor]) -> Tensor:
-    """Images normalised, and colour images in channels-last memory, which convolutions prefer."""
-    if scale:
-        images = (images - per_image(scale["mean"])).div_(per_image(scale["std"]))
-    colour = images.shape[1] == 3
-    return images.contiguous(memory_format=torch.channels_last) if colour else images
+def to_float_images(images: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as float32; uint8 values are scaled to [0, 1]."""
+    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return floats if images.is_floating_point() else floats / 255
+
+
+def normalize(images: Tensor, normalization: dict[str, Tensor]) -> Tensor:
+    """Return images normalised by `mean` and `std`, if given.
+
+    Colour images come in channels-last memory order, with which convolutions are faster.
+    """
+    if normalization:
+        mean, std = add_pixel_dimensions(normalization["mean"]), add_pixel_dimensions(normalization["std"])
+        images = (images - mean).div_(std)
+    has_colour = images.shape[1] == 3
+    return images.contiguous(memory_format=torch.channels_last) if has_colour else images

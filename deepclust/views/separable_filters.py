@@ -1,24 +1,28 @@
-"""Linear maps of images that act on rows and on columns: resampling, shifting, filtering.
+"""Linear maps of images that act on rows and columns separately: resampling, cropping, filtering.
 
-The new image is `D X Aᵀ` with one small matrix per image and axis, so that boxes and kernels may differ from
-image to image while the whole batch takes two batched products.
+The new image is `V X Hᵀ`, with a vertical matrix V and a horizontal matrix H for each image. Boxes and kernels may
+thus differ from image to image, while the whole batch takes two batched matrix products.
 """
 
 import torch
 from torch import Tensor
 
 
-def separable(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """`down @ image @ acrossᵀ` of every image (N, C, H, W), with down (N, h, H) and across (N, w, W)."""
+def apply_separable(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """Return `vertical @ image @ horizontalᵀ` (N, C, h, w) of images (N, C, H, W).
+
+    The matrices have the shapes (N, h, H) and (N, w, W).
+    """
     n, channels, height, width = images.shape
-    wide = images.reshape(n, channels * height, width) @ across.mT
-    return down[:, None] @ wide.reshape(n, channels, height, across.shape[1])
+    rows = images.reshape(n, channels * height, width) @ horizontal.mT
+    return vertical[:, None] @ rows.reshape(n, channels, height, horizontal.shape[1])
 
 
-def resampling(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """Weights (N, size, pixels) that resize the `length` (N,) pixels from `start` (N,) on to `size`.
+def resampling_matrices(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Return matrices (N, size, pixels) that resize `length` (N,) pixels, from `start` (N,) on, to `size` pixels.
 
-    Bilinear with antialiasing: a triangle as wide as the larger of the two pixel sizes, cut off at the box.
+    Bilinear with antialiasing: the kernel is a triangle as wide as the larger of the two pixel sizes. It is cut off at
+    the ends of the box.
     """
     step = length[:, None, None] / size
     source = torch.arange(pixels, device=start.device) + 0.5 - start[:, None, None]
@@ -29,34 +33,38 @@ def resampling(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def shifting(start: Tensor, pixels: int, size: int) -> Tensor:
-    """Weights (N, size, pixels) that take `size` pixels from `start` (N,) on; black outside the image."""
+def cropping_matrices(start: Tensor, pixels: int, size: int) -> Tensor:
+    """Return matrices (N, size, pixels) that take `size` pixels from `start` (N,) on; black outside the image."""
     source = torch.arange(size, device=start.device)[:, None] + start[:, None, None]
     return (source == torch.arange(pixels, device=start.device)).float()
 
 
-def gaussian(sigma: Tensor, taps: int) -> Tensor:
-    """Kernels (N, taps) of Gaussians with deviation `sigma` (N,) in pixels, sampled at the pixels."""
+def gaussian_kernels(sigma: Tensor, taps: int) -> Tensor:
+    """Return Gaussian kernels (N, taps) of standard deviation `sigma` (N,) in pixels, sampled at the pixels."""
     distance = torch.arange(taps, device=sigma.device) - taps // 2
     weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
     return weights / weights.sum(1, keepdim=True)
 
 
-def box(radius: Tensor, taps: int) -> Tensor:
-    """Kernels (N, taps) that average over `radius` (N,) pixels to both sides, the last one by its share."""
+def box_kernels(radius: Tensor, taps: int) -> Tensor:
+    """Return box kernels (N, taps) that average over `radius` (N,) pixels to both sides.
+
+    The radius need not be whole: the outermost pixels count by the fraction that the box covers.
+    """
     distance = (torch.arange(taps, device=radius.device) - taps // 2).abs()
     return (radius[:, None] + 1 - distance).clamp(0, 1) / (2 * radius[:, None] + 1)
 
 
-def filtering(kernels: Tensor, pixels: int, *, mirror: bool) -> Tensor:
-    """Weights (N, pixels, pixels) that filter with kernels (N, taps).
+def filtering_matrices(kernels: Tensor, pixels: int, *, mirror: bool) -> Tensor:
+    """Return matrices (N, pixels, pixels) that filter with kernels (N, taps).
 
-    Beyond the border the image goes on mirrored at the centre of its last pixel or, else, repeats that pixel.
+    Beyond the border, the image continues mirrored at the centre of its last pixel with `mirror`; otherwise that pixel
+    is repeated.
     """
     taps = kernels.shape[1]
-    at = torch.arange(pixels, device=kernels.device)
-    source = at + (torch.arange(taps, device=kernels.device) - taps // 2)[:, None]  # (taps, pixels)
+    positions = torch.arange(pixels, device=kernels.device)
+    source = positions + (torch.arange(taps, device=kernels.device) - taps // 2)[:, None]  # (taps, pixels)
     if mirror:
         source = pixels - 1 - (source % max(2 * pixels - 2, 1) - (pixels - 1)).abs()
     source = source.clamp(0, pixels - 1)
-    return (kernels @ (source[..., None] == at).float().flatten(1)).reshape(-1, pixels, pixels)
+    return (kernels @ (source[..., None] == positions).float().flatten(1)).reshape(-1, pixels, pixels)

@@ -1,4 +1,4 @@
-"""Arguments of a verb: paths are taken as they are typed, other values are left to Hydra."""
+"""Arguments of a verb: paths are taken literally, and other values are parsed by Hydra."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from deepclust.cli.arguments import quote_path
     "path",
     ["Süd, 2019", "a (1)", "it's", "x] {y}: z=1; 100%", "c:\\photos\\it's", "~/photos", "plain/path-1.0", "日本"],
 )
-def test_paths_are_taken_as_they_are_typed(path):
+def test_paths_are_taken_literally(path):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     override = OverridesParser.create().parse_override(quote_path(f"images={path}", is_sweep=False))
@@ -17,5 +17,5 @@ def test_paths_are_taken_as_they_are_typed(path):
 
 
 @pytest.mark.parametrize("argument", ["images='a, b'", "run=${start}", "runs=[a,b]", "method.spread=a, b", "run=a b,c"])
-def test_what_says_more_than_a_path_is_left_to_hydra(argument):
+def test_values_with_hydra_syntax_are_left_to_hydra(argument):
     assert quote_path(argument, is_sweep=True) == argument

@@ -10,12 +10,12 @@ from deepclust.errors import InputError
 METRICS = ("inner_product", "euclidean")
 
 
-def rows_of(size, seed=0):
-    return torch.randn(size, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def make_rows(num_rows, seed=0):
+    return torch.randn(num_rows, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def slow(queries, keys, k, metric, exclude):
-    """Stable sort of all values, so that the lowest index comes first among equals."""
+def slow_nearest_neighbors(queries, keys, k, metric, exclude):
+    """A stable sort of all values, so that the lowest index comes first among equals."""
     values = queries @ keys.T if metric == "inner_product" else -torch.cdist(queries, keys)
     if exclude is not None:
         values[torch.arange(len(queries)), exclude] = -torch.inf
@@ -27,11 +27,11 @@ def slow(queries, keys, k, metric, exclude):
 @pytest.mark.parametrize("self_excluded", [False, True])
 @pytest.mark.parametrize("k", [1, 7, 199])
 def test_equals_a_full_sort(metric, self_excluded, k, monkeypatch):
-    monkeypatch.setattr(neighbors, "CPU_ELEMENTS", 64 * 200)  # several chunks
-    rows = rows_of(200)
+    monkeypatch.setattr(neighbors, "CPU_CHUNK_PRODUCTS", 64 * 200)  # several chunks
+    rows = make_rows(200)
     exclude = torch.arange(200) if self_excluded else None
     values, indices = nearest_neighbors(rows, rows, k, metric=metric, exclude=exclude)
-    expected_values, expected_indices = slow(rows, rows, k, metric, exclude)
+    expected_values, expected_indices = slow_nearest_neighbors(rows, rows, k, metric, exclude)
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(values, expected_values)
     if metric == "euclidean" and not self_excluded:
@@ -39,10 +39,10 @@ def test_equals_a_full_sort(metric, self_excluded, k, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_other_keys_than_queries(metric):
-    queries, keys = rows_of(30), rows_of(90, seed=1)
+def test_queries_that_are_not_among_the_keys(metric):
+    queries, keys = make_rows(30), make_rows(90, seed=1)
     _, indices = nearest_neighbors(queries, keys, 4, metric=metric, exclude=None)
-    assert torch.equal(indices, slow(queries, keys, 4, metric, None)[1])
+    assert torch.equal(indices, slow_nearest_neighbors(queries, keys, 4, metric, None)[1])
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -56,15 +56,15 @@ def test_the_lowest_index_comes_first_among_equals(metric, k):
 
 
 def test_euclidean_far_from_the_origin():
-    rows = rows_of(100).float()
+    rows = make_rows(100).float()
     near = nearest_neighbors(rows, rows, 5, metric="euclidean", exclude=None)
     far = nearest_neighbors(rows + 1024, rows + 1024, 5, metric="euclidean", exclude=None)
     assert torch.equal(near[1], far[1])
     torch.testing.assert_close(near[0], far[0], rtol=1e-2, atol=1e-3)
 
 
-def test_what_cannot_be_found():
-    rows = rows_of(5)
+def test_impossible_requests_are_refused():
+    rows = make_rows(5)
     with pytest.raises(InputError, match="5 neighbours were asked for among 5 rows"):
         nearest_neighbors(rows, rows, 5, metric="euclidean", exclude=torch.arange(5))
     rows[3, 0] = torch.nan

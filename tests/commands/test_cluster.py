@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from deepclust.backbones.pretrained import PACKAGED
+from deepclust.backbones.pretrained import PACKAGED_WEIGHTS
 from deepclust.backbones.resnet import ResNet
 from deepclust.commands.cluster import cluster
 from deepclust.commands.cluster_network import choose_network
@@ -70,7 +70,7 @@ def test_from_files_to_a_model_that_sorts_the_same_files_alike(photos, tmp_path,
         shown.append(given[2].features)
         return write_run_report(*given, **options)
 
-    monkeypatch.setattr("deepclust.runs.finish.write_run_report", write)
+    monkeypatch.setattr("deepclust.runs.write_run.write_run_report", write)
     caplog.set_level("INFO")
     results = call(folder, photos, *SMALL)
     assert results["num_images"] == 120 and results["num_clusters"] == 10 and results["method"] == "lnscc"
@@ -153,7 +153,7 @@ def test_weights_that_a_package_brings_and_what_is_said_without(photos, tmp_path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
     results = call(tmp_path / "run", photos, "pretrained=true", "rule=kmeans", "dataset.image_size=32")
     assert results["backbone"] == "tf_efficientnet_lite0" and not list((tmp_path / "run").glob("network-*"))
-    monkeypatch.delitem(PACKAGED, "tf_efficientnet_lite0")  # the model needs it no more
+    monkeypatch.delitem(PACKAGED_WEIGHTS, "tf_efficientnet_lite0")  # the model needs it no more
     say(
         predict, "predict", f"run={tmp_path}/run", f"images='{photos}'", f"output={tmp_path}/new.csv", "accelerator=cpu"
     )

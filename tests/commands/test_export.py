@@ -13,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_module
 from sklearn.datasets import load_digits
 
-from deepclust.callbacks.checkpoint import CHECKPOINT_FORMAT
-from deepclust.callbacks.evaluation import assign_by_own_rule, assign_to_centroids
+from deepclust.callbacks.last_checkpoint import CHECKPOINT_FORMAT
+from deepclust.clustering.assignment_rules import assign_by_own_rule, assign_to_centroids
 from deepclust.commands import export
-from deepclust.commands.export import Program, example_images, keep_used, main, write_onnx, write_torchscript
+from deepclust.commands.export import Program, drop_unused_tensors, example_images, main, write_onnx, write_torchscript
 from deepclust.commands.train import run
 from deepclust.config.build import build
 from deepclust.errors import InputError
@@ -136,9 +136,9 @@ def untrained(*overrides: str, height: int, width: int):
     images = torch.cat([example, example]).flip(0, 1, 3)[1:]
     features = method.encode_all([views.clean(images)], 5)
     centroids, scale = torch.randn(cfg.dataset.num_clusters, features.shape[1]), torch.tensor(3.0)
-    own = assign_by_own_rule(method, features) or assign_to_centroids(features, centroids, scale)
+    own = assign_by_own_rule(method.cluster_logits, features) or assign_to_centroids(features, centroids, scale)
     program = Program(method=method, views=views, centroids=centroids, scale=scale).eval().requires_grad_(False)
-    keep_used(program, example)
+    drop_unused_tensors(program, example)
     return program, example, images, (*own, features)
 
 
@@ -194,16 +194,16 @@ def test_nothing_is_kept_that_no_result_hangs_on():
 def test_distances_far_from_the_origin():
     rows, others = torch.randn(6, 5) + 1000, torch.randn(4, 5) + 1000
     expected = torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(export.distances(rows, others), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(export.euclidean_distances(rows, others), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(NotImplementedError):
-        export.distances(rows, others, p=1.0)
+        export.euclidean_distances(rows, others, p=1.0)
 
 
 def test_refusals(tmp_path, monkeypatch, capfd):
     where = [f"run={tmp_path}", f"output={tmp_path}/out"]
     assert "safetensors" in refused(monkeypatch, capfd, "export", *where, "format=pickle")
     assert "last.ckpt" in refused(monkeypatch, capfd, "export", *where, "format=onnx")
-    monkeypatch.setitem(export.NEEDED, "onnx", ("no_such_package",))
+    monkeypatch.setitem(export.REQUIRED_PACKAGES, "onnx", ("no_such_package",))
     assert "pip install no_such_package" in refused(monkeypatch, capfd, "export", *where, "format=onnx")
     (tmp_path / "checkpoints").mkdir()
     torch.save({"format": CHECKPOINT_FORMAT}, tmp_path / "checkpoints/last.ckpt")

@@ -25,8 +25,8 @@ def pixels(tmp_path):
     return make("dataset=digits", "backbone=identity", f"output={tmp_path}/pixels")
 
 
-def test_features_of_a_run_are_its_own(run_small, tmp_path):
-    _, folder = run_small()
+def test_features_of_a_run_are_its_own(train_small, tmp_path):
+    _, folder = train_small()
     images = load_features(path=str(make(f"run={folder}", f"output={tmp_path}/kept")), num_classes=10)
     _, method = load_method(load_checkpoint(folder))
     assert len(images.fit) == 1797 and len(images.labels) == 1797 and len(images.class_names) == 10

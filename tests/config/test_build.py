@@ -1,4 +1,4 @@
-"""Objects out of a configuration: what is built, what is handed over, and what is refused."""
+"""Building objects from a configuration: results, arguments that are passed on, and refusals."""
 
 import dataclasses
 import functools
@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from deepclust.config.build import build
 from deepclust.errors import InputError
 
-HERE = "tests_of_config"
+MODULE_NAME = "tests_of_config"
 
 
 class Part:
-    """Keeps what it is given."""
+    """Keeps its arguments."""
 
     def __init__(self, *, size: int, rate: float | None = 1.0, kind: Literal["a", "b"] = "a", step: Callable = max):
         self.size, self.rate, self.kind, self.step = size, rate, kind, step
@@ -37,7 +37,7 @@ class Record:
     value: list
 
 
-def broken(reason: str) -> None:
+def raise_error(reason: str) -> None:
     if reason == "input":
         raise InputError("what", expected="that", do="do so")
     if reason == "package":
@@ -46,28 +46,29 @@ def broken(reason: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """This file under a name that does not depend on how pytest imports it."""
-    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
+def importable_module(monkeypatch):
+    """Make this file importable by a name that does not depend on how pytest imports it."""
+    monkeypatch.setitem(sys.modules, MODULE_NAME, sys.modules[__name__])
 
 
-def config(text: str) -> DictConfig:
-    cfg = OmegaConf.create(text.replace("here.", f"{HERE}."))
-    OmegaConf.set_struct(cfg, True)  # as Hydra hands it out
+def make_config(text: str) -> DictConfig:
+    """Return a configuration from YAML, in which `here.` stands for this file."""
+    cfg = OmegaConf.create(text.replace("here.", f"{MODULE_NAME}."))
+    OmegaConf.set_struct(cfg, True)  # as Hydra returns it
     return cfg
 
 
-def refusal(function: Callable[[], Any]) -> InputError:
+def catch_input_error(function: Callable[[], Any]) -> InputError:
     with pytest.raises(InputError) as caught:
         function()
     return caught.value
 
 
-# build: what it makes
+# build: results
 
 
-def test_build_nests_and_hands_over_plain_containers():
-    cfg = config("""
+def test_build_nests_and_passes_lists_and_dicts():
+    cfg = make_config("""
         size: 2
         whole:
           _target_: here.Whole
@@ -79,47 +80,47 @@ def test_build_nests_and_hands_over_plain_containers():
     assert type(whole.items) is list and type(whole.items[0]) is dict and whole.items[1].size == 3
 
 
-def test_build_of_lists_mappings_and_nothing():
-    cfg = config("{l: [{_target_: here.Part, size: 1}], d: {a: {_target_: here.Part, size: 2}, b: null}, n: null}")
+def test_build_of_lists_mappings_and_null():
+    cfg = make_config("{l: [{_target_: here.Part, size: 1}], d: {a: {_target_: here.Part, size: 2}, b: null}, n: null}")
     assert [part.size for part in build(cfg.l)] == [1]
     built = build(cfg.d)
     assert type(built) is dict and built["a"].size == 2 and built["b"] is None
     assert build(cfg.n) is None and build(None) is None
-    assert build({"_target_": f"{HERE}.Part", "size": 4}).size == 4
-    assert build({"_target_": f"{HERE}.Whole.empty"}).name == "whole"
+    assert build({"_target_": f"{MODULE_NAME}.Part", "size": 4}).size == 4
+    assert build({"_target_": f"{MODULE_NAME}.Whole.empty"}).name == "whole"
 
 
-def test_what_is_given_arrives_untouched_and_replaces_the_key():
-    cfg = config("whole: {_target_: here.Whole, part: '???', items: {_target_: here.broken, reason: never}}")
-    given, record = [1, 2], Record([3])
-    whole = build(cfg.whole, part=record, items=given)
-    assert whole.part is record and whole.items is given
+def test_given_values_are_passed_unchanged_and_replace_keys():
+    cfg = make_config("whole: {_target_: here.Whole, part: '???', items: {_target_: here.raise_error, reason: never}}")
+    items, record = [1, 2], Record([3])
+    whole = build(cfg.whole, part=record, items=items)
+    assert whole.part is record and whole.items is items
 
 
-def test_partial_waits_for_the_rest():
-    cfg = config("""
+def test_partial_is_called_with_the_remaining_arguments():
+    cfg = make_config("""
         whole: {_target_: here.Whole, _partial_: true, name: x}
         outer:
           _target_: here.Whole
           part: {_target_: here.Part, _partial_: true, rate: 0.5}
     """)
-    made = build(cfg.whole, items=[1])
-    assert isinstance(made, functools.partial)
-    whole = made(part=2)
+    make_whole = build(cfg.whole, items=[1])
+    assert isinstance(make_whole, functools.partial)
+    whole = make_whole(part=2)
     assert (whole.part, whole.items, whole.name) == (2, [1], "x")
     assert build(cfg.outer).part(size=7).size == 7
 
 
-def test_build_leaves_the_configuration_as_it_was():
-    cfg = config("whole: {_target_: here.Whole, _partial_: true, part: 1}")
+def test_build_does_not_change_the_configuration():
+    cfg = make_config("whole: {_target_: here.Whole, _partial_: true, part: 1}")
     before = OmegaConf.to_yaml(cfg)
     build(cfg.whole, part=2)
     assert OmegaConf.to_yaml(cfg) == before and OmegaConf.is_struct(cfg.whole)
 
 
-# build: what it refuses
+# build: refusals
 
-PART = "a: {_target_: here.Whole, part: {_target_: here.Part, %s}}"
+PART_CONFIG = "a: {_target_: here.Whole, part: {_target_: here.Part, %s}}"
 
 
 @pytest.mark.parametrize(
@@ -148,25 +149,25 @@ PART = "a: {_target_: here.Whole, part: {_target_: here.Part, %s}}"
     ],
 )
 def test_argument_that_does_not_fit_is_named_by_its_key(arguments, what, expected, do):
-    error = refusal(lambda: build(config(PART % arguments).a))
+    error = catch_input_error(lambda: build(make_config(PART_CONFIG % arguments).a))
     assert what in (None, error.what) and expected in (None, error.expected) and do in (None, error.do)
 
 
 @pytest.mark.parametrize("arguments", ["size: 1, rate: 2", "size: 1, rate: null", "size: true", "size: 1, kind: b"])
-def test_argument_that_fits_is_let_through(arguments):
-    assert build(config(PART % arguments).a).part.size == 1
+def test_argument_that_fits_is_accepted(arguments):
+    assert build(make_config(PART_CONFIG % arguments).a).part.size == 1
 
 
-def test_value_that_is_referred_to_is_named_where_it_stands():
+def test_bad_value_is_named_by_the_key_that_holds_it():
     text = "{a: {_target_: here.Part, size: '${b.size}'}, b: {size: '${c}'}, c: many}"
-    assert refusal(lambda: build(config(text).a)).what == "c is 'many'"
+    assert catch_input_error(lambda: build(make_config(text).a)).what == "c is 'many'"
 
 
 def test_partial_may_lack_arguments_but_not_misspell_them():
-    build(config("a: {_target_: here.Part, _partial_: true}").a)
+    build(make_config("a: {_target_: here.Part, _partial_: true}").a)
     assert (
         "a.siz is no argument"
-        in refusal(lambda: build(config("a: {_target_: here.Part, _partial_: true, siz: 1}").a)).what
+        in catch_input_error(lambda: build(make_config("a: {_target_: here.Part, _partial_: true, siz: 1}").a)).what
     )
 
 
@@ -174,39 +175,42 @@ def test_partial_may_lack_arguments_but_not_misspell_them():
     ("target", "what", "do"),
     [
         ("no_such_package.mine.Mine", "there is no module no_such_package", "install no_such_package"),
-        ("here.Whol", f"{HERE} has no Whol", f"write {HERE}.Whole"),
+        ("here.Whol", f"{MODULE_NAME} has no Whol", f"write {MODULE_NAME}.Whole"),
         ("deepclust.eror.InputError", "deepclust has no eror", "write deepclust.errors.InputError"),
-        ("here.Whole.emty", f"{HERE}.Whole has no emty", f"write {HERE}.Whole.empty"),
+        ("here.Whole.emty", f"{MODULE_NAME}.Whole has no emty", f"write {MODULE_NAME}.Whole.empty"),
     ],
 )
 def test_target_that_does_not_exist_is_named(target, what, do):
-    error = refusal(lambda: build(config(f"a: {{b: {{_target_: {target}}}}}").a))
+    error = catch_input_error(lambda: build(make_config(f"a: {{b: {{_target_: {target}}}}}").a))
     assert error.what.startswith("a.b._target_ is ") and error.what.endswith(what) and error.do.startswith(do)
 
 
 @pytest.mark.parametrize("node", ["resnet", 3])
 def test_value_in_place_of_a_section_is_refused(node):
-    assert str(node) in refusal(lambda: build(node)).what
+    assert str(node) in catch_input_error(lambda: build(node)).what
 
 
-def test_section_without_a_target_cannot_be_given_anything():
-    assert "_target_" in refusal(lambda: build(config("a: {b: 1}").a, c=2)).expected
+def test_section_without_a_target_takes_no_given_values():
+    assert "_target_" in catch_input_error(lambda: build(make_config("a: {b: 1}").a, c=2)).expected
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_errors_of_constructors_pass_as_they_are(nested):
-    text = "{_target_: here.broken, reason: %s}"
-    text = f"a: {{_target_: here.Whole, part: {text}}}" if nested else f"a: {text}"
-    assert str(refusal(lambda: build(config(text % "input").a))) == "what; expected that; do so"
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_errors_of_constructors_are_raised_unchanged(is_nested):
+    text = "{_target_: here.raise_error, reason: %s}"
+    text = f"a: {{_target_: here.Whole, part: {text}}}" if is_nested else f"a: {text}"
+    assert str(catch_input_error(lambda: build(make_config(text % "input").a))) == "what; expected that; do so"
     with pytest.raises(TypeError, match=r"^inside: fault$") as caught:
-        build(config(text % "fault").a)
-    assert caught.traceback[-1].name == "broken"
+        build(make_config(text % "fault").a)
+    assert caught.traceback[-1].name == "raise_error"
 
 
-def test_package_that_is_not_installed_is_the_users_to_mend():
-    assert "no tensorboard here" in refusal(lambda: build(config("a: {_target_: here.broken, reason: package}").a)).what
+def test_package_that_is_not_installed_is_a_user_error():
+    assert (
+        "no tensorboard here"
+        in catch_input_error(lambda: build(make_config("a: {_target_: here.raise_error, reason: package}").a)).what
+    )
 
 
-def test_function_in_c_is_called_unchecked():
+def test_function_without_a_signature_is_called_unchecked():
     assert build({"_target_": "builtins.dict", "a": 1}) == {"a": 1}
     assert list(itertools.islice(build({"_target_": "itertools.count", "start": 3}), 2)) == [3, 4]

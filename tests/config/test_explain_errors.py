@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf: each kind becomes one line that says what to do."""
+"""Errors of Hydra and OmegaConf become one line each that says what to do."""
 
 import pytest
 
@@ -77,31 +77,31 @@ import pytest
         ("-m sed=1,2", "there is no key or group sed", "write seed=1,2"),
     ],
 )
-def test_command_line_that_does_not_compose_is_one_line(toy, capsys, arguments, what, do):
-    assert toy(*arguments.split()) == 2
+def test_command_line_that_does_not_compose_is_one_line(toy_verb, capsys, arguments, what, do):
+    assert toy_verb.run(*arguments.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"deepclust: error: {what}; expected ") and err.count("\n") == 1
     assert do is None or err.endswith(f"; {do}\n")
-    assert not toy.jobs
+    assert not toy_verb.job_configs
 
 
-def test_users_own_folder_of_configurations(toy, capsys):
-    mine = toy.folder / "mine" / "method"
-    mine.mkdir(parents=True)
-    (mine / "mine.yaml").write_text("speed: 3\n")
-    assert toy("method=mine", "--config-dir=mine") == 0
-    assert toy.jobs[0].method == {"speed": 3}
-    assert toy("method=mine", "method.sped=4", "--config-dir=mine") == 2
+def test_configurations_of_the_user_in_a_config_dir(toy_verb, capsys):
+    method_configs = toy_verb.folder / "mine" / "method"
+    method_configs.mkdir(parents=True)
+    (method_configs / "mine.yaml").write_text("speed: 3\n")
+    assert toy_verb.run("method=mine", "--config-dir=mine") == 0
+    assert toy_verb.job_configs[0].method == {"speed": 3}
+    assert toy_verb.run("method=mine", "method.sped=4", "--config-dir=mine") == 2
     assert "write method.speed=4" in capsys.readouterr().err
-    (mine / "torn.yaml").write_text("speed: [3\n")
-    assert toy("method=torn", "--config-dir=mine") == 2
+    (method_configs / "torn.yaml").write_text("speed: [3\n")
+    assert toy_verb.run("method=torn", "--config-dir=mine") == 2
     assert "torn.yaml" in capsys.readouterr().err
 
 
-def test_warnings_while_composing_are_not_lost(toy, capsys):
-    assert toy("hydra.searchpath=[nowhere]") == 0
+def test_warnings_while_composing_are_not_lost(toy_verb, capsys):
+    assert toy_verb.run("hydra.searchpath=[nowhere]") == 0
     out, err = capsys.readouterr()
     assert "path=nowhere is not available" in out and err == ""
-    with pytest.warns(UserWarning, match="path=nowhere is not available"):  # shown on standard error otherwise
-        assert toy("hydra.searchpath=[nowhere]", "--cfg", "job") == 0
+    with pytest.warns(UserWarning, match="path=nowhere is not available"):  # outside of tests, on standard error
+        assert toy_verb.run("hydra.searchpath=[nowhere]", "--cfg", "job") == 0
     assert capsys.readouterr().out.startswith("seed: 0\n")

@@ -1,4 +1,4 @@
-"""Values of a configuration: resolved, named where they are open, and checked before any work."""
+"""Values of a configuration: they are resolved and checked, and missing ones are named."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,32 +10,37 @@ from deepclust.config.values import check_whole_numbers, resolve_to_dict
 from deepclust.errors import InputError
 
 
-def config(text: str) -> DictConfig:
+def make_config(text: str) -> DictConfig:
     cfg = OmegaConf.create(text)
-    OmegaConf.set_struct(cfg, True)  # as Hydra hands it out
+    OmegaConf.set_struct(cfg, True)  # as Hydra returns it
     return cfg
 
 
-def refusal(function: Callable[[], Any]) -> InputError:
+def catch_input_error(function: Callable[[], Any]) -> InputError:
     with pytest.raises(InputError) as caught:
         function()
     return caught.value
 
 
-def test_plain_resolves_and_leaves_nothing_of_omegaconf():
-    values = resolve_to_dict(config("{a: {b: [1, {c: '${seed}'}]}, seed: 3}"))
+def test_resolve_to_dict_leaves_nothing_of_omegaconf():
+    values = resolve_to_dict(make_config("{a: {b: [1, {c: '${seed}'}]}, seed: 3}"))
     assert values == {"a": {"b": [1, {"c": 3}]}, "seed": 3}
     assert type(values["a"]["b"]) is list and type(values["a"]["b"][1]) is dict
 
 
-def test_plain_names_every_open_key_and_not_those_that_refer_to_it():
-    error = refusal(lambda: resolve_to_dict(config("{data: {path: '???', again: '${data.path}'}, l: [1, '???']}")))
+def test_resolve_to_dict_names_missing_values_and_not_keys_that_refer_to_them():
+    error = catch_input_error(
+        lambda: resolve_to_dict(make_config("{data: {path: '???', again: '${data.path}'}, l: [1, '???']}"))
+    )
     assert error.what == "data.path and l.1 have no value"
     assert error.do == "add data.path=VALUE l.1=VALUE"
 
 
-def test_plain_of_a_section_names_the_whole_key():
-    assert refusal(lambda: resolve_to_dict(config("{data: {path: '???'}}").data)).what == "data.path has no value"
+def test_resolve_to_dict_of_a_section_names_the_whole_key():
+    assert (
+        catch_input_error(lambda: resolve_to_dict(make_config("{data: {path: '???'}}").data)).what
+        == "data.path has no value"
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,14 +58,14 @@ def test_plain_of_a_section_names_the_whole_key():
         ),
     ],
 )
-def test_plain_says_which_reference_leads_nowhere(text, what, do):
-    error = refusal(lambda: resolve_to_dict(config(text)))
+def test_resolve_to_dict_names_a_reference_that_leads_nowhere(text, what, do):
+    error = catch_input_error(lambda: resolve_to_dict(make_config(text)))
     assert (error.what, error.do) == (what, do)
 
 
-def test_numbers_that_are_worked_out_later_and_none_epochs_pass():
+def test_whole_numbers_may_be_null_or_zero_epochs():
     check_whole_numbers(
         {"seed": -1, "batch_size": 1, "trainer": {"max_epochs": 0}, "network": {"trainer": {"max_epochs": None}}}
     )
-    error = refusal(lambda: check_whole_numbers({"network": {"batch_size": True}}))
+    error = catch_input_error(lambda: check_whole_numbers({"network": {"batch_size": True}}))
     assert error.what == "network.batch_size is True"

@@ -1,4 +1,4 @@
-"""The adapters take what dtype a case has: those in float32 hold with float64 inputs too."""
+"""Cases that were recorded in float32 also hold with float64 inputs: adapters compute in the dtype of their inputs."""
 
 import importlib
 from pathlib import Path
@@ -9,10 +9,12 @@ import torch
 
 from tests.conformance.test_vectors import CASES, check_close
 
-SINGLE = [case for case in CASES if any("float32" in about for about in case.values[1]["inputs"].values())]
+FLOAT32_CASES = [
+    case for case in CASES if any("float32" in description for description in case.values[1]["inputs"].values())
+]
 
 
-@pytest.mark.parametrize(("folder", "case"), SINGLE)
+@pytest.mark.parametrize(("folder", "case"), FLOAT32_CASES)
 def test_case_in_float64(folder: Path, case: dict):
     adapter = importlib.import_module(f"tests.conformance.adapters.{folder.name}")
     with np.load(folder / case["file"], allow_pickle=False) as arrays:

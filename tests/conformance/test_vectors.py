@@ -1,9 +1,9 @@
-"""The project's own functions against recorded numbers.
+"""Functions of this package against recorded numbers.
 
-Each case of each `manifest.json` is one test, `METHOD-FILE`. `DEEPCLUST_CONFORMANCE=DIR` names another folder of the
-same form. A method's adapter, `adapters/METHOD.py`, maps a quantity to a function (params, inputs) -> outputs by
-name; where equality within the case's tolerance is not what the quantity asks for, its CHECKS holds a comparison of
-its own.
+Each case of each `manifest.json` is one test with the id `METHOD-FILE`. The environment variable
+`DEEPCLUST_CONFORMANCE=DIR` selects another folder of the same form. The adapter of a method, `adapters/METHOD.py`, maps
+each quantity to a function (params, inputs) -> outputs, with inputs and outputs by name. Outputs must equal the
+recorded ones within the tolerance of the case, unless the adapter's CHECKS has another comparison for the quantity.
 """
 
 import importlib
@@ -41,20 +41,20 @@ def test_case(folder: Path, case: dict):
 
 
 def check_close(actual: dict, expected: dict, *, inputs: dict, rtol: float, atol: float) -> None:
-    """Every expected output within the tolerance; whole numbers exactly."""
+    """Check that every expected output is there and equal: within the tolerance, or exactly for integers."""
     missing = set(expected) - set(actual)
-    assert not missing, f"the adapter gives no {sorted(missing)}"
+    assert not missing, f"the adapter does not return {sorted(missing)}"
     for name, values in expected.items():
-        got = torch.as_tensor(actual[name]).detach()
-        assert got.shape == values.shape, f"{name}: {tuple(got.shape)}, expected {tuple(values.shape)}"
+        output = torch.as_tensor(actual[name]).detach()
+        assert output.shape == values.shape, f"{name}: {tuple(output.shape)}, expected {tuple(values.shape)}"
         if values.is_floating_point():
             torch.testing.assert_close(
-                got.double(),
+                output.double(),
                 values.double(),
                 rtol=rtol,
                 atol=atol,
                 equal_nan=True,
-                msg=lambda m, n=name: f"{n}: {m}",
+                msg=lambda message, name=name: f"{name}: {message}",
             )
         else:
-            assert torch.equal(got.to(values.dtype), values), f"{name} differs"
+            assert torch.equal(output.to(values.dtype), values), f"{name} differs"

@@ -1,4 +1,4 @@
-"""One's own images in one file: what is taken, and what is said of the rest."""
+"""Array files of one's own images: what is accepted, and how the rest is refused."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ LABELS = np.array([0, 1, 2, 0, 1, -1], np.int32)
 
 
 @pytest.mark.parametrize("array", [COLOUR, GREY, GREY[..., None]])
-def test_npy(tmp_path: Path, array: np.ndarray):
+def test_npy_file(tmp_path: Path, array: np.ndarray):
     np.save(tmp_path / "a.npy", array)
     images, labels = open_array_file(str(tmp_path / "a.npy"))
     assert labels is None and isinstance(images, np.memmap)
     assert (images == array.reshape(*array.shape[:3], -1)).all()
 
 
-def test_npz(tmp_path: Path):
+def test_npz_file(tmp_path: Path):
     np.savez(tmp_path / "a.npz", images=COLOUR, labels=LABELS, other=np.zeros(3))
     images, labels = open_array_file(str(tmp_path / "a.npz"))
     assert (images == COLOUR).all()
@@ -37,13 +37,13 @@ def test_npz(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_floats_from_0_to_1(tmp_path: Path, dtype: type):
+def test_floats_from_0_to_1_are_scaled(tmp_path: Path, dtype: type):
     np.save(tmp_path / "a.npy", (COLOUR / 255).astype(dtype))
     images, _ = open_array_file(str(tmp_path / "a.npy"))
     assert images.dtype == np.uint8 and (images == COLOUR).all()
 
 
-def test_data_set(tmp_path: Path):
+def test_an_array_file_as_a_data_set(tmp_path: Path):
     np.savez(tmp_path / "a.npz", images=GREY, labels=LABELS)
     data = load_array_file(path=str(tmp_path / "a.npz"), channels=None, num_classes=None)
     assert isinstance(data.fit, ArraySource) and data.evaluation is data.fit and data.fit.shape == (5, 4, 1)
@@ -52,55 +52,55 @@ def test_data_set(tmp_path: Path):
     assert colour.read(np.arange(6)).shape == (6, 3, 5, 4)
 
 
-NAN = np.full((2, 4, 4), np.nan)
+NAN_IMAGES = np.full((2, 4, 4), np.nan)
 
 
 @pytest.mark.parametrize(
-    ("array", "text"),
+    ("array", "message"),
     [
         (COLOUR.astype(np.int64), "holds int64 values; expected uint8 from 0 to 255, or floats from 0 to 1"),
         (COLOUR.astype(np.float32), "holds float32 values below 0 or above 1"),
-        (NAN, "holds float64 values below 0 or above 1"),
+        (NAN_IMAGES, "holds float64 values below 0 or above 1"),
         (COLOUR.transpose(0, 3, 1, 2), r"holds an array of shape \(6, 3, 5, 4\); .*transpose\(0, 2, 3, 1\)"),
         (GREY.reshape(6, -1), r"shape \(6, 20\); expected \(images, height, width\) or"),
         (COLOUR[:0], r"shape \(0, 5, 4, 3\)"),
         (COLOUR.astype(str), "holds <U21 values|holds <U3 values"),
     ],
 )
-def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray, text: str):
+def test_arrays_that_are_not_images_are_refused(tmp_path: Path, array: np.ndarray, message: str):
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(InputError, match=text) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_array_file(str(tmp_path / "a.npy"))
     assert str(tmp_path / "a.npy") in str(caught.value)
 
 
-def test_other_files_are_refused(tmp_path: Path):
-    def refused(name: str, text: str, **arguments) -> None:
-        with pytest.raises(InputError, match=text):
+def test_files_without_valid_images_are_refused(tmp_path: Path):
+    def check_refused(name: str, message: str, **arguments) -> None:
+        with pytest.raises(InputError, match=message):
             load_array_file(path=str(tmp_path / name), **{"channels": None, "num_classes": None, **arguments})
 
-    refused("none.npz", r"none.npz is no file; expected a .npy or .npz file of images; set dataset\.path=FILE")
+    check_refused("none.npz", r"none.npz is not a file; expected a .npy or .npz file of images; set dataset\.path=FILE")
     (tmp_path / "text.npy").write_text("text")
-    refused("text.npy", "text.npy cannot be read")
+    check_refused("text.npy", "text.npy cannot be read")
     (tmp_path / "empty.npz").write_bytes(b"")
-    refused("empty.npz", "empty.npz cannot be read")
+    check_refused("empty.npz", "empty.npz cannot be read")
     np.savez(tmp_path / "cut.npz", images=COLOUR)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:200])
-    refused("cut.npz", "cut.npz cannot be read")
+    check_refused("cut.npz", "cut.npz cannot be read")
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
-    refused("objects.npy", "objects.npy cannot be read")
+    check_refused("objects.npy", "objects.npy cannot be read")
     np.savez(tmp_path / "two.npz", a=COLOUR, b=COLOUR)
-    refused("two.npz", "two.npz holds a, b; expected an array named images")
+    check_refused("two.npz", "two.npz holds a, b; expected an array named images")
     np.savez(tmp_path / "labels.npz", labels=LABELS)
-    refused("labels.npz", "holds no array of images")
+    check_refused("labels.npz", "holds no array of images")
     np.savez(tmp_path / "few.npz", images=COLOUR, labels=LABELS[:4])
-    refused("few.npz", r"are int32 \(4,\); expected int64 \(6,\)")
+    check_refused("few.npz", r"are int32 \(4,\); expected int64 \(6,\)")
     np.savez(tmp_path / "good.npz", images=COLOUR, labels=LABELS)
-    refused("good.npz", "go from -1 to 2; expected classes from 0 to 1", num_classes=2)
-    refused("good.npz", r"dataset\.channels=3", channels=1)
+    check_refused("good.npz", "go from -1 to 2; expected classes from 0 to 1", num_classes=2)
+    check_refused("good.npz", r"dataset\.channels=3", channels=1)
 
 
-def test_configuration(tmp_path: Path):
+def test_configuration_of_array_files(tmp_path: Path):
     np.savez(tmp_path / "a.npz", images=GREY, labels=LABELS)
     dataset = OmegaConf.load(Path(__file__).parents[2] / "conf" / "dataset" / "arrays.yaml")
     dataset.path = str(tmp_path / "a.npz")

@@ -1,4 +1,4 @@
-"""Conversions are made once and whole, whatever happens meanwhile."""
+"""Conversions are made once and completely, also when a process fails or several run at once."""
 
 import bz2
 import json
@@ -13,25 +13,26 @@ import pytest
 import torchvision
 from PIL import Image
 
-from deepclust.datasets.conversion import from_class_folders, from_torchvision, make_once, write_images
+from deepclust.datasets.conversion import from_class_folders, from_torchvision, make_folder_once, write_image_array
 from deepclust.errors import InputError
 
 
-def exists(folder: Path) -> bool:
+def is_made(folder: Path) -> bool:
     return (folder / "done").exists()
 
 
-def slow_make(work: Path) -> None:
+def make_slowly(work: Path) -> None:
     with open(work.parent / "log", "a") as log:
         log.write("made\n")
     time.sleep(0.3)
     (work / "done").touch()
 
 
-def test_several_processes_make_it_once(tmp_path: Path):
+def test_several_processes_make_a_folder_once(tmp_path: Path):
     fork = multiprocessing.get_context("fork")
     processes = [
-        fork.Process(target=make_once, args=(tmp_path / "set", slow_make), kwargs={"ready": exists}) for _ in range(3)
+        fork.Process(target=make_folder_once, args=(tmp_path / "set", make_slowly), kwargs={"ready": is_made})
+        for _ in range(3)
     ]
     for process in processes:
         process.start()
@@ -39,51 +40,51 @@ def test_several_processes_make_it_once(tmp_path: Path):
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "made\n"
-    assert exists(tmp_path / "set")
+    assert is_made(tmp_path / "set")
 
 
-def test_nothing_is_left_of_a_failure(tmp_path: Path):
+def test_a_failure_leaves_no_folder(tmp_path: Path):
     def fail(work: Path) -> None:
         (work / "done").touch()
         raise InputError("it failed", expected="success", do="try again")
 
     with pytest.raises(InputError, match="it failed"):
-        make_once(tmp_path / "set", fail, ready=exists)
+        make_folder_once(tmp_path / "set", fail, ready=is_made)
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
-    make_once(tmp_path / "set", slow_make, ready=exists)
-    assert exists(tmp_path / "set")
+    make_folder_once(tmp_path / "set", make_slowly, ready=is_made)
+    assert is_made(tmp_path / "set")
 
 
-def test_remains_of_a_killed_process_and_old_content_are_replaced(tmp_path: Path):
+def test_files_of_a_killed_process_and_an_outdated_folder_are_replaced(tmp_path: Path):
     (tmp_path / ".set.new").mkdir()
     (tmp_path / ".set.new" / "half").touch()
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "stale").touch()
-    make_once(tmp_path / "set", slow_make, ready=exists)
+    make_folder_once(tmp_path / "set", make_slowly, ready=is_made)
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["done"]
     assert not (tmp_path / ".set.new").exists() and not (tmp_path / ".set.old").exists()
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="data_dir=DIR"):
-        make_once(tmp_path / "file" / "set", slow_make, ready=exists)
+        make_folder_once(tmp_path / "file" / "set", make_slowly, ready=is_made)
 
 
 @pytest.mark.parametrize("counts", [[3, 5, 1], [0, 2], [0]])
-def test_written_chunks_are_one_array(tmp_path: Path, counts: list[int]):
+def test_chunks_are_written_as_one_array(tmp_path: Path, counts: list[int]):
     chunks = [np.random.default_rng(n).integers(0, 256, (n, 4, 5, 3), dtype=np.uint8) for n in counts]
-    assert write_images(tmp_path / "a.npy", iter(chunks), shape=(4, 5, 3), total=9) == sum(counts)
+    assert write_image_array(tmp_path / "a.npy", iter(chunks), shape=(4, 5, 3), total=9) == sum(counts)
     if sum(counts):
         stored = np.load(tmp_path / "a.npy", mmap_mode="r")
         assert isinstance(stored, np.memmap) and (stored == np.concatenate(chunks)).all()
 
 
-# torchvision's own files, in miniature ----------------------------------------------------------------------
+# Small copies of the original files of torchvision ----------------------------------------------------------
 
 
 def write_usps(root: Path, name: str, values: np.ndarray, labels: list[int]) -> None:
-    """LIBSVM text: label 1 to 10, then index:value with values from -1 to 1."""
+    """Write LIBSVM text: a label from 1 to 10, then index:value with values from -1 to 1."""
     lines = []
     for image, label in zip(values.reshape(len(values), -1), labels, strict=True):
         lines.append(" ".join([str(label + 1), *(f"{i + 1}:{2 * int(v) / 255 - 1:.6f}" for i, v in enumerate(image))]))
@@ -99,7 +100,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 TRAIN_TEST = {"train": {"train": True}, "test": {"train": False}}
 
 
-def test_usps(tmp_path: Path):
+def test_conversion_of_usps(tmp_path: Path):
     values = np.random.default_rng(0).integers(0, 256, (5, 16, 16), dtype=np.uint8)
     write_usps(tmp_path, "usps.bz2", values[:3], [3, 0, 9])
     write_usps(tmp_path, "usps.t.bz2", values[3:], [1, 2])
@@ -113,7 +114,7 @@ def test_usps(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("dataset", "first"), [("MNIST", "0 - zero"), ("FashionMNIST", "T-shirt/top")])
-def test_idx_files(tmp_path: Path, dataset: str, first: str):
+def test_conversion_of_idx_files(tmp_path: Path, dataset: str, first: str):
     values = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
     labels = np.arange(600) % 10
     raw = tmp_path / dataset / "raw"
@@ -128,8 +129,8 @@ def test_idx_files(tmp_path: Path, dataset: str, first: str):
     assert len(names) == 10 and names[0] == first
 
 
-class ThreeSplits:
-    """As torchvision's STL10: colour images, no labels in one split."""
+class FakeSTL10:
+    """Like torchvision's STL10: colour images, without labels in one split."""
 
     classes = ("plane", "bird")
 
@@ -143,8 +144,8 @@ class ThreeSplits:
         return Image.new("RGB", (6, 4), (index, 2, 3)), self.labels[index]
 
 
-def test_a_split_without_labels_gets_no_file_of_labels(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "STL10", ThreeSplits)
+def test_a_split_without_labels_has_no_file_of_labels(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "STL10", FakeSTL10)
     splits = {name: {"split": name} for name in ("train", "test", "unlabeled")}
     from_torchvision(tmp_path, dataset="STL10", splits=splits, root=str(tmp_path), download=False)
     names = {path.name for path in tmp_path.iterdir()}
@@ -155,19 +156,19 @@ def test_a_split_without_labels_gets_no_file_of_labels(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "USPS", "CIFAR10", "CIFAR100"])
-def test_missing_originals_are_not_fetched_unasked(tmp_path: Path, dataset: str):
+def test_missing_files_are_not_downloaded_unless_asked(tmp_path: Path, dataset: str):
     with pytest.raises(InputError, match=r"dataset\.download=true") as caught:
         from_torchvision(tmp_path, dataset=dataset, splits=TRAIN_TEST, root=str(tmp_path / "originals"), download=False)
     assert str(tmp_path / "originals") in str(caught.value)
 
 
-def test_a_failing_download_is_said(tmp_path: Path, monkeypatch):
-    def no_network(root: Path, download: bool, train: bool) -> None:
+def test_a_failed_download_is_reported(tmp_path: Path, monkeypatch):
+    def fail_without_network(root: Path, download: bool, train: bool) -> None:
         assert download
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
-    with pytest.raises(InputError, match=r"no route to host.*expected a network"):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail_without_network)
+    with pytest.raises(InputError, match=r"no route to host.*expected a network connection"):
         from_torchvision(tmp_path, dataset="CIFAR10", splits=TRAIN_TEST, root=str(tmp_path), download=True)
 
 
@@ -175,7 +176,7 @@ def test_a_failing_download_is_said(tmp_path: Path, monkeypatch):
 
 
 def write_class_folders(root: Path, counts: dict[str, int]) -> None:
-    """Images whose red value is the number of their class, green their own number."""
+    """Write images whose red value is the number of their class and whose green value is their own number."""
     for label, (name, count) in enumerate(counts.items()):
         (root / name / "images").mkdir(parents=True)
         for i in range(count):
@@ -197,10 +198,10 @@ def test_class_folders_are_stored_by_class(tmp_path: Path):
     assert not (work / "unreadable.txt").exists()
 
 
-def test_a_choice_of_classes_and_an_unreadable_file(tmp_path: Path, caplog):
+def test_chosen_classes_and_an_unreadable_file(tmp_path: Path, caplog):
     write_class_folders(tmp_path / "train", {"n01": 2, "n02": 3, "n03": 2})
-    bad = tmp_path / "train" / "n03" / "images" / "0.png"
-    bad.write_text("")
+    broken = tmp_path / "train" / "n03" / "images" / "0.png"
+    broken.write_text("")
     work = tmp_path / "work"
     work.mkdir()
     chosen = {"n01": "one", "n03": "three"}
@@ -208,7 +209,7 @@ def test_a_choice_of_classes_and_an_unreadable_file(tmp_path: Path, caplog):
     assert np.load(work / "train_labels.npy").tolist() == [0, 0, 1]
     assert np.load(work / "train_images.npy")[:, 0, 0, 0].tolist() == [0, 0, 2]
     assert json.loads((work / "class_names.json").read_text()) == ["one", "three"]
-    assert (work / "unreadable.txt").read_text().startswith(f"{bad}\t")
+    assert (work / "unreadable.txt").read_text().startswith(f"{broken}\t")
     assert "1 image files" in caplog.text
 
 
@@ -220,7 +221,7 @@ def test_incomplete_class_folders_are_refused(tmp_path: Path):
 
     with pytest.raises(InputError, match=r"set dataset\.root=DIR to the folder above train/CLASS/IMAGE"):
         convert(None, None, 2)
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder; expected a folder of class folders"):
         convert(str(tmp_path / "train"), None, 2)
     with pytest.raises(InputError, match="holds 2 class folders; expected 200 classes"):
         convert(str(tmp_path), None, 200)

@@ -1,4 +1,4 @@
-"""A folder of images becomes an array once, and again when it changes."""
+"""A folder of images is converted to an array once, and again when it changes."""
 
 import json
 import logging
@@ -13,76 +13,76 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from deepclust.datasets.folder import load_folder
-from deepclust.datasets.image_decoding import decode
+from deepclust.datasets.image_decoding import decode_image
 from deepclust.datasets.image_sources import ArraySource, ImageSet
 from deepclust.errors import InputError
 
 
-def write(path: Path, value: int, size: tuple[int, int] = (12, 9)) -> Path:
+def write_image(path: Path, value: int, size: tuple[int, int] = (12, 9)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (value, 2 * value, 0)).save(path)
     return path
 
 
 def write_folder(root: Path) -> list[Path]:
-    """Five images of several kinds, in the order of their paths."""
+    """Write five images of several formats; return their paths in sorted order."""
     names = ["a/1.png", "a/sub folder/2 é.png", "b/3.bmp", "b/4.png", "zz.webp"]
-    return [write(root / name, 20 + i, (10 + i, 30 - i)) for i, name in enumerate(names)]
+    return [write_image(root / name, 20 + i, (10 + i, 30 - i)) for i, name in enumerate(names)]
 
 
-def load(tmp_path: Path, **changes) -> ImageSet:
+def load_images(tmp_path: Path, **changes) -> ImageSet:
     arguments = {"path": str(tmp_path / "images"), "data_dir": str(tmp_path / "data")}
     return load_folder(**{**arguments, "image_size": 8, "channels": 3, "labelled": False, **changes})
 
 
-def converted(tmp_path: Path) -> list[Path]:
+def converted_folders(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "data").iterdir() if path.is_dir())
 
 
-def times(tmp_path: Path) -> list[int]:
-    return [(path / "train_images.npy").stat().st_mtime_ns for path in converted(tmp_path)]
+def conversion_times(tmp_path: Path) -> list[int]:
+    return [(path / "train_images.npy").stat().st_mtime_ns for path in converted_folders(tmp_path)]
 
 
 def test_images_are_stored_in_the_order_of_their_paths(tmp_path: Path):
     files = write_folder(tmp_path / "images")
-    data = load(tmp_path)
+    data = load_images(tmp_path)
     assert data.paths == [str(path) for path in files]
     assert data.labels is None and data.class_names is None and data.extra is None and data.evaluation is data.fit
-    expected = np.stack([decode(path, image_size=8, channels=3) for path in files])
+    expected = np.stack([decode_image(path, image_size=8, channels=3) for path in files])
     assert isinstance(data.fit, ArraySource) and isinstance(data.fit.joined.arrays[0], np.memmap)
     assert (data.fit.joined.arrays[0] == expected).all()
-    (folder,) = converted(tmp_path)
+    (folder,) = converted_folders(tmp_path)
     index = json.loads((folder / "files.json").read_text())
     assert [file[0] for file in index["files"]] == [str(p.relative_to(tmp_path / "images")) for p in files]
     assert index["files"][0][1:] == [files[0].stat().st_size, files[0].stat().st_mtime_ns]
 
 
-def test_grey(tmp_path: Path):
+def test_grey_and_colour_are_stored_separately(tmp_path: Path):
     write_folder(tmp_path / "images")
-    assert load(tmp_path, channels=1).fit.shape == (8, 8, 1)
-    assert load(tmp_path, channels=3).fit.shape == (8, 8, 3)
-    assert len(converted(tmp_path)) == 2
+    assert load_images(tmp_path, channels=1).fit.shape == (8, 8, 1)
+    assert load_images(tmp_path, channels=3).fit.shape == (8, 8, 3)
+    assert len(converted_folders(tmp_path)) == 2
 
 
-def test_an_unchanged_folder_is_not_read_again(tmp_path: Path, monkeypatch):
+def test_an_unchanged_folder_is_not_converted_again(tmp_path: Path, monkeypatch):
     write_folder(tmp_path / "images")
-    first, before = load(tmp_path), times(tmp_path)
+    first, before = load_images(tmp_path), conversion_times(tmp_path)
     monkeypatch.chdir(tmp_path)
-    again = load(tmp_path, path="images")
-    assert times(tmp_path) == before and again.paths == first.paths
+    again = load_images(tmp_path, path="images")
+    assert conversion_times(tmp_path) == before and again.paths == first.paths
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "rewritten", "touched", "renamed", "same size and name"])
-def test_a_changed_folder_is_read_again(tmp_path: Path, change: str):
+def test_a_changed_folder_is_converted_again(tmp_path: Path, change: str):
     files = write_folder(tmp_path / "images")
-    load(tmp_path)
-    before = times(tmp_path)
+    load_images(tmp_path)
+    before = conversion_times(tmp_path)
     if change == "added":
-        write(tmp_path / "images" / "b" / "35.png", 99)
+        write_image(tmp_path / "images" / "b" / "35.png", 99)
     elif change == "removed":
         files[0].unlink()
     elif change == "rewritten":
-        write(files[3], 99, (50, 50))
+        write_image(files[3], 99, (50, 50))
     elif change == "touched":
         os.utime(files[3], ns=(0, 0))
     elif change == "renamed":
@@ -90,20 +90,20 @@ def test_a_changed_folder_is_read_again(tmp_path: Path, change: str):
     else:
         data = files[2].read_bytes()
         files[2].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    data = load(tmp_path)
+    data = load_images(tmp_path)
     now = sorted(str(p) for p in (tmp_path / "images").rglob("*") if p.is_file())
-    assert times(tmp_path) != before and data.paths == now
-    expected = np.stack([decode(path, image_size=8, channels=3) for path in now])
+    assert conversion_times(tmp_path) != before and data.paths == now
+    expected = np.stack([decode_image(path, image_size=8, channels=3) for path in now])
     assert (data.fit.read(np.arange(len(now))).permute(0, 2, 3, 1).numpy() == expected).all()
 
 
-def test_another_size_or_folder_is_stored_apart(tmp_path: Path):
+def test_another_size_or_folder_is_stored_separately(tmp_path: Path):
     write_folder(tmp_path / "images")
     write_folder(tmp_path / "more")
-    load(tmp_path)
-    load(tmp_path, image_size=6)
-    load(tmp_path, path=str(tmp_path / "more"))
-    assert len(converted(tmp_path)) == 3
+    load_images(tmp_path)
+    load_images(tmp_path, image_size=6)
+    load_images(tmp_path, path=str(tmp_path / "more"))
+    assert len(converted_folders(tmp_path)) == 3
 
 
 def test_unreadable_files_are_listed_and_left_out(tmp_path: Path, caplog):
@@ -111,11 +111,11 @@ def test_unreadable_files_are_listed_and_left_out(tmp_path: Path, caplog):
     (tmp_path / "images" / "b" / "35.jpg").write_text("no image")
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     files[0].write_bytes(files[0].read_bytes()[:50])
-    for _ in range(2):  # when it is stored, and when it serves again
+    for _ in range(2):  # when the folder is converted, and when the stored images are used
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            data = load(tmp_path)
-        (folder,) = converted(tmp_path)
+            data = load_images(tmp_path)
+        (folder,) = converted_folders(tmp_path)
         assert data.paths == [str(path) for path in files[1:]] and len(data.fit) == 4
         assert data.fit.read(np.array([1]))[0, 0, 0, 0] == 22
         (record,) = caplog.records
@@ -123,11 +123,11 @@ def test_unreadable_files_are_listed_and_left_out(tmp_path: Path, caplog):
         lines = (folder / "unreadable.txt").read_text().splitlines()
         assert [line.split("\t")[0] for line in lines] == ["a/1.png", "b/35.jpg", "empty.png"]
         assert all(line.split("\t")[1] for line in lines)
-    write(tmp_path / "images" / "empty.png", 5)
-    assert len(load(tmp_path).fit) == 5
+    write_image(tmp_path / "images" / "empty.png", 5)
+    assert len(load_images(tmp_path).fit) == 5
 
 
-def test_a_name_that_is_no_text(tmp_path: Path):
+def test_a_file_name_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "images").mkdir()
     name = os.fsencode(tmp_path / "images") + b"/caf\xe9.png"
     try:
@@ -136,55 +136,55 @@ def test_a_name_that_is_no_text(tmp_path: Path):
         with open(name.replace(b"caf", b"bad"), "wb"):
             pass
     except OSError:
-        pytest.skip("this file system takes no such names")
+        pytest.skip("this file system does not accept such names")
     for _ in range(2):
-        data = load(tmp_path)
+        data = load_images(tmp_path)
         assert len(data.fit) == 1 and data.paths is not None and os.fsencode(data.paths[0]) == name
 
 
-def test_sub_folders_are_labels_only_if_asked(tmp_path: Path):
+def test_subfolders_are_labels_only_with_labelled(tmp_path: Path):
     write_folder(tmp_path / "images")
-    data = load(tmp_path, labelled=True)
+    data = load_images(tmp_path, labelled=True)
     assert data.labels is not None and data.labels.dtype == np.int64
     assert data.labels.tolist() == [0, 0, 1, 1, -1] and data.class_names == ["a", "b"]
-    assert load(tmp_path).labels is None
+    assert load_images(tmp_path).labels is None
     (tmp_path / "flat").mkdir()
-    write(tmp_path / "flat" / "1.png", 5)
+    write_image(tmp_path / "flat" / "1.png", 5)
     with pytest.raises(InputError, match=r"no sub-folder with images; .*; set dataset\.labelled=false"):
-        load(tmp_path, path=str(tmp_path / "flat"), labelled=True)
+        load_images(tmp_path, path=str(tmp_path / "flat"), labelled=True)
 
 
-def test_what_cannot_be_used_is_said(tmp_path: Path):
+def test_folders_without_images_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"images is missing; expected a folder of images; set dataset\.path=DIR"):
-        load(tmp_path)
+        load_images(tmp_path)
     (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match=r"holds no image file; expected files ending in \.bmp"):
-        load(tmp_path)
+        load_images(tmp_path)
     (tmp_path / "images" / "IMG_1.HEIC").write_bytes(b"1")
     with pytest.raises(InputError, match=r"holds no image file \(but 1 .heic\)"):
-        load(tmp_path)
+        load_images(tmp_path)
     (tmp_path / "images" / "1.jpg").write_bytes(b"1")
     with pytest.raises(InputError, match=r"none of the 1 image files in .* can be read"):
-        load(tmp_path)
-    assert converted(tmp_path) == []
+        load_images(tmp_path)
+    assert converted_folders(tmp_path) == []
     with pytest.raises(InputError, match="dataset=arrays"):
-        load(tmp_path, path=str(tmp_path / "images" / "1.jpg"))
+        load_images(tmp_path, path=str(tmp_path / "images" / "1.jpg"))
 
 
-def test_two_processes_at_once(tmp_path: Path):
+def test_two_processes_convert_a_folder_once(tmp_path: Path):
     files = write_folder(tmp_path / "images")
     fork = multiprocessing.get_context("fork")
     with fork.Pool(2) as pool:
         results = pool.map(load_paths, [tmp_path, tmp_path], chunksize=1)
     assert results == [[str(path) for path in files]] * 2
-    assert len(converted(tmp_path)) == 1
+    assert len(converted_folders(tmp_path)) == 1
 
 
 def load_paths(tmp_path: Path) -> list[str] | None:
-    return load(tmp_path).paths
+    return load_images(tmp_path).paths
 
 
-def test_configuration(tmp_path: Path):
+def test_configuration_of_folders(tmp_path: Path):
     write_folder(tmp_path / "images")
     dataset = OmegaConf.load(Path(__file__).parents[2] / "conf" / "dataset" / "folder.yaml")
     config = OmegaConf.create({"dataset": dataset, "data_dir": str(tmp_path / "data")})

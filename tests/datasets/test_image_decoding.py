@@ -1,4 +1,4 @@
-"""Image files of every kind, real ones written by Pillow."""
+"""Finding and decoding image files of all formats, as Pillow writes them."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from deepclust.datasets.image_decoding import UnreadableImage, decode, read_images, scan
+from deepclust.datasets.image_decoding import UnreadableImage, decode_image, decode_in_chunks, find_image_files
 
 RED, BLUE = (220, 30, 40), (20, 60, 200)
 
 
-def two_halves(width: int = 60, height: int = 40) -> Image.Image:
-    """Red on the left, blue on the right."""
+def make_two_halves(width: int = 60, height: int = 40) -> Image.Image:
+    """Return an image that is red on the left and blue on the right."""
     image = Image.new("RGB", (width, height), RED)
     image.paste(BLUE, (width // 2, 0, width, height))
     return image
@@ -27,98 +27,98 @@ def assert_two_halves(pixels: np.ndarray, tolerance: float = 3) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp", "bmp", "tif", "TIFF"])
-def test_colour_formats(tmp_path: Path, suffix: str):
+def test_colour_in_all_formats(tmp_path: Path, suffix: str):
     path = tmp_path / f"image.{suffix}"
-    two_halves().save(path, **({"quality": 95, "subsampling": 0} if suffix in ("jpg", "JPEG") else {}))
-    pixels = decode(path, image_size=16, channels=3)
+    make_two_halves().save(path, **({"quality": 95, "subsampling": 0} if suffix in ("jpg", "JPEG") else {}))
+    pixels = decode_image(path, image_size=16, channels=3)
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
     assert_two_halves(pixels, 12 if suffix == "webp" else 3)
 
 
-def test_palette_gif_and_first_frame(tmp_path: Path):
-    frames = [two_halves().quantize(8), Image.new("RGB", (60, 40), "green").quantize(8)]
+def test_palettes_and_the_first_frame_of_a_gif(tmp_path: Path):
+    frames = [make_two_halves().quantize(8), Image.new("RGB", (60, 40), "green").quantize(8)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert_two_halves(decode(tmp_path / "a.gif", image_size=16, channels=3))
-    two_halves().quantize(8).save(tmp_path / "a.png")
-    assert_two_halves(decode(tmp_path / "a.png", image_size=16, channels=3))
+    assert_two_halves(decode_image(tmp_path / "a.gif", image_size=16, channels=3))
+    make_two_halves().quantize(8).save(tmp_path / "a.png")
+    assert_two_halves(decode_image(tmp_path / "a.png", image_size=16, channels=3))
 
 
-def test_two_pictures_in_a_jpeg(tmp_path: Path):
-    """Some cameras write a second picture behind the first (MPO)."""
+def test_two_images_in_a_jpeg(tmp_path: Path):
+    """Some cameras write a second image after the first (MPO)."""
     second = Image.new("RGB", (60, 40), "green")
-    two_halves().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=95)
-    assert_two_halves(decode(tmp_path / "a.jpg", image_size=16, channels=3))
+    make_two_halves().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=95)
+    assert_two_halves(decode_image(tmp_path / "a.jpg", image_size=16, channels=3))
 
 
-def test_the_name_does_not_matter(tmp_path: Path):
-    two_halves().save(tmp_path / "image.png")
+def test_the_suffix_need_not_agree_with_the_format(tmp_path: Path):
+    make_two_halves().save(tmp_path / "image.png")
     (tmp_path / "image.png").rename(tmp_path / "image.jpg")
-    assert_two_halves(decode(tmp_path / "image.jpg", image_size=16, channels=3))
+    assert_two_halves(decode_image(tmp_path / "image.jpg", image_size=16, channels=3))
 
 
-def test_grey_and_bilevel(tmp_path: Path):
+def test_grey_and_black_and_white(tmp_path: Path):
     Image.new("L", (30, 20), 77).save(tmp_path / "grey.png")
     Image.new("1", (30, 20), 1).save(tmp_path / "bilevel.png")
-    assert (decode(tmp_path / "grey.png", image_size=8, channels=3) == 77).all()
-    assert (decode(tmp_path / "bilevel.png", image_size=8, channels=3) == 255).all()
-    grey = decode(tmp_path / "grey.png", image_size=8, channels=1)
+    assert (decode_image(tmp_path / "grey.png", image_size=8, channels=3) == 77).all()
+    assert (decode_image(tmp_path / "bilevel.png", image_size=8, channels=3) == 255).all()
+    grey = decode_image(tmp_path / "grey.png", image_size=8, channels=1)
     assert grey.shape == (8, 8, 1) and (grey == 77).all()
 
 
-def test_colour_to_grey_weighs_as_itu_r_601(tmp_path: Path):
+def test_grey_is_the_luma_of_itu_r_601(tmp_path: Path):
     Image.new("RGB", (9, 9), (200, 100, 50)).save(tmp_path / "a.png")
     expected = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
-    assert np.abs(decode(tmp_path / "a.png", image_size=4, channels=1) - expected).max() <= 1
+    assert np.abs(decode_image(tmp_path / "a.png", image_size=4, channels=1) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path, suffix: str):
+def test_sixteen_bit_grey_is_scaled(tmp_path: Path, suffix: str):
     values = np.array([[0, 257, 32896, 65535]] * 4, np.uint16)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}")
-    pixels = decode(tmp_path / f"a.{suffix}", image_size=4, channels=1)
+    pixels = decode_image(tmp_path / f"a.{suffix}", image_size=4, channels=1)
     assert (pixels[0, :, 0] == [0, 1, 128, 255]).all()
 
 
-def test_float_and_32_bit_grey(tmp_path: Path):
+def test_float_and_32_bit_grey_are_scaled(tmp_path: Path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tiff")
-    assert (decode(tmp_path / "float.tiff", image_size=4, channels=1) == 128).all()
+    assert (decode_image(tmp_path / "float.tiff", image_size=4, channels=1) == 128).all()
     Image.fromarray(np.full((4, 4), 65535, np.int32)).save(tmp_path / "long.tiff")
-    assert (decode(tmp_path / "long.tiff", image_size=4, channels=1) == 255).all()
+    assert (decode_image(tmp_path / "long.tiff", image_size=4, channels=1) == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_lies_on_white(tmp_path: Path, mode: str):
+def test_transparency_becomes_white(tmp_path: Path, mode: str):
     image = Image.new(mode, (20, 20), (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
     image.paste((10, 10, 10, 255) if mode == "RGBA" else (10, 255), (0, 0, 10, 20))
     image.save(tmp_path / "a.png")
-    pixels = decode(tmp_path / "a.png", image_size=20, channels=3)
+    pixels = decode_image(tmp_path / "a.png", image_size=20, channels=3)
     assert (pixels[:, :10] == 10).all() and (pixels[:, 10:] == 255).all()
     half = Image.new("RGBA", (20, 20), (0, 0, 0, 128))
     half.save(tmp_path / "half.png")
-    assert np.abs(decode(tmp_path / "half.png", image_size=4, channels=3).astype(int) - 127).max() <= 1
+    assert np.abs(decode_image(tmp_path / "half.png", image_size=4, channels=3).astype(int) - 127).max() <= 1
 
 
-def test_transparent_colour_of_a_palette(tmp_path: Path):
+def test_transparent_colour_of_a_palette_becomes_white(tmp_path: Path):
     image = Image.new("P", (20, 20), 0)
     image.putpalette([0, 0, 0, 10, 20, 30])
     image.paste(1, (0, 0, 10, 20))
     image.save(tmp_path / "a.png", transparency=0)
     image.save(tmp_path / "a.gif", transparency=0)
     for name in ("a.png", "a.gif"):
-        pixels = decode(tmp_path / name, image_size=20, channels=3)
+        pixels = decode_image(tmp_path / name, image_size=20, channels=3)
         assert (pixels[:, :10] == (10, 20, 30)).all() and (pixels[:, 10:] == 255).all()
 
 
-def test_cmyk(tmp_path: Path):
-    two_halves().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
-    two_halves().convert("CMYK").save(tmp_path / "a.tiff")
+def test_cmyk_becomes_rgb(tmp_path: Path):
+    make_two_halves().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    make_two_halves().convert("CMYK").save(tmp_path / "a.tiff")
     for name in ("a.jpg", "a.tiff"):
-        assert_two_halves(decode(tmp_path / name, image_size=16, channels=3), 6)
+        assert_two_halves(decode_image(tmp_path / name, image_size=16, channels=3), 6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str):
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str):
     image = Image.fromarray(np.kron(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10, np.ones((8, 8), np.uint8)))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -128,29 +128,29 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str):
         upright = ImageOps.exif_transpose(stored)
         left, top = (upright.width - 32) // 2, (upright.height - 32) // 2
         expected = np.asarray(upright.crop((left, top, left + 32, top + 32)))
-    assert (decode(path, image_size=32, channels=1)[..., 0] == expected).all()
+    assert (decode_image(path, image_size=32, channels=1)[..., 0] == expected).all()
 
 
-def test_broken_exif_does_not_cost_the_image(tmp_path: Path):
-    two_halves().save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing", quality=95, subsampling=0)
-    assert_two_halves(decode(tmp_path / "a.jpg", image_size=16, channels=3))
+def test_broken_exif_is_ignored(tmp_path: Path):
+    make_two_halves().save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing", quality=95, subsampling=0)
+    assert_two_halves(decode_image(tmp_path / "a.jpg", image_size=16, channels=3))
 
 
-def test_as_resizing_the_short_side_and_cropping_the_centre(tmp_path: Path):
+def test_the_short_side_is_resized_and_the_centre_is_cropped(tmp_path: Path):
     values = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "wide.png")
     Image.fromarray(values.transpose(1, 0, 2)).save(tmp_path / "tall.png")
-    assert (decode(tmp_path / "wide.png", image_size=48, channels=3) == values[:, 24:72]).all()
+    assert (decode_image(tmp_path / "wide.png", image_size=48, channels=3) == values[:, 24:72]).all()
     small = np.asarray(Image.fromarray(values).resize((24, 12), Image.Resampling.BILINEAR))[:, 6:18]
-    assert np.abs(decode(tmp_path / "wide.png", image_size=12, channels=3).astype(int) - small).max() <= 1
-    turned = decode(tmp_path / "tall.png", image_size=12, channels=3)
-    assert np.abs(turned.transpose(1, 0, 2).astype(int) - small).max() <= 1
+    assert np.abs(decode_image(tmp_path / "wide.png", image_size=12, channels=3).astype(int) - small).max() <= 1
+    transposed = decode_image(tmp_path / "tall.png", image_size=12, channels=3)
+    assert np.abs(transposed.transpose(1, 0, 2).astype(int) - small).max() <= 1
     assert small.std() < values.std() / 3, "noise averages out"
 
 
-def test_enlarged_when_smaller(tmp_path: Path):
+def test_small_images_are_enlarged(tmp_path: Path):
     Image.new("RGB", (3, 5), RED).save(tmp_path / "a.png")
-    assert (decode(tmp_path / "a.png", image_size=10, channels=3) == RED).all()
+    assert (decode_image(tmp_path / "a.png", image_size=10, channels=3) == RED).all()
 
 
 def test_large_jpeg_agrees_with_full_decoding(tmp_path: Path):
@@ -159,12 +159,12 @@ def test_large_jpeg_agrees_with_full_decoding(tmp_path: Path):
     Image.fromarray(values).save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         expected = image.resize((50, 50), Image.Resampling.BILINEAR, box=(150, 0, 1050, 900))
-    error = np.abs(decode(tmp_path / "a.jpg", image_size=50, channels=3).astype(int) - expected)
+    error = np.abs(decode_image(tmp_path / "a.jpg", image_size=50, channels=3).astype(int) - expected)
     assert error.max() <= 4
 
 
-def broken_files(folder: Path) -> dict[str, Path]:
-    """Files that no decoder can read, by what is wrong with them."""
+def write_broken_files(folder: Path) -> dict[str, Path]:
+    """Write files that no decoder can read; return their paths by what is wrong with them."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     files = {}
     for suffix in ("jpg", "png", "webp", "bmp", "tiff", "gif"):
@@ -185,32 +185,32 @@ def broken_files(folder: Path) -> dict[str, Path]:
 
 
 def test_unreadable_files_are_reported_one_by_one(tmp_path: Path):
-    files = broken_files(tmp_path)
-    for what, path in files.items():
+    files = write_broken_files(tmp_path)
+    for problem, path in files.items():
         with pytest.raises(UnreadableImage) as caught:
-            decode(path, image_size=8, channels=3)
-        assert str(caught.value) and "\n" not in str(caught.value), what
-    two_halves().save(tmp_path / "good.png")
+            decode_image(path, image_size=8, channels=3)
+        assert str(caught.value) and "\n" not in str(caught.value), problem
+    make_two_halves().save(tmp_path / "good.png")
     paths = [str(path) for path in files.values()]
-    ((readable, images, unreadable),) = read_images(
+    ((readable, images, unreadable),) = decode_in_chunks(
         [*paths[:3], str(tmp_path / "good.png"), *paths[3:]], image_size=16, channels=3
     )
     assert readable == [str(tmp_path / "good.png")] and [path for path, _ in unreadable] == paths
     assert_two_halves(images[0])
 
 
-def test_many_files_come_in_order_and_in_chunks(tmp_path: Path):
+def test_many_files_are_decoded_in_order_and_in_chunks(tmp_path: Path):
     paths = []
     for i in range(300):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.new("L", (2, 2), i % 256).save(paths[-1])
-    chunks = list(read_images(paths, image_size=2, channels=1))
+    chunks = list(decode_in_chunks(paths, image_size=2, channels=1))
     assert len(chunks) > 1 and [path for readable, _, _ in chunks for path in readable] == paths
     values = np.concatenate([images[:, 0, 0, 0] for _, images, _ in chunks])
     assert (values == np.arange(300) % 256).all()
 
 
-def test_scan_finds_image_files_in_order(tmp_path: Path):
+def test_image_files_are_found_in_order(tmp_path: Path):
     for name in (
         "b/c/deep.PNG",
         "a.jpg",
@@ -224,13 +224,13 @@ def test_scan_finds_image_files_in_order(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"12345")
     os.utime(tmp_path / "a.jpg", ns=(5, 7_000_000_123))
-    files, others = scan(tmp_path)
+    files, other_counts = find_image_files(tmp_path)
     assert [name for name, _, _ in files] == ["a.jpg", "b.webp", "b/c/deep.PNG", "b/x y é 日.jpeg"]
     assert files[0] == ("a.jpg", 5, 7_000_000_123)
-    assert others == {".txt": 1, ".heic": 1}
+    assert other_counts == {".txt": 1, ".heic": 1}
 
 
-def test_scan_follows_links_but_no_loop(tmp_path: Path):
+def test_links_are_followed_but_not_in_a_loop(tmp_path: Path):
     inside, outside = tmp_path / "images", tmp_path / "elsewhere"
     (inside / "sub").mkdir(parents=True)
     outside.mkdir()
@@ -242,5 +242,5 @@ def test_scan_follows_links_but_no_loop(tmp_path: Path):
     (inside / "z.png").symlink_to(outside / "c.png")
     (inside / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(inside / "pipe.png")
-    names = [name for name, _, _ in scan(inside)[0]]
+    names = [name for name, _, _ in find_image_files(inside)[0]]
     assert names == ["a.png", "gone.png", "other/c.png", "sub/b.png", "z.png"]

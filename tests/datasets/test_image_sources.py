@@ -1,4 +1,4 @@
-"""Sources of images: rows come in the order asked for, from whichever array or file holds them."""
+"""Sources of images give the images at any indices, from the arrays or files that hold them."""
 
 from pathlib import Path
 
@@ -7,18 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from deepclust.datasets.image_decoding import decode
+from deepclust.datasets.image_decoding import decode_image
 from deepclust.datasets.image_sources import ArraySource, FileSource, ResidentSource, VectorSource
 from deepclust.errors import InputError
 
 
-def random_images(count: int, channels: int, seed: int = 0) -> np.ndarray:
+def make_random_images(count: int, channels: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 5, 4, channels), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_arrays_are_joined_in_order(channels: int):
-    arrays = [random_images(count, channels, count) for count in (3, 1, 6)]
+    arrays = [make_random_images(count, channels, count) for count in (3, 1, 6)]
     source = ArraySource(arrays)
     assert len(source) == 10 and source.shape == (5, 4, channels)
     for indices in (np.arange(10), np.array([9, 0, 3, 3, 2]), np.array([4]), np.array([], np.int64)):
@@ -27,26 +27,26 @@ def test_arrays_are_joined_in_order(channels: int):
         assert torch.equal(images, torch.from_numpy(np.concatenate(arrays)[indices]).permute(0, 3, 1, 2))
 
 
-def test_memory_order_is_that_of_the_files():
-    images = ArraySource([random_images(7, 3)]).read(np.array([1, 5]))
+def test_images_have_channels_last_memory_order():
+    images = ArraySource([make_random_images(7, 3)]).read(np.array([1, 5]))
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_grey_as_colour():
-    grey = random_images(4, 1)
+def test_grey_images_read_with_three_channels():
+    grey = make_random_images(4, 1)
     source = ArraySource([grey], channels=3)
     assert source.shape == (5, 4, 3)
     assert torch.equal(source.read(np.arange(4)), ArraySource([grey]).read(np.arange(4)).expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("index", [-1, 4])
-def test_no_row_beyond_the_ends(index: int):
+def test_indices_beyond_the_ends_are_refused(index: int):
     with pytest.raises(IndexError):
-        ArraySource([random_images(4, 1)]).read(np.array([0, index]))
+        ArraySource([make_random_images(4, 1)]).read(np.array([0, index]))
 
 
-def test_memory_mapped_rows_are_copies(tmp_path: Path):
-    np.save(tmp_path / "a.npy", random_images(4, 3))
+def test_images_of_memory_mapped_arrays_are_copies(tmp_path: Path):
+    np.save(tmp_path / "a.npy", make_random_images(4, 3))
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     images = ArraySource([mapped]).read(np.array([2]))
     before = images.clone()
@@ -54,7 +54,7 @@ def test_memory_mapped_rows_are_copies(tmp_path: Path):
     assert torch.equal(ArraySource([mapped]).read(np.array([2])), before)
 
 
-def write_images(folder: Path, count: int) -> list[str]:
+def write_image_files(folder: Path, count: int) -> list[str]:
     paths = []
     for i in range(count):
         values = np.random.default_rng(i).integers(0, 256, (10 + i, 20, 3), dtype=np.uint8)
@@ -64,19 +64,19 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 
 def test_files_are_decoded_when_read(tmp_path: Path):
-    paths = write_images(tmp_path, 5)
+    paths = write_image_files(tmp_path, 5)
     source = FileSource(paths, image_size=8, channels=3, num_workers=3)
     assert len(source) == 5 and source.shape == (8, 8, 3)
     indices = np.array([4, 0, 0, 2])
     images = source.read(indices)
-    expected = np.stack([decode(paths[i], image_size=8, channels=3) for i in indices])
+    expected = np.stack([decode_image(paths[i], image_size=8, channels=3) for i in indices])
     assert torch.equal(images, torch.from_numpy(expected).permute(0, 3, 1, 2))
     assert torch.equal(images, source.read(indices))
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_unreadable_file_is_named_when_read(tmp_path: Path):
-    paths = write_images(tmp_path, 3)
+def test_an_unreadable_file_is_named_when_it_is_read(tmp_path: Path):
+    paths = write_image_files(tmp_path, 3)
     Path(paths[1]).write_bytes(b"")
     source = FileSource(paths, image_size=8, channels=3, num_workers=2)
     source.read(np.array([0, 2]))
@@ -85,15 +85,15 @@ def test_unreadable_file_is_named_when_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["pixels", "vectors"])
-def test_resident_images_are_those_of_their_source(kind):
-    draws = np.random.default_rng(0)
+def test_a_resident_source_gives_the_images_of_its_source(kind):
+    rng = np.random.default_rng(0)
     if kind == "pixels":
-        source = ArraySource([draws.integers(0, 256, (5000, 4, 3, 3), dtype=np.uint8)])
+        source = ArraySource([rng.integers(0, 256, (5000, 4, 3, 3), dtype=np.uint8)])
     else:
-        source = VectorSource([draws.normal(size=(5000, 7)).astype(np.float32)])
+        source = VectorSource([rng.normal(size=(5000, 7)).astype(np.float32)])
     resident = ResidentSource(source, torch.device("cpu"))
-    indices = draws.permutation(5000)[:100]
-    read, expected = resident.read(indices), source.read(indices)
-    assert torch.equal(read, expected) and read.dtype == expected.dtype
-    assert read.is_contiguous(memory_format=torch.channels_last)
+    indices = rng.permutation(5000)[:100]
+    images, expected = resident.read(indices), source.read(indices)
+    assert torch.equal(images, expected) and images.dtype == expected.dtype
+    assert images.is_contiguous(memory_format=torch.channels_last)
     assert len(resident) == 5000 and resident.shape == source.shape

@@ -1,4 +1,4 @@
-"""Data sets by name, on small arrays in the layout of the real ones."""
+"""Data sets with a configuration of their own, on small arrays in the layout of the real ones."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ ARGUMENTS = {"extra": [], "channels": 3, "num_classes": 10, "make": None}
 
 
 def write_arrays(folder: Path, *, size: int = 6, channels: int = 3, classes: int = 10) -> dict[str, np.ndarray]:
-    """A data set of random images; the images by split."""
+    """Write a data set of random images; return the images by split."""
     folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     images = {}
     for split, count in COUNTS.items():
-        images[split] = random.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+        images[split] = rng.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
         np.save(folder / f"{split}_images.npy", images[split])
         if split != "unlabeled":
             np.save(folder / f"{split}_labels.npy", np.arange(count) % classes)
@@ -65,19 +65,19 @@ def test_split_protocol(tmp_path: Path):
     assert data.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_the_same_splits_are_the_same_images(tmp_path: Path):
+def test_evaluating_the_fitted_splits_is_the_merged_protocol(tmp_path: Path):
     write_arrays(tmp_path / "set")
     data = load_arrays(folder=str(tmp_path / "set"), fit=["train"], evaluate=["train"], **ARGUMENTS)
     assert data.evaluation is data.fit
 
 
-def test_images_stay_on_the_disk(tmp_path: Path):
+def test_images_are_memory_mapped(tmp_path: Path):
     write_arrays(tmp_path / "set")
     data = load_arrays(folder=str(tmp_path / "set"), fit=["train"], evaluate=None, **ARGUMENTS)
     assert isinstance(data.fit, ArraySource) and all(isinstance(a, np.memmap) for a in data.fit.joined.arrays)
 
 
-def test_grey_images_as_colour_but_not_the_other_way(tmp_path: Path):
+def test_grey_images_serve_as_colour_but_not_the_reverse(tmp_path: Path):
     grey = write_arrays(tmp_path / "grey", channels=1)
     write_arrays(tmp_path / "colour")
     data = load_arrays(folder=str(tmp_path / "grey"), fit=["train"], evaluate=None, **ARGUMENTS)
@@ -86,7 +86,7 @@ def test_grey_images_as_colour_but_not_the_other_way(tmp_path: Path):
         load_arrays(folder=str(tmp_path / "colour"), fit=["train"], evaluate=None, **{**ARGUMENTS, "channels": 1})
 
 
-def test_labels_may_be_missing_only_without_classes(tmp_path: Path):
+def test_labels_may_be_missing_only_without_num_classes(tmp_path: Path):
     write_arrays(tmp_path / "set")
     for split in ("train", "test"):
         (tmp_path / "set" / f"{split}_labels.npy").unlink()
@@ -98,7 +98,7 @@ def test_labels_may_be_missing_only_without_classes(tmp_path: Path):
         load_arrays(folder=str(tmp_path / "set"), fit=["train"], evaluate=None, **ARGUMENTS)
 
 
-def save(value: object):
+def overwrite_with(value: object):
     return lambda file: np.save(file, value)  # type: ignore[arg-type]
 
 
@@ -106,18 +106,18 @@ IMAGES = np.zeros((7, 6, 6, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "text"),
+    ("name", "damage", "message"),
     [
         ("train_images.npy", Path.unlink, "train_images.npy is missing"),
         (
             "train_images.npy",
-            save(IMAGES.astype(np.float32)),
+            overwrite_with(IMAGES.astype(np.float32)),
             r"holds float32 \(7, 6, 6, 3\); expected uint8",
         ),
-        ("train_images.npy", save(IMAGES[..., 0]), r"holds uint8 \(7, 6, 6\)"),
-        ("train_images.npy", save(IMAGES[:, :, :, :2]), r"holds uint8 \(7, 6, 6, 2\)"),
-        ("train_images.npy", save(IMAGES[:0]), r"holds uint8 \(0, 6, 6, 3\)"),
-        ("test_images.npy", save(IMAGES[:, :5]), "images of 5 x 6 x 3; expected 6 x 6 x 3"),
+        ("train_images.npy", overwrite_with(IMAGES[..., 0]), r"holds uint8 \(7, 6, 6\)"),
+        ("train_images.npy", overwrite_with(IMAGES[:, :, :, :2]), r"holds uint8 \(7, 6, 6, 2\)"),
+        ("train_images.npy", overwrite_with(IMAGES[:0]), r"holds uint8 \(0, 6, 6, 3\)"),
+        ("test_images.npy", overwrite_with(IMAGES[:, :5]), "images of 5 x 6 x 3; expected 6 x 6 x 3"),
         (
             "train_images.npy",
             lambda f: f.write_bytes(f.read_bytes()[:300]),
@@ -126,18 +126,18 @@ IMAGES = np.zeros((7, 6, 6, 3), np.uint8)
         ("train_images.npy", lambda f: f.write_bytes(b""), "train_images.npy cannot be read"),
         ("train_images.npy", lambda f: f.write_text("text"), "train_images.npy cannot be read"),
         ("train_labels.npy", Path.unlink, r"train_labels.npy is missing; expected int64 \(7,\)"),
-        ("train_labels.npy", save(np.arange(6)), r"are int64 \(6,\); expected int64 \(7,\)"),
-        ("train_labels.npy", save(np.zeros(7)), r"are float64 \(7,\)"),
-        ("test_labels.npy", save(np.array([0, 1, 2, 10])), "go from 0 to 10; expected classes from 0 to 9"),
-        ("test_labels.npy", save(np.array([0, 1, 2, -2])), "go from -2 to 2"),
+        ("train_labels.npy", overwrite_with(np.arange(6)), r"are int64 \(6,\); expected int64 \(7,\)"),
+        ("train_labels.npy", overwrite_with(np.zeros(7)), r"are float64 \(7,\)"),
+        ("test_labels.npy", overwrite_with(np.array([0, 1, 2, 10])), "go from 0 to 10; expected classes from 0 to 9"),
+        ("test_labels.npy", overwrite_with(np.array([0, 1, 2, -2])), "go from -2 to 2"),
         ("class_names.json", lambda f: f.write_text('["a"]'), "holds 1 names; expected .* 10 classes"),
         ("class_names.json", lambda f: f.write_text("{"), "holds no list of names"),
     ],
 )
-def test_spoilt_files_are_named(tmp_path: Path, name: str, spoil, text: str):
+def test_damaged_files_are_named(tmp_path: Path, name: str, damage, message: str):
     write_arrays(tmp_path / "set")
-    spoil(tmp_path / "set" / name)
-    with pytest.raises(InputError, match=text) as caught:
+    damage(tmp_path / "set" / name)
+    with pytest.raises(InputError, match=message) as caught:
         load_arrays(folder=str(tmp_path / "set"), fit=["train", "test"], evaluate=None, **ARGUMENTS)
     assert str(tmp_path / "set" / name) in str(caught.value)
 
@@ -150,10 +150,10 @@ def test_unknown_labels_are_allowed(tmp_path: Path):
 
 
 def test_a_missing_folder_is_made_once(tmp_path: Path):
-    made = []
+    filled_folders = []
 
     def make(work: Path) -> None:
-        made.append(work)
+        filled_folders.append(work)
         work.rmdir()
         write_arrays(work)
 
@@ -161,16 +161,18 @@ def test_a_missing_folder_is_made_once(tmp_path: Path):
     for _ in range(2):
         data = load_arrays(folder=str(tmp_path / "data" / "set"), fit=["train"], evaluate=None, **arguments)
         assert len(data.fit) == COUNTS["train"]
-    assert len(made) == 1 and made[0] != tmp_path / "data" / "set"
+    assert len(filled_folders) == 1 and filled_folders[0] != tmp_path / "data" / "set"
 
 
-def test_a_missing_folder_says_what_to_put_there(tmp_path: Path):
+def test_the_error_for_a_missing_folder_names_the_files_to_put_there(tmp_path: Path):
     folder = tmp_path / "cifar10"
     with pytest.raises(InputError) as caught:
         load_arrays(folder=str(folder), fit=["train"], evaluate=["test"], **ARGUMENTS)
-    text = str(caught.value)
-    assert text.startswith(f"{folder} is missing; expected train_images.npy, test_images.npy (uint8, M x H x W x 3), ")
-    assert "test_labels.npy (int64) and class_names.json in it; put these files there" in text
+    message = str(caught.value)
+    assert message.startswith(
+        f"{folder} is missing; expected train_images.npy, test_images.npy (uint8, M x H x W x 3), "
+    )
+    assert "test_labels.npy (int64) and class_names.json in it; put these files there" in message
 
     def make(work: Path) -> None:
         splits = {"train": {"train": True}}
@@ -207,7 +209,7 @@ lawn_mower rocket streetcar tank tractor
 """
 
 
-def test_superclasses_are_those_of_the_data_set():
+def test_superclasses_follow_the_published_hierarchy():
     rows = [line.split() for line in HIERARCHY.strip().splitlines()]
     classes = sorted(name for row in rows for name in row)
     assert len(classes) == len(set(classes)) == 100 and len(rows) == len(SUPERCLASSES) == 20
@@ -217,7 +219,7 @@ def test_superclasses_are_those_of_the_data_set():
     assert cifar100_superclass(np.array([-1, 0])).tolist() == [-1, 4]
 
 
-def test_cifar20_from_its_own_folder_or_from_cifar100(tmp_path: Path):
+def test_cifar20_is_loaded_from_its_own_folder_or_from_cifar100(tmp_path: Path):
     own, fine = tmp_path / "cifar20", tmp_path / "cifar100"
     images = write_arrays(fine, classes=100)
     arguments = {"folder": str(own), "cifar100": str(fine), "fit": ["train", "test"], "evaluate": None}
@@ -241,7 +243,7 @@ def test_embedded_digits():
     assert np.round(pixels.mean() / 255, 4) == 0.3053 and np.round(pixels.std() / 255, 4) == 0.3759
 
 
-# Files that stay files --------------------------------------------------------------------------------------
+# Image files that are not converted -------------------------------------------------------------------------
 
 
 def write_class_folders(root: Path) -> None:
@@ -252,7 +254,7 @@ def write_class_folders(root: Path) -> None:
                 Image.new("RGB", (9, 7), (label, i, 0)).save(root / split / f"n{label}" / f"{i}.JPEG", quality=100)
 
 
-def load_files(tmp_path: Path, **changes):
+def load_image_files(tmp_path: Path, **changes):
     arguments = {
         "folder": str(tmp_path / "data" / "imagenet"),
         "root": str(tmp_path / "originals"),
@@ -266,34 +268,34 @@ def load_files(tmp_path: Path, **changes):
     return load_class_folders(**{**arguments, **changes})
 
 
-def test_class_folders_stay_files(tmp_path: Path):
+def test_class_folders_are_not_converted(tmp_path: Path):
     write_class_folders(tmp_path / "originals")
-    data = load_files(tmp_path)
+    data = load_image_files(tmp_path)
     assert isinstance(data.fit, FileSource) and (len(data.fit), len(data.evaluation)) == (5, 2)
     assert data.labels.tolist() == [0, 1] and data.class_names == ["n0", "n1"]
     assert data.paths == [str(tmp_path / "originals" / "val" / f"n{k}" / "0.JPEG") for k in range(2)]
     assert read_all(data.fit).shape == (5, 5, 5, 3)
     (tmp_path / "originals" / "train" / "n0" / "new.JPEG").write_bytes(b"")
-    assert len(load_files(tmp_path).fit) == 5, "the list is kept"
-    merged = load_files(tmp_path, evaluate=None)
+    assert len(load_image_files(tmp_path).fit) == 5, "the list of files is kept"
+    merged = load_image_files(tmp_path, evaluate=None)
     assert merged.evaluation is merged.fit and merged.labels.tolist() == [0, 0, 1, 1, 1]
 
 
-def test_class_folders_are_searched_anew_in_another_place(tmp_path: Path):
+def test_class_folders_are_searched_again_under_another_root(tmp_path: Path):
     write_class_folders(tmp_path / "originals")
-    load_files(tmp_path)
+    load_image_files(tmp_path)
     (tmp_path / "originals").rename(tmp_path / "moved")
-    data = load_files(tmp_path, root=str(tmp_path / "moved"))
+    data = load_image_files(tmp_path, root=str(tmp_path / "moved"))
     assert data.paths[0].startswith(str(tmp_path / "moved"))
     with pytest.raises(InputError, match=r"dataset\.root=DIR"):
-        load_files(tmp_path, root=None)
+        load_image_files(tmp_path, root=None)
 
 
-def test_class_folders_of_splits_must_agree(tmp_path: Path):
+def test_splits_with_different_class_folders_are_refused(tmp_path: Path):
     write_class_folders(tmp_path / "originals")
     (tmp_path / "originals" / "val" / "n1").rename(tmp_path / "originals" / "val" / "n2")
     with pytest.raises(InputError, match=r"val and train .* different names"):
-        load_files(tmp_path)
+        load_image_files(tmp_path)
 
 
 # Configurations ---------------------------------------------------------------------------------------------
@@ -354,7 +356,7 @@ def test_configurations_load_arrays(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar20", "stl10", "imagenet10", "tiny_imagenet", "imagenet"])
-def test_configurations_without_data_say_what_to_do(name: str, tmp_path: Path):
+def test_configurations_without_data_give_advice(name: str, tmp_path: Path):
     with pytest.raises(Exception) as caught:
         instantiate(dataset_config(name, tmp_path).dataset.source)
     error = caught.value.__cause__

@@ -1,47 +1,22 @@
 """Several processes compute what one computes on the joined batch; real gloo processes on the CPU."""
 
-import os
-import socket
-
 import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.multiprocessing import spawn
 
 from deepclust.engine import distributed
+from tests.processes import run_on_processes
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
+def _gather_as_many_rows_as_the_rank(rank):
+    return distributed.all_gather(torch.full((rank, 2), float(rank)))
 
 
-def _enter(rank, work, processes, port, folder, arguments):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
-    try:
-        torch.save(work(rank, *arguments), folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def on_processes(work, processes, folder, *arguments):
-    """What `work(rank, *arguments)` returns on each of several processes."""
-    spawn(_enter, (work, processes, free_port(), folder, arguments), nprocs=processes)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
-
-
-def _collect(rank):
-    return distributed.gather(torch.full((rank, 2), float(rank)))
-
-
-def test_gather_takes_uneven_and_empty_shares(tmp_path):
+def test_all_gather_takes_different_numbers_of_rows_and_none(tmp_path):
     expected = torch.tensor([[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]])
-    for got in on_processes(_collect, 3, tmp_path):
-        assert torch.equal(got, expected)
+    for gathered in run_on_processes(_gather_as_many_rows_as_the_rank, 3, tmp_path):
+        assert torch.equal(gathered, expected)
 
 
 def make_network():
@@ -49,16 +24,16 @@ def make_network():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).double()
 
 
-def pairwise(rows):
-    """A loss that no share of the batch can compute alone."""
+def pairwise_loss(rows):
+    """A loss that needs all rows of the global batch."""
     return torch.cdist(rows, rows.roll(1, 0)).square().logsumexp(1).mean()
 
 
-def _step(rank, images, cuts):
+def _compute_step(rank, images, edges):
     network = distributed.synchronise_batch_norm(make_network())
-    mine = images[cuts[rank] : cuts[rank + 1]]
-    rows = network(mine)
-    loss = pairwise(distributed.gather_with_gradient(rows)) + distributed.mean_weight(rows) * rows.square().mean()
+    rows = network(images[edges[rank] : edges[rank + 1]])
+    mean_loss = distributed.global_mean_factor(rows) * rows.square().mean()
+    loss = pairwise_loss(distributed.all_gather_with_gradient(rows)) + mean_loss
     loss.backward()
     for p in network.parameters():  # what DDP does
         dist.all_reduce(p.grad)
@@ -66,32 +41,32 @@ def _step(rank, images, cuts):
     return loss.detach(), [p.grad for p in network.parameters()], dict(network.named_buffers())
 
 
-@pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 3, 8)])
-def test_loss_gradients_and_running_statistics_equal_one_process(tmp_path, cuts):
+@pytest.mark.parametrize("edges", [(0, 4, 8), (0, 3, 8)])
+def test_loss_gradients_and_running_statistics_equal_one_process(tmp_path, edges):
     images = torch.randn(8, 3, 8, 8, dtype=torch.float64)
     network = make_network()
     rows = network(images)
-    loss = pairwise(rows) + rows.square().mean()
+    loss = pairwise_loss(rows) + rows.square().mean()
     loss.backward()
-    results = on_processes(_step, 2, tmp_path, images, cuts)
+    results = run_on_processes(_compute_step, 2, tmp_path, images, edges)
     torch.testing.assert_close(sum(r[0] for r in results) / 2, loss.detach(), rtol=1e-12, atol=0)
     for _, gradients, buffers in results:
-        for got, parameter in zip(gradients, network.parameters(), strict=True):
-            torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
+        for gradient, parameter in zip(gradients, network.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
         for name, value in network.named_buffers():
             torch.testing.assert_close(buffers[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_one_process_passes_through():
+def test_on_one_process_rows_are_returned_as_they_are():
     rows = torch.randn(4, 2, requires_grad=True)
-    assert distributed.gather_with_gradient(rows) is rows
-    assert torch.equal(distributed.gather(rows), rows) and not distributed.gather(rows).requires_grad
+    assert distributed.all_gather_with_gradient(rows) is rows
+    assert torch.equal(distributed.all_gather(rows), rows) and not distributed.all_gather(rows).requires_grad
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5)])
-def test_synchronised_norm_on_one_process_is_the_plain_one(shape):
-    plain = nn.Sequential(nn.BatchNorm1d(4))
-    ours = distributed.synchronise_batch_norm(nn.Sequential(nn.BatchNorm1d(4)))
+def test_synchronised_batch_norm_on_one_process_equals_torchs(shape):
+    torch_norm = nn.Sequential(nn.BatchNorm1d(4))
+    synchronised_norm = distributed.synchronise_batch_norm(nn.Sequential(nn.BatchNorm1d(4)))
     values = torch.randn(shape)
-    assert torch.equal(ours(values), plain(values))
-    assert torch.equal(ours[0].running_var, plain[0].running_var)
+    assert torch.equal(synchronised_norm(values), torch_norm(values))
+    assert torch.equal(synchronised_norm[0].running_var, torch_norm[0].running_var)

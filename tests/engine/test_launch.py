@@ -1,4 +1,4 @@
-"""Runs of several processes: they equal one, and each gets its own job's parameters."""
+"""Runs on several processes: they learn what one process learns, and each job of a sweep gets its own parameters."""
 
 import csv
 import ctypes
@@ -16,9 +16,9 @@ from deepclust.commands.train import run
 from deepclust.engine import launch
 from deepclust.errors import InputError
 from tests.conftest import compose_train
+from tests.processes import TWO_PROCESSES, run_deepclust
 
-TWO = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
-SHORT = [
+SHORT_RUN = [
     "train",
     "trainer.max_epochs=2",
     "trainer.log_every_n_steps=1",
@@ -30,27 +30,20 @@ SHORT = [
 ]
 
 
-class Tell(Callback):
-    """Writes what this process trains with."""
+class WriteRankFile(Callback):
+    """Writes the learning rate and the sum of the weights of this process."""
 
     def __init__(self, *, folder):
         self.folder = folder
 
     def on_train_end(self, trainer, pl_module):
-        rate = trainer.optimizers[0].param_groups[0]["initial_lr"]
-        weights = float(sum(p.double().sum() for p in pl_module.parameters()))
-        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({"rate": rate, "weights": weights}))
+        lr = trainer.optimizers[0].param_groups[0]["initial_lr"]
+        weight_sum = float(sum(p.double().sum() for p in pl_module.parameters()))
+        content = json.dumps({"lr": lr, "weight_sum": weight_sum})
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(content)
 
 
-def deepclust(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from deepclust.cli.main import main; raise SystemExit(main())", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def losses(folder: Path) -> list[list[float]]:
+def read_losses(folder: Path) -> list[list[float]]:
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     return [[float(row[f"train/{name}"]) for name in ("alignment", "scattering", "loss")] for row in rows]
@@ -58,43 +51,44 @@ def losses(folder: Path) -> list[list[float]]:
 
 @pytest.mark.parametrize("order", [pytest.param("joint", marks=pytest.mark.slow), "two_pass"])
 def test_two_processes_learn_what_one_learns(tmp_path, order):
-    """In float64, batch statistics over all: losses, weights, the E-step and the scores agree."""
-    exact = [*SHORT, "hardware.precision=64-true", "sync_batchnorm=true", f"method.step_order={order}"]
-    deepclust(*exact, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
-    deepclust(*exact, *TWO, f"hydra.run.dir={tmp_path / 'two'}")
+    """In float64 and with batch statistics over all processes, losses, weights, the E-step and the scores agree."""
+    exact = [*SHORT_RUN, "hardware.precision=64-true", "sync_batchnorm=true", f"method.step_order={order}"]
+    run_deepclust(*exact, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
+    run_deepclust(*exact, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'two'}")
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["steps"] == two["steps"] == 6
-    ours, theirs = (
+    state_of_one, state_of_two = (
         torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in ("one", "two")
     )
-    assert ours["backbone.layers.0.weight"].dtype == torch.float64
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert state_of_one["backbone.layers.0.weight"].dtype == torch.float64
+    for name, value in state_of_one.items():
+        torch.testing.assert_close(state_of_two[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
     assert one["scores"] == two["scores"]
     assert (tmp_path / "one/assignments.csv").read_text() == (tmp_path / "two/assignments.csv").read_text()
-    # What is logged is rank 0's: the scattering is that of the global batch on every rank.
-    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert a[1] == pytest.approx(b[1], rel=1e-8)
+    # Rank 0 logs its own values. The scattering loss is one of the global batch, so that it is the same on every rank.
+    for losses_of_one, losses_of_two in zip(read_losses(tmp_path / "one"), read_losses(tmp_path / "two"), strict=True):
+        assert losses_of_one[1] == pytest.approx(losses_of_two[1], rel=1e-8)
 
 
 def test_every_rank_of_a_sweep_has_its_own_jobs_parameters(tmp_path):
     rates = ("0.01", "0.03")
-    deepclust(
-        *SHORT, *TWO, f"method.optimizer.lr={','.join(rates)}", f"hydra.sweep.dir={tmp_path}",
-        "+callbacks.tell._target_=tests.engine.test_launch.Tell", "+callbacks.tell.needs.folder=folder", "-m",
+    callback = "+callbacks.write_rank_file"
+    run_deepclust(
+        *SHORT_RUN, *TWO_PROCESSES, f"method.optimizer.lr={','.join(rates)}", f"hydra.sweep.dir={tmp_path}",
+        f"{callback}._target_=tests.engine.test_launch.WriteRankFile", f"{callback}.needs.folder=folder", "-m",
     )  # fmt: skip
     for job, rate in enumerate(rates):
         folder = tmp_path / str(job)
-        said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-        assert [s["rate"] for s in said] == [float(rate)] * 2
-        assert said[0]["weights"] == said[1]["weights"], "the processes hold one network"
+        rank_files = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+        assert [content["lr"] for content in rank_files] == [float(rate)] * 2
+        assert rank_files[0]["weight_sum"] == rank_files[1]["weight_sum"], "the processes hold the same weights"
         assert json.loads((folder / "results.json").read_text())["world_size"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"], "no stray sweep of another rank"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"], "no rank has started another sweep"
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc, or one before 2.33")
-def test_what_tensors_give_back_is_used_again():
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
+def test_freed_memory_is_kept():
     program = """
 import ctypes, sys
 from deepclust.engine.launch import keep_freed_memory
@@ -110,51 +104,53 @@ for block in blocks:
 print(libc.mallinfo2().free)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    kept, given_back = (
-        int(subprocess.check_output([sys.executable, "-c", program, how], env=environment)) for how in ("keep", "not")
+    free_bytes_if_kept, free_bytes_by_default = (
+        int(subprocess.check_output([sys.executable, "-c", program, mode], env=environment))
+        for mode in ("keep", "default")
     )
-    assert kept >= 100_000_000 > 20_000_000 > given_back
+    assert free_bytes_if_kept >= 100_000_000 > 20_000_000 > free_bytes_by_default
 
 
-def test_an_error_of_a_process_is_the_users_one_line(tmp_path):
-    done = deepclust(*SHORT, *TWO, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "set batch_size=254" in done.stderr
+def test_an_input_error_of_a_process_is_printed_as_one_line(tmp_path):
+    completed = run_deepclust(*SHORT_RUN, *TWO_PROCESSES, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False)
+    assert completed.returncode == 2
+    assert completed.stderr.count("\n") == 1 and "set batch_size=254" in completed.stderr
 
 
-SRUN = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3"}
+SRUN_VARIABLES = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3"}
+TORCHRUN_VARIABLES = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3"}
 
 
 @pytest.fixture
-def started_by(monkeypatch):
-    for name in (*SRUN, *TORCHRUN, "SLURM_JOB_NAME"):
+def set_variables(monkeypatch):
+    """Sets environment variables, and no others of srun and torchrun."""
+    for name in (*SRUN_VARIABLES, *TORCHRUN_VARIABLES, "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
 
-@pytest.mark.parametrize("variables", [SRUN, TORCHRUN, TORCHRUN | SRUN])
-def test_processes_that_srun_or_torchrun_started_are_known(started_by, variables):
-    started_by(variables)
+@pytest.mark.parametrize("variables", [SRUN_VARIABLES, TORCHRUN_VARIABLES, TORCHRUN_VARIABLES | SRUN_VARIABLES])
+def test_processes_that_srun_or_torchrun_started_are_recognised(set_variables, variables):
+    set_variables(variables)
     assert launch.processes_exist() and launch.launched_rank() == 3
     launch.check_processes(num_devices=2, num_nodes=2)
-    for devices, nodes in ((1, 1), (4, 1), (1, 4)):
-        with pytest.raises(InputError, match="4 processes were started, 2 a node"):
-            launch.check_processes(devices, nodes)
+    for num_devices, num_nodes in ((1, 1), (4, 1), (1, 4)):
+        with pytest.raises(InputError, match="4 processes were started, 2 per node"):
+            launch.check_processes(num_devices, num_nodes)
 
 
-def test_a_batch_script_is_alone(started_by):
-    started_by({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"})
+def test_a_batch_script_is_a_single_process(set_variables):
+    set_variables({name: value for name, value in SRUN_VARIABLES.items() if name != "SLURM_STEP_ID"})
     assert not launch.processes_exist() and launch.launched_rank() == 0
 
 
-def test_tasks_whose_nodes_are_not_known_are_refused(started_by):
-    started_by({name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"})
+def test_an_unknown_number_of_tasks_per_node_is_refused(set_variables):
+    set_variables({name: value for name, value in SRUN_VARIABLES.items() if name != "SLURM_NTASKS_PER_NODE"})
     with pytest.raises(InputError, match="ntasks-per-node"):
         launch.check_processes(num_devices=2, num_nodes=2)
 
 
-def test_several_devices_ask_for_their_own_hardware(tmp_path):
+def test_several_devices_need_a_hardware_file_for_several(tmp_path):
     with pytest.raises(InputError, match="hardware=ddp") as raised:
         run(compose_train("hardware=cpu", "hardware.devices=2"), tmp_path)
     assert "hardware.devices=2" in str(raised.value)

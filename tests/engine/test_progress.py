@@ -1,4 +1,4 @@
-"""Progress as it is seen: on a terminal, in a file, and when work ends soon or goes wrong."""
+"""Progress on a terminal and in a file, of work that is short, nested or interrupted by an error."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from deepclust.clustering import neighbors
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.commands.evaluate import main as evaluate
-from deepclust.datasets.conversion import write_images
+from deepclust.datasets.conversion import write_image_array
 from deepclust.engine import distributed, progress
-from deepclust.engine.progress import Work, duration, track
+from deepclust.engine.progress import ProgressMeter, format_duration, track
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless it is told to go on."""
+    """A clock that stands still until a test moves it."""
 
     class Clock:
         now = 1000.0
@@ -35,20 +35,21 @@ def clock(monkeypatch):
         def monotonic(self):
             return self.now
 
-    made = Clock()
-    monkeypatch.setattr(progress, "time", made)
-    monkeypatch.setattr(progress, "_line_at", -float("inf"))
-    return made
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "_last_line_at", -float("inf"))
+    return clock
 
 
-def work_through(items, clock, seconds, **said):
-    for item in track(items, "sorting", **said):
+def iterate_slowly(items, clock, seconds, **arguments):
+    """Track items, each of which takes so many seconds."""
+    for item in track(items, "sorting", **arguments):
         clock.now += seconds
         yield item
 
 
-def test_a_file_gets_a_line_now_and_then(clock, capsys):
-    assert list(work_through(range(100), clock, 1)) == list(range(100))
+def test_a_file_gets_a_line_every_half_minute(clock, capsys):
+    assert list(iterate_slowly(range(100), clock, 1)) == list(range(100))
     assert capsys.readouterr().out.splitlines() == [
         "sorting   5%  95 s left",
         "sorting  35%  65 s left",
@@ -57,41 +58,41 @@ def test_a_file_gets_a_line_now_and_then(clock, capsys):
     ]
 
 
-def test_short_work_and_its_end_leave_nothing(clock, capsys):
-    list(work_through(range(100), clock, 0.04))
-    list(work_through(range(1), clock, 60))
-    list(work_through([], clock, 60))
+def test_short_work_and_the_end_of_work_print_nothing(clock, capsys):
+    list(iterate_slowly(range(100), clock, 0.04))
+    list(iterate_slowly(range(1), clock, 60))
+    list(iterate_slowly([], clock, 60))
     assert capsys.readouterr() == ("", "")
 
 
 def test_items_count_by_their_size(clock, capsys):
-    list(work_through(iter([[0] * 10, [0] * 30, []]), clock, 6, total=80, size=len))
+    list(iterate_slowly(iter([[0] * 10, [0] * 30, []]), clock, 6, total=80, size=len))
     assert capsys.readouterr().out == "sorting  12%  42 s left\n"
 
 
-def test_works_within_others_share_the_lines(clock, capsys):
-    for _ in work_through(range(10), clock, 0, total=10):
-        list(work_through(range(10), clock, 2))  # each is old enough for a line of its own, every six seconds
-    said = capsys.readouterr().out.splitlines()
-    assert 200 / 30 - 1 <= len(said) <= 200 / 30 + 1
+def test_nested_works_share_the_lines(clock, capsys):
+    for _ in iterate_slowly(range(10), clock, 0, total=10):
+        list(iterate_slowly(range(10), clock, 2))  # each is old enough for a line of its own, every six seconds
+    lines = capsys.readouterr().out.splitlines()
+    assert 200 / 30 - 1 <= len(lines) <= 200 / 30 + 1
 
 
-def test_what_was_done_before_is_no_speed(clock, capsys):
-    work = Work("training", 100, done=50, line_every=1)
+def test_steps_done_before_do_not_count_as_speed(clock, capsys):
+    meter = ProgressMeter("training", 100, done=50, seconds_between_lines=1)
     clock.now += 10
-    work.reach(60, lambda: "epoch 6/10")
+    meter.update(60, lambda: "epoch 6/10")
     assert capsys.readouterr().out == "training  60%  epoch 6/10  40 s left\n"
 
 
-def test_other_processes_are_silent(clock, capsys, monkeypatch):
+def test_other_processes_print_nothing(clock, capsys, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    list(work_through(range(100), clock, 1))
+    list(iterate_slowly(range(100), clock, 1))
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (99, "99 s"), (101, "2 min"), (9000, "2.5 h")])
-def test_durations(seconds, said):
-    assert duration(seconds) == said
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (99, "99 s"), (101, "2 min"), (9000, "2.5 h")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
 
 
 PROGRAM = """
@@ -99,14 +100,14 @@ import time
 from deepclust.engine import progress
 from deepclust.engine.progress import track
 
-progress.BAR_AFTER, progress.BAR_EVERY = 0.1, 0.02
+progress.SECONDS_BEFORE_BAR, progress.SECONDS_BETWEEN_UPDATES = 0.1, 0.02
 
 list(track(range(1000), "short work"))
 print("BEGIN")
 for _ in track(range(4), "outer [work]"):
     for _ in track(range(40), "inner work"):
         time.sleep(0.02)
-    print("said in between")
+    print("printed in between")
 print("END")
 
 def fail():
@@ -119,69 +120,74 @@ def fail():
 try:
     fail()
 except ValueError as error:
-    kept = error  # and with it every frame
-    print("display:", progress._bars)
+    kept_error = error  # and with it every frame, so that nothing is closed by the garbage collector
+    print("display:", progress._live_display)
 """
 
 
 def test_on_a_terminal():
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     settings = {"TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **settings}
+        [sys.executable, "-c", PROGRAM],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, **settings},
     )
-    os.close(theirs)
-    read = b""
+    os.close(terminal)
+    output = b""
     try:
-        while piece := os.read(ours, 65536):
-            read += piece
-    except OSError:  # how Linux says that the other side is closed
+        while chunk := os.read(controller, 65536):
+            output += chunk
+    except OSError:  # Linux raises it when the other side is closed
         pass
-    os.close(ours)
-    seen = read.decode()
-    assert child.wait() == 0, seen
+    os.close(controller)
+    text = output.decode()
+    assert child.wait() == 0, text
 
-    before, shown, after = re.split("BEGIN\r\n|END\r\n", seen)
+    before, shown, after = re.split("BEGIN\r\n|END\r\n", text)
     assert before == "", "short work leaves nothing"
     assert "outer [work]" in shown and "inner work" in shown and " 50 %" in shown and re.search(r"\d s left", shown)
-    assert shown.count("said in between\r\n") == 4
+    assert shown.count("printed in between\r\n") == 4
     assert shown.count(HIDE_CURSOR) == shown.count(SHOW_CURSOR) > 0
-    left_over = shown.rpartition(ERASE_LINE)[2]
-    assert not re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", left_over).strip(), "the bars are gone in the end"
+    last_text = shown.rpartition(ERASE_LINE)[2]
+    assert not re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last_text).strip(), "the bars are removed at the end"
     assert "outer" in after and after.endswith("display: None\r\n"), "an error closes the bars that it passes"
     assert after.count(HIDE_CURSOR) == after.count(SHOW_CURSOR) > 0
 
 
 @pytest.fixture
-def lasting(monkeypatch):
-    """A clock by which every step lasts, so that each is shown."""
+def slow_clock(monkeypatch):
+    """A clock by which every step takes 100 seconds, so that each is shown."""
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=count(1000, 100).__next__))
-    monkeypatch.setattr(progress, "_line_at", -float("inf"))
+    monkeypatch.setattr(progress, "_last_line_at", -float("inf"))
 
 
-def test_what_takes_long_is_shown(lasting, capsys, tmp_path):
+def test_long_operations_show_their_progress(slow_clock, capsys, tmp_path):
     rows = torch.arange(600.0).reshape(200, 3)
     settings = {"num_clusters": 3, "restarts": [0], "max_iterations": 9, "tolerance": 0.0, "key": (1,)}
     kmeans(rows, metric="euclidean", **settings)
-    assert {"k-means, centroids to begin with  33%", "k-means, 9 iterations at most  11%"} <= shares(capsys)
+    assert {"k-means++ seeding  33%", "k-means (at most 9 iterations)  11%"} <= printed_shares(capsys)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, "CPU_ELEMENTS", 1)
+        patch.setattr(neighbors, "CPU_CHUNK_PRODUCTS", 1)
         nearest_neighbors(rows, rows, 2, metric="euclidean", exclude=None)
-    assert {f"nearest neighbours  {share}%" for share in (25, 50, 75)} == shares(capsys)
+    assert {f"nearest neighbours  {share}%" for share in (25, 50, 75)} == printed_shares(capsys)
     chunks = [np.zeros((5, 2, 2, 1), np.uint8)] * 2
-    write_images(tmp_path / "a.npy", iter(chunks), shape=(2, 2, 1), total=10)
-    assert shares(capsys) == {"writing a.npy  50%"}
+    write_image_array(tmp_path / "a.npy", iter(chunks), shape=(2, 2, 1), total=10)
+    assert printed_shares(capsys) == {"writing a.npy  50%"}
 
 
-def shares(capsys) -> set[str]:
+def printed_shares(capsys) -> set[str]:
+    """The printed lines without the time that is left."""
     return {line.rpartition("  ")[0] for line in capsys.readouterr().out.splitlines()}
 
 
-def test_evaluate_keeps_standard_output_for_its_answer(lasting, capsys, run_small):
-    results, folder = run_small("trainer.max_epochs=1")
+def test_evaluate_keeps_standard_output_for_its_result(slow_clock, capsys, train_small):
+    results, folder = train_small("trainer.max_epochs=1")
     assert "features of all images" in capsys.readouterr().out
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         evaluate(compose("evaluate", overrides=[f"run={folder}", "accelerator=cpu"]))
-    said = capsys.readouterr()
-    assert json.loads(said.out)["scores"] == results["scores"]
-    assert "features of all images" in said.err and "k-means" in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["scores"] == results["scores"]
+    assert "features of all images" in printed.err and "k-means" in printed.err

@@ -1,4 +1,4 @@
-"""What loggers leave behind."""
+"""The files and records that loggers write."""
 
 import csv
 import socket
@@ -16,54 +16,55 @@ from deepclust.loggers.metrics_csv import MetricsCsv
 from deepclust.runs.dashboards import send_to_dashboards
 
 
-def rows(folder):
+def read_metrics(folder):
     with (folder / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def test_one_row_a_step_whenever_a_column_appears(tmp_path):
+def test_each_step_has_one_row_with_all_columns(tmp_path):
     logger = MetricsCsv(folder=tmp_path)
     logger.log_metrics({"a": 1.0}, 1)
     logger.log_metrics({"a": 2.0}, 2)
     logger.log_metrics({"b": 3.0}, 2)
     logger.finalize("success")
-    assert rows(tmp_path) == [{"step": "1", "a": "1.0", "b": ""}, {"step": "2", "a": "2.0", "b": "3.0"}]
+    assert read_metrics(tmp_path) == [{"step": "1", "a": "1.0", "b": ""}, {"step": "2", "a": "2.0", "b": "3.0"}]
 
 
-def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
     logger = MetricsCsv(folder=tmp_path)
     for step in (1, 2, 3, 4):
         logger.log_metrics({"a": float(step)}, step)
     logger.save()
-    again = MetricsCsv(folder=tmp_path)
-    again.log_metrics({"a": 30.0}, 3)
-    again.save()
-    assert [(r["step"], r["a"]) for r in rows(tmp_path)] == [("1", "1.0"), ("2", "2.0"), ("3", "30.0")]
+    resumed_logger = MetricsCsv(folder=tmp_path)
+    resumed_logger.log_metrics({"a": 30.0}, 3)
+    resumed_logger.save()
+    assert [(r["step"], r["a"]) for r in read_metrics(tmp_path)] == [("1", "1.0"), ("2", "2.0"), ("3", "30.0")]
 
 
-def test_wandb_works_without_an_account(tmp_path, run_small, monkeypatch):
+def test_wandb_works_without_an_account(tmp_path, train_small, monkeypatch):
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    results, folder = run_small("logger=wandb", "trainer.max_epochs=1")
+    results, folder = train_small("logger=wandb", "trainer.max_epochs=1")
     runs = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 1
-    identity = (folder / "wandb_id.txt").read_text()
-    assert identity in runs[0].name
-    assert rows(folder), "metrics.csv is written beside"
-    kinds, said = read_wandb(runs[0])
+    run_id = (folder / "wandb_id.txt").read_text()
+    assert run_id in runs[0].name
+    assert read_metrics(folder), "metrics.csv is written too"
+    kinds, text = read_wandb_file(runs[0])
     assert {"run", "history", "summary", "exit"} <= kinds
     for part in ("final/kmeans/acc", "clusters/000", "contingency", "eval/cluster_size_entropy", '"propos"'):
-        assert part in said, part
-    assert f"{results['scores']['kmeans']['acc']}" in said
+        assert part in text, part
+    assert f"{results['scores']['kmeans']['acc']}" in text
     assert len(list((folder / "wandb").rglob("clusters/*.png"))) == 10 - results["health"]["empty_clusters"]
-    _, other = run_small("logger=wandb", "trainer.max_epochs=1", name="next")  # as in a sweep, in the same process
-    assert len(list((other / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    # The next run of a sweep is trained in the same process.
+    _, next_folder = train_small("logger=wandb", "trainer.max_epochs=1", name="next")
+    assert len(list((next_folder / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A server that answers, and knows nothing."""
+class NotFoundHandler(BaseHTTPRequestHandler):
+    """Answers every request with 404."""
 
     def do_GET(self):
         self.send_error(404)
@@ -75,17 +76,19 @@ class Refusing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def refusing():
-    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+def responding_server():
+    with HTTPServer(("127.0.0.1", 0), NotFoundHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-@pytest.mark.parametrize("somebody_answers", [False, True])
-def test_wandb_goes_offline_where_it_cannot_go_online(somebody_answers, refusing, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("server_responds", [False, True])
+def test_wandb_goes_offline_where_it_cannot_go_online(
+    server_responds, responding_server, tmp_path, monkeypatch, caplog
+):
     pytest.importorskip("wandb").teardown()  # a process reads the environment once
-    server = refusing if somebody_answers else "http://127.0.0.1:9"
+    server = responding_server if server_responds else "http://127.0.0.1:9"
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", server)
@@ -93,47 +96,50 @@ def test_wandb_goes_offline_where_it_cannot_go_online(somebody_answers, refusing
     logger = weights_and_biases.wandb_logger(folder=tmp_path, config=config, project="test")
     logger.log_metrics({"eval/kmeans/acc": 0.5}, 1)
     logger.experiment.finish()
-    assert ("could not go online" if somebody_answers else f"server {server} does not answer") in caplog.text
-    assert bool([*(tmp_path / "wandb").glob("run-*")]) == somebody_answers  # else it was not even tried
+    assert ("could not go online" if server_responds else f"server {server} does not answer") in caplog.text
+    assert bool([*(tmp_path / "wandb").glob("run-*")]) == server_responds  # else no connection was tried
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    kinds, said = read_wandb(file)
-    assert {"run", "history"} <= kinds and "eval/kmeans/acc" in said
+    kinds, text = read_wandb_file(file)
+    assert {"run", "history"} <= kinds and "eval/kmeans/acc" in text
 
 
-def test_a_server_that_is_silent_is_not_waited_for(refusing, monkeypatch):
-    monkeypatch.setattr(weights_and_biases, "ASK_TIMEOUT", 0.5)
-    assert weights_and_biases.answers(refusing)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert not weights_and_biases.answers(f"http://127.0.0.1:{silent.getsockname()[1]}")
+def test_a_server_without_response_is_not_waited_for(responding_server, monkeypatch):
+    monkeypatch.setattr(weights_and_biases, "RESPONSE_TIMEOUT", 0.5)
+    assert weights_and_biases.is_server_responding(responding_server)
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        assert not weights_and_biases.is_server_responding(f"http://127.0.0.1:{silent_server.getsockname()[1]}")
 
 
-def read_wandb(file):
-    """The kinds of records in an offline run's file, and all that they say as one text.
+def read_wandb_file(file):
+    """Return the kinds of records in the file of an offline run, and the text of all records.
 
-    Waits for its end, as wandb's own process writes when it comes to it. The file is a LevelDB log: blocks of 32 kB
-    that hold pieces of records, each with a checksum (4 bytes), its length (2) and whether it is whole, first, middle
-    or last (1); the file begins with 7 bytes of its own.
+    Waits until the last record is there, since wandb writes the file in a process of its own.
     """
-    patience = time.monotonic() + 60
-    kinds, said = parse_wandb(file)
-    while "exit" not in kinds and time.monotonic() < patience:
+    deadline = time.monotonic() + 60
+    kinds, text = parse_wandb_file(file)
+    while "exit" not in kinds and time.monotonic() < deadline:
         time.sleep(0.5)
-        kinds, said = parse_wandb(file)
-    return kinds, said
+        kinds, text = parse_wandb_file(file)
+    return kinds, text
 
 
-def parse_wandb(file):
+def parse_wandb_file(file):
+    """Parse a LevelDB log: 7 bytes of wandb's own, then blocks of 32 kB that hold pieces of records.
+
+    Each piece begins with a checksum (4 bytes), its length (2), and whether it is a whole record or the first, a middle
+    or the last piece of one (1).
+    """
     from wandb.proto import wandb_internal_pb2
 
-    data, place, kinds, texts, pieces = file.read_bytes(), 7, set(), [], b""
-    while place + 7 < len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
+    data, position, kinds, texts, pieces = file.read_bytes(), 7, set(), [], b""
+    while position + 7 < len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
             continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        pieces += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
+        length, piece_type = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        pieces += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if piece_type in (1, 4):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(pieces)
             kinds.add(record.WhichOneof("record_type"))
@@ -142,11 +148,11 @@ def parse_wandb(file):
     return kinds, "\n".join(texts)
 
 
-def test_tensorboard_reads_back(run_small):
+def test_tensorboard_files_hold_scores_and_images(train_small):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    results, folder = run_small("logger=tensorboard", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    results, folder = train_small("logger=tensorboard", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert {"train/loss", "eval/kmeans/acc", "final/kmeans/acc"} <= set(events.Tags()["scalars"])
@@ -154,9 +160,9 @@ def test_tensorboard_reads_back(run_small):
     assert events.Scalars("final/kmeans/acc")[0].value == pytest.approx(results["scores"]["kmeans"]["acc"])
 
 
-def test_a_run_on_the_service_is_closed_where_its_table_cannot_be_sent(monkeypatch, caplog):
+def test_a_wandb_run_is_finished_although_its_table_could_not_be_sent(monkeypatch, caplog):
     pytest.importorskip("wandb")
-    said = []
+    calls = []
 
     class Run:
         summary: ClassVar = {}
@@ -164,15 +170,15 @@ def test_a_run_on_the_service_is_closed_where_its_table_cannot_be_sent(monkeypat
         def log(self, values):
             if "contingency" in values:
                 raise OSError("no network")
-            said.append("log")
+            calls.append("log")
 
         def finish(self):
-            said.append("finish")
+            calls.append("finish")
 
     monkeypatch.setattr(WandbLogger, "experiment", Run())
     results = {"scores": {"kmeans": {"acc": 0.5}}, "health": {}}
     send_to_dashboards([WandbLogger()], results, [], np.ones((2, 2)), None)
-    assert said == ["log", "finish"] and Run.summary == {"final/kmeans/acc": 0.5} and "no network" in caplog.text
+    assert calls == ["log", "finish"] and Run.summary == {"final/kmeans/acc": 0.5} and "no network" in caplog.text
 
 
 def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.engine.distributed import gather_with_gradient
+from deepclust.engine.distributed import all_gather_with_gradient
 from deepclust.losses.contrastive import info_nce, nt_xent
-from tests.engine.test_distributed import on_processes
+from tests.processes import run_on_processes
 
 
 def slow_info_nce(anchors, others, temperature):
@@ -29,12 +29,12 @@ def slow_nt_xent(a, b, temperature):
 
 @pytest.mark.parametrize(("loss", "slow"), [(info_nce, slow_info_nce), (nt_xent, slow_nt_xent)])
 @pytest.mark.parametrize("shape", [(2, 3), (7, 4), (5, 12)])
-def test_loss_is_its_equation(loss, slow, shape):
+def test_losses_equal_their_equations(loss, slow, shape):
     a, b = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(shape[0]))
     assert float(loss(a, b, temperature=0.4)) == pytest.approx(slow(a, b, 0.4), rel=1e-10)
 
 
-def test_nt_xent_does_not_know_which_view_is_first_nor_the_order_of_images():
+def test_nt_xent_ignores_the_order_of_views_and_images():
     a, b = torch.randn(2, 9, 4, dtype=torch.float64)
     loss, order = nt_xent(a, b, temperature=0.5), torch.randperm(9)
     torch.testing.assert_close(nt_xent(b, a, temperature=0.5), loss)
@@ -49,7 +49,7 @@ def test_info_nce_has_a_direction_and_gradients_in_both_views():
     assert a.grad.abs().sum() > 0 and b.grad.abs().sum() > 0
 
 
-def test_equal_rows_leave_chance():
+def test_equal_rows_give_the_loss_of_a_random_guess():
     rows = F.normalize(torch.ones(5, 3, dtype=torch.float64), dim=1)
     assert float(info_nce(rows, rows, temperature=0.1)) == pytest.approx(math.log(5))
     assert float(nt_xent(rows, rows, temperature=0.1)) == pytest.approx(math.log(9))  # its own row is left out
@@ -80,20 +80,20 @@ def test_full_precision_under_autocast(loss):
         assert loss(a.bfloat16(), b, temperature=0.1).dtype == torch.float32
 
 
-def _gathered(rank, a, b):
+def compute_loss_and_gradients(rank, a, b):
     a, b = (rows.chunk(2)[rank].clone().requires_grad_() for rows in (a, b))
-    every_a, every_b = gather_with_gradient(a), gather_with_gradient(b)
-    loss = nt_xent(every_a, every_b, temperature=0.5) + info_nce(every_a.T, every_b.T, temperature=0.5)
+    all_a, all_b = all_gather_with_gradient(a), all_gather_with_gradient(b)
+    loss = nt_xent(all_a, all_b, temperature=0.5) + info_nce(all_a.T, all_b.T, temperature=0.5)
     loss.backward()
     return loss.detach(), a.grad / 2, b.grad / 2  # DDP takes the mean
 
 
-def test_two_processes_are_one_on_the_joined_batch(tmp_path):
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     a, b = (torch.randn(8, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
     loss = nt_xent(a, b, temperature=0.5) + info_nce(a.T, b.T, temperature=0.5)
     loss.backward()
-    got = on_processes(_gathered, 2, tmp_path, a.detach(), b.detach())
-    for rank, (value, grad_a, grad_b) in enumerate(got):
+    results = run_on_processes(compute_loss_and_gradients, 2, tmp_path, a.detach(), b.detach())
+    for rank, (value, grad_a, grad_b) in enumerate(results):
         torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(grad_a, a.grad.chunk(2)[rank], rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(grad_b, b.grad.chunk(2)[rank], rtol=1e-10, atol=1e-14)

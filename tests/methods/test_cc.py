@@ -1,4 +1,4 @@
-"""CC: its two losses against slow versions, defined values for degenerate batches, and who learns from what."""
+"""CC: its two losses against slow versions, defined values for degenerate batches, and which images train what."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.methods.cc import CC, cluster_contrast, cluster_losses, instance_loss, unit_columns
+from deepclust.methods.cc import CC, cluster_contrast, cluster_losses, instance_loss, normalized_columns
 
 
 def make_method(num_features=6, num_clusters=4):
@@ -29,11 +29,11 @@ def make_method(num_features=6, num_clusters=4):
 
 def make_batch(size, extra=False):
     views = tuple(torch.randn(2, size, 6))
-    return TrainBatch(views, torch.arange(size), Draws(key=(0,), first=0, total=size), extra)
+    return TrainBatch(views, torch.arange(size), Draws(key=(0,), first_row=0, global_batch_size=size), extra)
 
 
 def slow_contrast(vectors, half, temperature):
-    """The paper's equation over 2n vectors, of which i and i + n belong together; by cosine, 0 for an empty vector."""
+    """The paper's equation over 2n vectors, of which i and i + n are positives; the cosine of a zero vector is 0."""
 
     def cosine(x, y):
         lengths = float(x.norm() * y.norm())
@@ -41,14 +41,14 @@ def slow_contrast(vectors, half, temperature):
 
     total = 0.0
     for i, vector in enumerate(vectors):
-        own = cosine(vector, vectors[(i + half) % (2 * half)]) / temperature
-        others = [math.exp(cosine(vector, v) / temperature) for j, v in enumerate(vectors) if j != i]
-        total += -own + math.log(sum(others))
+        positive = cosine(vector, vectors[(i + half) % (2 * half)]) / temperature
+        exponentials = [math.exp(cosine(vector, v) / temperature) for j, v in enumerate(vectors) if j != i]
+        total += -positive + math.log(sum(exponentials))
     return total / len(vectors)
 
 
 @pytest.mark.parametrize("size", [1, 2, 9])
-def test_contrasts_are_the_papers(size):
+def test_contrasts_follow_the_equation_of_the_paper(size):
     u_a, u_b, logits_a, logits_b = torch.randn(4, size, 5, dtype=torch.float64)
     expected = slow_contrast([*u_a, *u_b], size, 0.5)
     assert float(instance_loss(u_a, u_b, temperature=0.5)) == pytest.approx(expected, abs=1e-10)
@@ -79,13 +79,13 @@ def test_an_almost_empty_cluster_gets_the_gradient_of_torchs_cosine_similarity(d
     logits[:, 3] -= 22  # its length is above 0 and below the floor of 1e-8
     c = logits.softmax(1)
     assert 0 < float(c[:, 3].norm()) < 1e-8
-    ours, theirs = c.clone().requires_grad_(), c.clone().requires_grad_()
+    actual, reference = c.clone().requires_grad_(), c.clone().requires_grad_()
     probe = torch.randn(4, 4, dtype=dtype)
-    columns, expected = unit_columns(ours), F.cosine_similarity(theirs.T[:, None], theirs.T[None], dim=2)
+    columns, expected = normalized_columns(actual), F.cosine_similarity(reference.T[:, None], reference.T[None], dim=2)
     torch.testing.assert_close(columns @ columns.T, expected)
     ((columns @ columns.T) * probe).sum().backward()
     (expected * probe).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.grad, reference.grad, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("size", "clusters"), [(1, 1), (1, 4), (2, 40), (3, 1)])
@@ -99,7 +99,7 @@ def test_tiny_batches_and_many_clusters(size, clusters):
         assert float(terms["instance"]) == 0
 
 
-def test_extra_images_teach_the_representation_only():
+def test_extra_images_train_the_representation_only():
     method = make_method()
     terms = method.losses(make_batch(8, extra=True))
     sum(terms.values()).backward()
@@ -108,33 +108,33 @@ def test_extra_images_teach_the_representation_only():
     assert all(p.grad.any() for p in method.backbone.parameters())
 
 
-def test_views_meet_the_backbone_one_at_a_time():
+def test_views_go_through_the_backbone_one_at_a_time():
     method = make_method()
-    seen = []
-    method.backbone.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    batch_sizes = []
+    method.backbone.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))
     method.losses(make_batch(8))
-    assert seen == [8, 8], "batch statistics are a view's"
+    assert batch_sizes == [8, 8], "batch normalisation has to see one view at a time"
 
 
-def test_clusters_are_those_of_the_head():
+def test_cluster_logits_are_those_of_the_cluster_head():
     method = make_method()
     images = torch.randn(10, 6)
     logits = method.cluster_logits(method.encode(images))
     assert torch.equal(logits, method.cluster_head(method.backbone(images)))
 
 
-@pytest.mark.parametrize(("size", "warnings"), [(256, 0), (128, 1)])
-def test_another_batch_size_is_told(caplog, size, warnings):
+@pytest.mark.parametrize(("size", "num_warnings"), [(256, 0), (128, 1)])
+def test_a_batch_size_other_than_the_papers_gives_a_warning(caplog, size, num_warnings):
     method = make_method()
     method._trainer = SimpleNamespace(datamodule=SimpleNamespace(batch_size=size))
     method.on_fit_start()
-    assert len(caplog.records) == warnings
+    assert len(caplog.records) == num_warnings
 
 
-def test_losses_are_full_precision_under_autocast():
+def test_losses_have_full_precision_under_autocast():
     u_a, u_b, logits_a, logits_b = torch.randn(4, 16, 8)
     exact = instance_loss(u_a, u_b, temperature=0.1), *cluster_losses(logits_a, logits_b, temperature=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = instance_loss(u_a, u_b, temperature=0.1), *cluster_losses(logits_a, logits_b, temperature=0.5)
-        assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
+        under_autocast = instance_loss(u_a, u_b, temperature=0.1), *cluster_losses(logits_a, logits_b, temperature=0.5)
+        assert all(torch.equal(a, b) for a, b in zip(exact, under_autocast, strict=True))
         assert cluster_losses(logits_a.bfloat16(), logits_b, temperature=0.5)[0].dtype == torch.float32

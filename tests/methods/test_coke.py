@@ -1,4 +1,4 @@
-"""CoKe against a slow version of its step, and what it remembers between steps, epochs, processes and starts."""
+"""CoKe: its step against a slow version, and its state across steps, epochs and processes."""
 
 import copy
 import math
@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepclust.clustering.balanced_assignment import SizeBalance
+from deepclust.clustering.balanced_assignment import SizeConstraint
 from deepclust.errors import InputError
-from deepclust.methods.coke import CentroidHead, CoKe, LabelMemory, epoch_share
+from deepclust.methods.coke import CentroidHead, CoKe, PseudoLabelMemory, averaging_weight
 from deepclust.nn.schedules import Constant
-from tests.conformance.adapters.secu import on_ranks
+from tests.conformance.adapters.secu import run_on_ranks
 from tests.methods.test_secu import (
     IMAGES,
     SIZE,
-    at_epoch,
-    batch_of,
-    check_epochs,
-    nothing,
+    check_first_epoch_and_frozen_state,
+    make_batch,
+    make_empty_batch,
+    set_epoch,
 )
 
 
-def make(*, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging_epochs=0, num_slots=1, seed=0):
+def make_method(*, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging_epochs=0, num_slots=1, seed=0):
     """A CoKe of 3 and 6 clusters whose networks are linear, in float64."""
     torch.manual_seed(seed)
     backbone = nn.Linear(5, 4)
@@ -54,25 +54,28 @@ def make(*, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging_epochs
     method.projector = nn.Linear(4, SIZE)
     if predictor_weight:
         method.predictor = nn.Linear(SIZE, SIZE)
-    return at_epoch(method.double(), 0)
+    return set_epoch(method.double(), 0)
 
 
-def views_of(indices, number, seed):
-    """`number` views of the images."""
-    batch = batch_of(indices, seed=seed)
-    more = batch_of(indices, seed=seed + 100).views + batch_of(indices, seed=seed + 200).views
+def make_batch_of_views(indices, number, seed):
+    """Return a batch with `number` views of the images `indices`."""
+    batch = make_batch(indices, seed=seed)
+    more = make_batch(indices, seed=seed + 100).views + make_batch(indices, seed=seed + 200).views
     return batch.replace_views(*(batch.views + more)[:number])
 
 
 def slow_step(method, batch, first):
-    """Row by row, from the equations; before the averaging. Gives the loss, labels and centroids; changes nothing."""
+    """Return the loss, assignments and centroids of a step without averaging, image by image from the equations.
+
+    It changes nothing in `method`.
+    """
     projections = [method.projector(method.backbone(view)) for view in batch.views]
     predictions = [method.predictor(rows) for rows in projections] if method.predictor else None
     z = torch.stack([F.normalize(rows, dim=1) for rows in projections]).detach()
     p = torch.stack([F.normalize(rows, dim=1) for rows in predictions]).detach() if predictions else None
     features = z[:2].mean(0)
     total, labels, centroids = 0.0, [], []
-    for number, head in enumerate(method.each_head()):
+    for number, head in enumerate(method.heads):
         scores = features @ head.running + head.balance.duals
         new = [row.tolist().index(max(row.tolist())) for row in scores]
         labels.append(new)
@@ -84,19 +87,20 @@ def slow_step(method, batch, first):
             after[:, k] = mean / mean.norm()
         centroids.append(after)
         for i in range(len(new)):
-            learnt = new[i] if first else int(method.memory.labels[number, batch.indices[i], 0])
-            one_hot = F.one_hot(torch.tensor(learnt), after.shape[1]).double()
-            said = [(z[v, i] @ head.frozen / 0.1).softmax(0) for v in range(min(2, len(z)))]
+            label = new[i] if first else int(method.memory.labels[number, batch.indices[i], 0])
+            one_hot = F.one_hot(torch.tensor(label), after.shape[1]).double()
+            probabilities = [(z[v, i] @ head.frozen / 0.1).softmax(0) for v in range(min(2, len(z)))]
             targets = [one_hot]
             if len(z) > 1:
-                targets = [0.3 * one_hot + 0.7 * said[1], 0.3 * one_hot + 0.7 * said[0]]
+                targets = [0.3 * one_hot + 0.7 * probabilities[1], 0.3 * one_hot + 0.7 * probabilities[0]]
 
             def loss(view, target, i=i, head=head):
-                def entropy(values):
+                def cross_entropy(values):
                     return -float((target * (values @ head.frozen / 0.1).log_softmax(0)).sum())
 
                 beta = method.predictor_weight
-                return (1 - beta) * entropy(z[view, i]) + (beta * entropy(p[view, i]) if p is not None else 0.0)
+                predicted = beta * cross_entropy(p[view, i]) if p is not None else 0.0
+                return (1 - beta) * cross_entropy(z[view, i]) + predicted
 
             large = sum(loss(v, t) for v, t in enumerate(targets)) / len(targets)
             small = [loss(v, sum(targets) / 2) for v in range(2, len(z))]
@@ -107,73 +111,73 @@ def slow_step(method, batch, first):
 @pytest.mark.parametrize("views", [1, 2, 5])
 @pytest.mark.parametrize("predictor_weight", [0.0, 0.5, 1.0])
 def test_loss_and_clustering_are_their_equations(views, predictor_weight):
-    method = make(predictor_weight=predictor_weight)
+    method = make_method(predictor_weight=predictor_weight)
     for epoch, indices in enumerate(([0, 3, 5, 11, 2], [11, 0])):
-        batch = views_of(indices, views, seed=epoch)
-        loss, labels, centroids = slow_step(at_epoch(method, epoch), batch, epoch == 0)
+        batch = make_batch_of_views(indices, views, seed=epoch)
+        loss, labels, centroids = slow_step(set_epoch(method, epoch), batch, epoch == 0)
         assert method.losses(batch)["classification"].item() == pytest.approx(loss, rel=1e-9)
         assert method.memory.labels[:, batch.indices, 0].tolist() == labels
-        for head, expected in zip(method.each_head(), centroids, strict=True):
+        for head, expected in zip(method.heads, centroids, strict=True):
             torch.testing.assert_close(head.running, expected)
 
 
-def test_clustering_takes_no_gradient_and_the_network_all():
-    method = make(predictor_weight=0.5)
-    method.losses(batch_of([0, 1, 2, 3]))["classification"].backward()
+def test_networks_get_gradients_and_clustering_state_gets_none():
+    method = make_method(predictor_weight=0.5)
+    method.losses(make_batch([0, 1, 2, 3]))["classification"].backward()
     assert all(p.grad.abs().sum() > 0 for p in method.parameters())
     assert all(buffer.grad is None for buffer in method.buffers())
 
 
-def test_first_rows_of_an_epoch_replace_what_a_cluster_inherited():
-    head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=2, step=0.1, min_share=0.5))
+def test_first_features_of_an_epoch_replace_the_inherited_centroid():
+    head = CentroidHead(num_features=2, balance=SizeConstraint(num_clusters=2, step=0.1, min_share=0.5))
     start = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     head.running.copy_(start)
     head.update(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), averaging=False)
     torch.testing.assert_close(head.running, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
     head.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), averaging=False)
     torch.testing.assert_close(head.running[:, 0], torch.tensor([0.5, 0.5]) * 2**0.5)
-    assert torch.equal(head.running[:, 1], start[:, 1]), "without rows a cluster keeps its centroid"
-    head.end_epoch(1.0, averaging=False)
+    assert torch.equal(head.running[:, 1], start[:, 1]), "a cluster without features keeps its centroid"
+    head.freeze_centroids_and_reset_counts(1.0, averaging=False)
     torch.testing.assert_close(head.frozen, head.running)
     assert not head.balance.counts.any()
 
 
-def test_without_averaging_the_next_epoch_has_the_running_centroids_as_they_are():
-    head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=2, step=0.1, min_share=0.5))
+def test_without_averaging_the_running_centroids_are_frozen_unchanged():
+    head = CentroidHead(num_features=2, balance=SizeConstraint(num_clusters=2, step=0.1, min_share=0.5))
     running = torch.tensor([[3.0, 0.0], [4.0, 0.5]])
     head.running.copy_(running)
-    head.end_epoch(1.0, averaging=False)
+    head.freeze_centroids_and_reset_counts(1.0, averaging=False)
     assert torch.equal(head.frozen, running) and torch.equal(head.running, running)
 
 
-def test_averaging_weighs_epochs_alike():
-    assert [epoch_share(epoch, 5) for epoch in (0, 4, 5, 6, 7)] == [1, 1, 1, 1 / 2, 1 / 3]
-    head = CentroidHead(num_features=2, balance=SizeBalance(num_clusters=1, step=0.1, min_share=0.5))
+def test_averaging_gives_epochs_equal_weights():
+    assert [averaging_weight(epoch, 5) for epoch in (0, 4, 5, 6, 7)] == [1, 1, 1, 1 / 2, 1 / 3]
+    head = CentroidHead(num_features=2, balance=SizeConstraint(num_clusters=1, step=0.1, min_share=0.5))
     head.frozen.copy_(torch.tensor([[1.0], [0.0]]))
     head.running.copy_(torch.tensor([[0.0], [2.0]]))
-    head.end_epoch(0.25, averaging=True)
+    head.freeze_centroids_and_reset_counts(0.25, averaging=True)
     torch.testing.assert_close(head.frozen, F.normalize(torch.tensor([[0.75], [0.25]]), dim=0))
     assert torch.equal(head.frozen, head.running)
 
 
-def memory_of(slots, averaging_epoch):
-    return LabelMemory(num_heads=1, num_images=1, num_slots=slots, averaging_epoch=averaging_epoch)
+def make_memory(slots, averaging_epoch):
+    return PseudoLabelMemory(num_heads=1, num_images=1, num_slots=slots, averaging_epoch=averaging_epoch)
 
 
-def pass_through(memory, labels, clusters=4):
-    """Targets (E, K) that one image learns when its epochs give it `labels`."""
-    seen, image = [], torch.tensor([0])
+def run_through_memory(memory, labels, clusters=4):
+    """Return the targets (E, K) of one image that gets the pseudo-labels `labels`, one in each epoch."""
+    targets, image = [], torch.tensor([0])
     for epoch, label in enumerate(labels):
-        seen.append(memory.read(0, image, clusters, epoch=epoch, temperature=0.5)[0])
+        targets.append(memory.read_targets(0, image, clusters, epoch=epoch, temperature=0.5)[0])
         memory.write(0, image, torch.tensor([label]), epoch=epoch)
-    return torch.stack(seen)
+    return torch.stack(targets)
 
 
-def test_with_slots_enough_labels_are_averaged():
+def test_labels_are_averaged_if_the_slots_suffice():
     labels = [0, 3, 1, 2, 1, 1, 3, 2]
-    got = pass_through(memory_of(4, averaging_epoch=2), labels)
+    got = run_through_memory(make_memory(4, averaging_epoch=2), labels)
     assert got[0].isnan().all()
-    for epoch in (1, 2, 3):  # hard labels, up to the one that the first averaged epoch gave
+    for epoch in (1, 2, 3):  # the targets are one-hot up to the label of the first averaged epoch
         assert got[epoch].tolist() == [float(k == labels[epoch - 1]) for k in range(4)]
     for epoch in range(4, len(labels)):
         since = labels[2:epoch]
@@ -184,95 +188,99 @@ def test_with_slots_enough_labels_are_averaged():
 
 
 def test_a_full_table_drops_its_lightest_label():
-    memory = memory_of(2, averaging_epoch=0)
-    pass_through(memory, [1, 1, 2, 3])  # 1: two thirds, 2: a third, which goes; 3 is one of four epochs
+    memory = make_memory(2, averaging_epoch=0)
+    # After three epochs label 1 weighs two thirds and label 2 one third. Label 3 replaces label 2; it is one of four.
+    run_through_memory(memory, [1, 1, 2, 3])
     assert sorted(memory.labels[0, 0].tolist()) == [1, 3]
     assert float(memory.weights.sum()) == pytest.approx(1)
     assert float(memory.weights[0, 0][memory.labels[0, 0] == 3]) == pytest.approx(1 / 4)
 
 
-def test_of_slots_of_equal_weight_the_one_goes_that_went_in_the_authors_code():
-    """Labels 6 and 2 had two epochs each; what float32 makes of their weights was read off a run of that code."""
-    memory = memory_of(3, averaging_epoch=2)
-    pass_through(memory, [6, 2, 6, 2, 1, 1, 3, 0, 6, 6, 0], clusters=7)
+def test_of_slots_with_equal_weights_the_same_is_overwritten_as_in_the_authors_code():
+    """Labels 6 and 2 had two epochs each. The expected labels were read off a float32 run of the authors' code."""
+    memory = make_memory(3, averaging_epoch=2)
+    run_through_memory(memory, [6, 2, 6, 2, 1, 1, 3, 0, 6, 6, 0], clusters=7)
     assert memory.labels[0, 0].tolist() == [0, 2, 1]
 
 
 def test_one_slot_keeps_the_last_label():
     labels = [0, 3, 1, 2, 1]
-    got = pass_through(memory_of(1, averaging_epoch=1), labels)
+    got = run_through_memory(make_memory(1, averaging_epoch=1), labels)
     assert got[1:].argmax(1).tolist() == labels[:-1] and set(got[1:].flatten().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("epoch", [1, 7, 8, 9])
 def test_an_image_not_seen_before_learns_its_new_label(epoch):
-    """Also while labels are averaged (from epoch 7 on), and whether it was seen before that or never."""
-    method = make(epochs=10, averaging_epochs=3, num_slots=3)
-    method.losses(views_of([0, 1, 2, 3], 1, seed=0))
-    loss = at_epoch(method, epoch).losses(views_of([2, 3, 4, 5], 1, seed=1))["classification"]
+    """This holds while labels are averaged too (from epoch 7 on), for images first seen then or never."""
+    method = make_method(epochs=10, averaging_epochs=3, num_slots=3)
+    method.losses(make_batch_of_views([0, 1, 2, 3], 1, seed=0))
+    loss = set_epoch(method, epoch).losses(make_batch_of_views([2, 3, 4, 5], 1, seed=1))["classification"]
     assert torch.isfinite(loss)
     assert (method.memory.labels[:, :6, 0] >= 0).all() and (method.memory.labels[:, 6:] == -1).all()
 
 
 def test_averaged_epochs_assign_by_the_frozen_centroids():
-    method = make(epochs=10, averaging_epochs=3, num_slots=3)
-    for head in method.each_head():
+    method = make_method(epochs=10, averaging_epochs=3, num_slots=3)
+    for head in method.heads:
         head.running.copy_(head.frozen.flip(1))
-    batch = views_of([0, 1, 2, 3], 1, seed=0)
+    batch = make_batch_of_views([0, 1, 2, 3], 1, seed=0)
     rows = method.encode(batch.views[0])
     for epoch, by in ((6, "running"), (7, "frozen")):
-        tried = at_epoch(copy.deepcopy(method), epoch)
-        tried.losses(batch)
-        for head, labels in zip(method.each_head(), tried.memory.labels[:, batch.indices, 0], strict=True):
+        trial = set_epoch(copy.deepcopy(method), epoch)
+        trial.losses(batch)
+        for head, labels in zip(method.heads, trial.memory.labels[:, batch.indices, 0], strict=True):
             assert torch.equal(labels, (rows @ getattr(head, by)).argmax(1))
 
 
 def test_losses_are_full_precision_under_autocast():
-    method, outputs = make().float(), torch.randn(2, 4, SIZE)
-    exact = copy.deepcopy(method).objective(outputs, None, torch.arange(4))
+    method, outputs = make_method().float(), torch.randn(2, 4, SIZE)
+    exact = copy.deepcopy(method).compute_terms_and_update_clusters(outputs, None, torch.arange(4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(method.objective(outputs, None, torch.arange(4)), exact)
+        assert torch.equal(method.compute_terms_and_update_clusters(outputs, None, torch.arange(4)), exact)
 
 
 def test_processes_together_are_one():
-    """Uneven shares, a share of nothing, and images that move from one process to another between epochs."""
-    acquire_run_lock, ranks = make(), [make() for _ in range(3)]
+    """Also if processes hold unequal parts, or nothing, and if images change their process between epochs."""
+    single, ranks = make_method(), [make_method() for _ in range(3)]
     for epoch, cuts in enumerate([(0, 3, 7, 10), (0, 6, 6, 10), (0, 1, 5, 10)]):
         order = list(range(10))[:: 1 if epoch % 2 == 0 else -1]
 
-        def step(rank, order=order, epoch=epoch, cuts=cuts):
-            mine = order[cuts[rank] : cuts[rank + 1]]
-            method = at_epoch(ranks[rank], epoch)
-            batch = batch_of(mine, total=10, first=cuts[rank], seed=epoch) if mine else nothing(epoch, 10)
+        def compute_gradients(rank, order=order, epoch=epoch, cuts=cuts):
+            indices = order[cuts[rank] : cuts[rank + 1]]
+            method = set_epoch(ranks[rank], epoch)
+            if indices:
+                batch = make_batch(indices, total=10, first=cuts[rank], seed=epoch)
+            else:
+                batch = make_empty_batch(epoch, 10)
             method.zero_grad()
             method.losses(batch)["classification"].backward()
             return [p.grad for p in method.parameters()]
 
-        gradients = on_ranks(step, 3)
-        acquire_run_lock.zero_grad()
-        at_epoch(acquire_run_lock, epoch).losses(batch_of(order, seed=epoch))["classification"].backward()
-        for parameter, *theirs in zip(acquire_run_lock.parameters(), *gradients, strict=True):
-            torch.testing.assert_close(sum(theirs) / 3, parameter.grad, rtol=1e-9, atol=1e-12)
-        for method in (acquire_run_lock, *ranks):
-            for head in method.each_head():
-                head.end_epoch(1.0, averaging=False)
-            for name, value in acquire_run_lock.named_buffers():
+        gradients = run_on_ranks(compute_gradients, 3)
+        single.zero_grad()
+        set_epoch(single, epoch).losses(make_batch(order, seed=epoch))["classification"].backward()
+        for parameter, *rank_gradients in zip(single.parameters(), *gradients, strict=True):
+            torch.testing.assert_close(sum(rank_gradients) / 3, parameter.grad, rtol=1e-9, atol=1e-12)
+        for method in (single, *ranks):
+            for head in method.heads:
+                head.freeze_centroids_and_reset_counts(1.0, averaging=False)
+            for name, value in single.named_buffers():
                 torch.testing.assert_close(method.get_buffer(name), value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_clusters_are_those_of_the_head_of_k():
-    method = make(multiples=(2, 1))
+    method = make_method(multiples=(2, 1))
     features = method.encode(torch.randn(4, 5, dtype=torch.float64))
-    assert torch.equal(method.cluster_logits(features).argmax(1), (features @ method.each_head()[1].running).argmax(1))
-    assert make(multiples=(3, 4, 5)).cluster_logits(features) is None
+    assert torch.equal(method.cluster_logits(features).argmax(1), (features @ method.heads[1].running).argmax(1))
+    assert make_method(multiples=(3, 4, 5)).cluster_logits(features) is None
 
 
-def test_extra_images_are_refused_in_words():
-    batch = batch_of([0, 1])
+def test_extra_images_are_refused():
+    batch = make_batch([0, 1])
     batch.extra = True
     with pytest.raises(InputError, match=r"dataset\.source\.extra=\[\]"):
-        make().losses(batch)
+        make_method().losses(batch)
 
 
-def test_first_epoch_is_dead_and_centroids_are_frozen_within_each(tmp_path):
-    check_epochs("coke", tmp_path)
+def test_network_stays_in_the_first_epoch_and_centroids_are_frozen_within_each(tmp_path):
+    check_first_epoch_and_frozen_state("coke", tmp_path)

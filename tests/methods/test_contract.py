@@ -1,4 +1,4 @@
-"""What every method of conf/method keeps, without special cases; on real digits."""
+"""The contract that every method of conf/method fulfils, without special cases, on real digits."""
 
 from pathlib import Path
 
@@ -13,23 +13,26 @@ from deepclust.config.build import build
 from deepclust.engine.cuda_graphs import ReplayedParts
 from deepclust.runs.assemble import build_datamodule
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.resolve import resolve_config
+from deepclust.runs.resolve_config import resolve_config
 from deepclust.testing import check_assignments, check_losses
 from tests.conftest import compose_train
-from tests.engine.test_launch import TWO, deepclust
-from tests.host_waits import HostWaits, watch_parts
+from tests.host_waits import HostWaits, watch_host_operations_in_parts
+from tests.processes import TWO_PROCESSES, run_deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
-QUICK = ["report.map_points=60", "+trainer.limit_train_batches=4"]
-WATCHED = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluation.every_n_epochs=1"]
+SMALL_RUN = ["report.map_points=60", "+trainer.limit_train_batches=4"]
+FREQUENT_CALLBACKS = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluation.every_n_epochs=1"]
 
 
-def small(name: str, *overrides: str):
-    """A run of two epochs, after few of the stages before it: enough of the last one to be sure of some images."""
-    cfg = compose_train(f"method={name}", "hardware=cpu", "trainer.max_epochs=2", *QUICK, *overrides)
+def compose_small_run(name: str, *overrides: str):
+    """Return the configuration of a run of two epochs.
+
+    The stage right before the run has ten epochs, so that it is confident of some images; stages before it have two.
+    """
+    cfg = compose_train(f"method={name}", "hardware=cpu", "trainer.max_epochs=2", *SMALL_RUN, *overrides)
     stage, epochs = cfg, 10
     while (stage := stage.get("before")) is not None:
         stage.trainer.max_epochs, epochs = epochs, 2
@@ -37,34 +40,35 @@ def small(name: str, *overrides: str):
     return cfg
 
 
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
+def load_last_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the state_dict of the last checkpoint of a run."""
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A function: a run of two epochs of a method, made once; gives (results, folder)."""
-    made: dict = {}
+def train_once(tmp_path_factory):
+    """Return a function that trains a method for two epochs, once per module, and gives (results, folder)."""
+    runs: dict = {}
 
-    def once(name: str):
-        if name not in made:
+    def train(name: str):
+        if name not in runs:
             folder = tmp_path_factory.mktemp(name)
-            made[name] = run(small(name, *WATCHED), folder), folder
-        return made[name]
+            runs[name] = run(compose_small_run(name, *FREQUENT_CALLBACKS), folder), folder
+        return runs[name]
 
-    return once
+    return train
 
 
-class Keep(Callback):
-    """Does nothing but remember the method, whose state can then be read when the run has ended."""
+class KeepMethod(Callback):
+    """Keeps the method of a run, so that its state can be read when the run has ended; changes nothing."""
 
     method = None
 
     def setup(self, trainer, pl_module, stage):
-        Keep.method = pl_module
+        KeepMethod.method = pl_module
 
 
-class Stand:
+class TrainerStub:
     """Stands in for the trainer where a loss is computed outside of training."""
 
     def __init__(self, method, datamodule):
@@ -73,35 +77,37 @@ class Stand:
         self.current_epoch = 1000  # past every warm-up
 
 
-def at_work(name: str, trained):
-    """A method as it stands after its first E-step, and its datamodule."""
-    cfg = small(name)
+def build_after_e_step(name: str, train_once):
+    """Return a method in the state after its first E-step, and its datamodule."""
+    cfg = compose_small_run(name)
     if cfg.before is not None:
-        cfg.start = str(trained(name)[1] / "before")
+        cfg.start = str(train_once(name)[1] / "before")
     images = build(cfg.dataset.source)
     cfg, _ = resolve_config(cfg, images, find_earlier_run(cfg, Path()))
     method, datamodule = build(cfg.method), build_datamodule(cfg, images)
     if cfg.earlier.run is not None:
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
-    method._trainer = datamodule.trainer = Stand(method, datamodule)
+    method._trainer = datamodule.trainer = TrainerStub(method, datamodule)
     method.on_train_start()
     method.e_step(method.encode_all(datamodule.clean_batches(images.fit), len(images.fit)), ("test",))
     return method, datamodule
 
 
-def test_builds_and_every_parameter_gets_a_gradient(name, trained):
-    method, datamodule = at_work(name, trained)
-    batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, number=0), 0)
+def test_builds_and_every_parameter_gets_a_gradient(name, train_once):
+    method, datamodule = build_after_e_step(name, train_once)
+    batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, batch_number=0), 0)
     check_losses(method, batch)
     check_assignments(method, method.encode_all(datamodule.clean_batches(datamodule.fit), len(datamodule.fit)))
-    twice = datamodule.on_after_batch_transfer(datamodule.read_batch(np.array([7, 7]), epoch=0, number=0), 0)
-    check_losses(method, twice)
+    one_image_twice = datamodule.on_after_batch_transfer(
+        datamodule.read_batch(np.array([7, 7]), epoch=0, batch_number=0), 0
+    )
+    check_losses(method, one_image_twice)
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-    assert all(g.isfinite().all() for g in gradients.values()), "of one image, twice"
+    assert all(g.isfinite().all() for g in gradients.values()), "of a batch of one image, twice"
 
 
-def test_crosses_two_e_steps_and_fills_the_run_folder(name, trained):
-    results, folder = trained(name)
+def test_crosses_two_e_steps_and_fills_the_run_folder(name, train_once):
+    results, folder = train_once(name)
     for file in ("results.json", "assignments.csv", "metrics.csv", "report.html", "checkpoints/last.ckpt"):
         assert (folder / file).stat().st_size > 0, file
     assert results["epochs"] == 2 and results["num_images"] == 1797
@@ -115,107 +121,110 @@ def test_crosses_two_e_steps_and_fills_the_run_folder(name, trained):
         assert scores is None or all(-1 <= scores[s] <= 1 for s in ("acc", "nmi", "ari"))
 
 
-def test_callbacks_and_loggers_change_nothing_that_is_learned(name, trained, tmp_path):
-    _, watched = trained(name)
-    cfg = small(name, "callbacks=none", "logger=none", "+callbacks.keep._target_=tests.methods.test_contract.Keep")
+def test_callbacks_and_loggers_change_nothing_that_is_learned(name, train_once, tmp_path):
+    _, expected_folder = train_once(name)
+    cfg = compose_small_run(
+        name, "callbacks=none", "logger=none", "+callbacks.keep_method._target_=tests.methods.test_contract.KeepMethod"
+    )
     if cfg.before is not None:
-        cfg.start = str(watched / "before")  # without callbacks it would leave no checkpoint to start from
+        cfg.start = str(expected_folder / "before")  # a stage without callbacks leaves no checkpoint
     run(cfg, tmp_path)
-    expected = state_of(watched)
-    got = Keep.method.state_dict()
-    assert got.keys() == expected.keys()
+    expected = load_last_state(expected_folder)
+    state = KeepMethod.method.state_dict()
+    assert state.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(got[key], value), key
+        assert torch.equal(state[key], value), key
 
 
-class Stop(Callback):
-    """Ends a run as Ctrl-C would, in the middle of its second epoch."""
+class InterruptSecondEpoch(Callback):
+    """Interrupts a run in the middle of its second epoch, as Ctrl-C does."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1 and batch_idx == 1:
             raise KeyboardInterrupt
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(name, trained, tmp_path):
-    _, watched = trained(name)
-    start = str(watched / "before") if (watched / "before").exists() else None
-    stop = "+callbacks.stop._target_=tests.methods.test_contract.Stop"
-    for more in ([stop], []):
-        cfg = small(name, *WATCHED, "callbacks.checkpoint.every_n_steps=1", *more)
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(name, train_once, tmp_path):
+    _, expected_folder = train_once(name)
+    start = str(expected_folder / "before") if (expected_folder / "before").exists() else None
+    interrupt = "+callbacks.interrupt._target_=tests.methods.test_contract.InterruptSecondEpoch"
+    for is_interrupted in (True, False):
+        overrides = [interrupt] if is_interrupted else []
+        cfg = compose_small_run(name, *FREQUENT_CALLBACKS, "callbacks.checkpoint.every_n_steps=1", *overrides)
         cfg.start = start
-        if more:
+        if is_interrupted:
             with pytest.raises(KeyboardInterrupt):
                 run(cfg, tmp_path)
             assert not (tmp_path / "results.json").exists()
         else:
-            assert run(cfg, tmp_path)["scores"] == trained(name)[0]["scores"]
-    for key, value in state_of(watched).items():
-        assert torch.equal(state_of(tmp_path)[key], value), key
+            assert run(cfg, tmp_path)["scores"] == train_once(name)[0]["scores"]
+    for key, value in load_last_state(expected_folder).items():
+        assert torch.equal(load_last_state(tmp_path)[key], value), key
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(name, trained, tmp_path):
-    """In float64 with batch statistics over all; the last of three batches divides in uneven shares."""
-    _, watched = trained(name)
-    start = [f"start={watched / 'before'}"] if (watched / "before").exists() else []
-    told = [f"method={name}", *QUICK, *WATCHED, *start, "trainer.max_epochs=2"]
-    told += ["hardware.precision=64-true", "sync_batchnorm=true", "batch_size=600", "drop_last=false"]
-    deepclust("train", *told, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
-    deepclust("train", *told, *TWO, f"hydra.run.dir={tmp_path / 'two'}")
-    for key, value in state_of(tmp_path / "one").items():
-        told = state_of(tmp_path / "two")[key]
-        torch.testing.assert_close(told, value, rtol=1e-6, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")
+def test_two_processes_learn_what_one_learns(name, train_once, tmp_path):
+    """In float64, with batch statistics over all processes; the last of three batches splits into uneven parts."""
+    _, expected_folder = train_once(name)
+    start = [f"start={expected_folder / 'before'}"] if (expected_folder / "before").exists() else []
+    overrides = [f"method={name}", *SMALL_RUN, *FREQUENT_CALLBACKS, *start, "trainer.max_epochs=2"]
+    overrides += ["hardware.precision=64-true", "sync_batchnorm=true", "batch_size=600", "drop_last=false"]
+    run_deepclust("train", *overrides, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
+    run_deepclust("train", *overrides, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'two'}")
+    for key, value in load_last_state(tmp_path / "one").items():
+        value_of_two = load_last_state(tmp_path / "two")[key]
+        torch.testing.assert_close(value_of_two, value, rtol=1e-6, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")
     one, two = (tmp_path / n / "assignments.csv" for n in ("one", "two"))
     assert one.read_text() == two.read_text()
 
 
-def test_permuted_labels_change_nothing_that_is_learned(name, trained, tmp_path, monkeypatch):
+def test_permuted_labels_change_nothing_that_is_learned(name, train_once, tmp_path, monkeypatch):
     from deepclust.datasets import named_datasets
 
-    honest_results, folder = trained(name)  # before there are other labels
-    honest = named_datasets.load_embedded_digits
+    expected_results, folder = train_once(name)  # has to run before the labels are permuted
+    load_embedded_digits = named_datasets.load_embedded_digits
 
-    def permuted(*args, **kwargs):
-        images = honest(*args, **kwargs)
+    def load_with_permuted_labels(*args, **kwargs):
+        images = load_embedded_digits(*args, **kwargs)
         images.labels[:] = np.random.default_rng(0).permutation(images.labels)
         return images
 
-    monkeypatch.setattr(named_datasets, "load_embedded_digits", permuted)
-    results = run(small(name, *WATCHED), tmp_path)
-    expected = state_of(folder)
-    for key, value in state_of(tmp_path).items():
+    monkeypatch.setattr(named_datasets, "load_embedded_digits", load_with_permuted_labels)
+    results = run(compose_small_run(name, *FREQUENT_CALLBACKS), tmp_path)
+    expected = load_last_state(folder)
+    for key, value in load_last_state(tmp_path).items():
         assert torch.equal(value, expected[key]), key
-    assert results["scores"] != honest_results["scores"]
+    assert results["scores"] != expected_results["scores"]
 
 
-def test_checkpoint_loads_strictly_with_its_state(name, trained):
-    _, folder = trained(name)
+def test_checkpoint_loads_strictly_with_its_state(name, train_once):
+    _, folder = train_once(name)
     _, method = load_method(load_checkpoint(folder))
     for key, value in method.state_dict().items():
-        assert torch.equal(value, state_of(folder)[key]), key
+        assert torch.equal(value, load_last_state(folder)[key]), key
 
 
-WAITS = {"self_label": {"scan.py: return self.heads[int(self.best_head)](features)"}}  # chosen once, a buffer
+EXPECTED_WAITS = {"self_label": {"scan.py: return self.heads[int(self.best_head)](features)"}}  # a buffer
 
 
-def test_a_step_waits_for_no_device(name, trained):
-    method, datamodule = at_work(name, trained)
+def test_a_step_waits_for_no_device(name, train_once):
+    method, datamodule = build_after_e_step(name, train_once)
     optimizer = method.configure_optimizers()["optimizer"]
-    raw = datamodule.read_batch(np.arange(64), epoch=0, number=0)
-    moved = [raw.images, raw.indices, raw.companions, raw.companion_images]
-    with HostWaits([*method.parameters(), *method.buffers(), *moved]) as waits:
+    raw = datamodule.read_batch(np.arange(64), epoch=0, batch_number=0)
+    on_device = [raw.images, raw.indices, raw.companions, raw.companion_images]
+    with HostWaits([*method.parameters(), *method.buffers(), *on_device]) as waits:
         batch = datamodule.on_after_batch_transfer(raw, 0)
         torch.stack(list(method.losses(batch).values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert waits.found <= WAITS.get(name, set())
+    assert waits.lines <= EXPECTED_WAITS.get(name, set())
 
 
-def test_parts_of_a_step_are_fit_for_a_gpu_graph(name, trained, monkeypatch):
-    method, datamodule = at_work(name, trained)
-    method.replayed_parts, found = ReplayedParts(), watch_parts(monkeypatch)
-    for method.trainer.current_epoch in (1, 1000):  # in the midst of training, and past every warm-up
-        batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, number=0), 0)
+def test_parts_of_a_step_are_fit_for_a_gpu_graph(name, train_once, monkeypatch):
+    method, datamodule = build_after_e_step(name, train_once)
+    method.replayed_parts, found = ReplayedParts(), watch_host_operations_in_parts(monkeypatch)
+    for method.trainer.current_epoch in (1, 1000):  # early in training, and past every warm-up
+        batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, batch_number=0), 0)
         method.losses(batch)
     assert found or name in ("kmeans", "self_label")
     assert not set().union(*found.values()), found

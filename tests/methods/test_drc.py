@@ -1,4 +1,4 @@
-"""DRC: its losses against slow versions, defined values for degenerate batches, and the weight of the sizes."""
+"""DRC: its losses against slow versions, defined values for degenerate batches, and the weight of the cluster sizes."""
 
 import math
 
@@ -33,11 +33,11 @@ def make_method(num_clusters=4, **settings):
 
 def make_batch(views, extra=False):
     size = len(views[0])
-    return TrainBatch(tuple(views), torch.arange(size), Draws(key=(0,), first=0, total=size), extra)
+    return TrainBatch(tuple(views), torch.arange(size), Draws(key=(0,), first_row=0, global_batch_size=size), extra)
 
 
 def slow_contrast(anchors, others, temperature, normalize):
-    """Row by row: the positive is the same row of the others, the denominator all of theirs and none of one's own."""
+    """The contrast row by row: the positive is the same row of `others`, the denominator sums over all of `others`."""
 
     def similarity(x, y):
         lengths = float(x.norm() * y.norm()) if normalize else 1.0
@@ -52,30 +52,31 @@ def slow_contrast(anchors, others, temperature, normalize):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("size", "clusters"), [(1, 3), (9, 4), (3, 8)])
-def test_losses_are_their_equations(size, clusters, normalize):
+def test_losses_follow_their_equations(size, clusters, normalize):
     z_a, z_b = torch.randn(2, size, clusters, dtype=torch.float64)
     feature = feature_contrast(z_a, z_b, temperature=0.5, normalize=normalize)
     assert float(feature) == pytest.approx(slow_contrast(z_a, z_b, 0.5, normalize), abs=1e-10)
     p_a, p_b = z_a.softmax(1), z_b.softmax(1)
-    probability, sizes = probability_losses(z_a, z_b, temperature=0.7, normalize=normalize)
+    probability, balance = probability_losses(z_a, z_b, temperature=0.7, normalize=normalize)
     assert float(probability) == pytest.approx(slow_contrast(p_a.T, p_b.T, 0.7, normalize), rel=1e-10)
-    assert float(sizes) == pytest.approx(sum(float(p_a[:, k].sum()) ** 2 for k in range(clusters)) / size)
+    assert float(balance) == pytest.approx(sum(float(p_a[:, k].sum()) ** 2 for k in range(clusters)) / size)
 
 
-def test_one_direction_only():
+def test_only_view_a_is_the_anchor():
     z_a, z_b = torch.randn(2, 8, 4)
-    ahead = feature_contrast(z_a, z_b, temperature=0.5, normalize=True)
-    assert not torch.isclose(ahead, feature_contrast(z_b, z_a, temperature=0.5, normalize=True))
+    contrast_ab = feature_contrast(z_a, z_b, temperature=0.5, normalize=True)
+    contrast_ba = feature_contrast(z_b, z_a, temperature=0.5, normalize=True)
+    assert not torch.isclose(contrast_ab, contrast_ba)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_an_empty_cluster_is_finite_and_takes_no_gradient(normalize):
+def test_losses_of_an_empty_cluster_are_finite_and_its_gradient_is_zero(normalize):
     z = torch.randn(2, 6, 4)
     z[..., 0] = -1e4
     z.requires_grad_()
-    probability, sizes = probability_losses(*z, temperature=1.0, normalize=normalize)
-    (probability + sizes).backward()
-    assert torch.isfinite(probability + sizes) and torch.isfinite(z.grad).all()
+    probability, balance = probability_losses(*z, temperature=1.0, normalize=normalize)
+    (probability + balance).backward()
+    assert torch.isfinite(probability + balance) and torch.isfinite(z.grad).all()
     assert not z.grad[..., 0].any()
 
 
@@ -87,8 +88,8 @@ def test_rows_of_zeros_and_a_single_row():
     assert float(feature_contrast(*torch.randn(2, 1, 4), temperature=0.5, normalize=True)) == 0
 
 
-def test_weight_of_the_sizes_belongs_to_a_batch_size():
-    """The same images twice over are the same objective as once."""
+def test_the_balance_term_does_not_depend_on_the_batch_size():
+    """A batch that holds every image twice has the same balance term as the batch that holds each once."""
     method = make_method()
     views = torch.randn(2, 16, 6)
     once = method.losses(make_batch(views))["balance"]
@@ -107,18 +108,18 @@ def test_extra_images_count_in_the_contrast_of_images_only():
     assert all(p.grad.any() for p in method.parameters())
 
 
-def test_raw_products_know_lengths_and_cosines_do_not():
+def test_inner_products_depend_on_lengths_and_cosines_do_not():
     z_a, z_b = torch.randn(2, 8, 4, dtype=torch.float64)
     cosine = feature_contrast(z_a, z_b, temperature=0.5, normalize=True)
     torch.testing.assert_close(feature_contrast(3 * z_a, z_b, temperature=0.5, normalize=True), cosine)
-    raw = feature_contrast(z_a, z_b, temperature=0.5, normalize=False)
-    assert not torch.isclose(feature_contrast(3 * z_a, z_b, temperature=0.5, normalize=False), raw)
+    inner_product = feature_contrast(z_a, z_b, temperature=0.5, normalize=False)
+    assert not torch.isclose(feature_contrast(3 * z_a, z_b, temperature=0.5, normalize=False), inner_product)
 
 
-def test_losses_are_full_precision_under_autocast():
+def test_losses_have_full_precision_under_autocast():
     z_a, z_b = torch.randn(2, 16, 8)
     exact = probability_losses(z_a, z_b, temperature=0.5, normalize=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = probability_losses(z_a, z_b, temperature=0.5, normalize=True)
-        assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
+        under_autocast = probability_losses(z_a, z_b, temperature=0.5, normalize=True)
+        assert all(torch.equal(a, b) for a, b in zip(exact, under_autocast, strict=True))
         assert feature_contrast(z_a.bfloat16(), z_b, temperature=0.5, normalize=True).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""ProPos against slow versions written from its equations, and its state between steps."""
+"""ProPos: its losses against slow versions written from the equations, its state between steps, and its schedules."""
 
 import math
 
@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.losses.alignment import alignment
+from deepclust.losses.alignment import alignment_loss
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
-from deepclust.nn.ema import decay_at
+from deepclust.nn.ema import compute_ema_decay
 from deepclust.nn.queue import Queue
 from deepclust.nn.schedules import WarmupCosine
 
 
 def slow_scattering(q, k, labels, num_clusters, temperature):
-    """Equation by equation, cluster by cluster."""
+    """The scattering loss, computed cluster by cluster from its equations."""
     present = sorted(set(labels.tolist()) - {-1})
 
     def prototype(rows, cluster):
@@ -28,28 +28,28 @@ def slow_scattering(q, k, labels, num_clusters, temperature):
     target = {c: prototype(k, c) for c in present}
     total = 0.0
     for c in present:
-        own = online[c] @ target[c] / temperature
-        others = sum(math.exp(online[c] @ online[d] / temperature) for d in present if d != c)
+        positive = online[c] @ target[c] / temperature
+        negatives = sum(math.exp(online[c] @ online[d] / temperature) for d in present if d != c)
         absent = (num_clusters - len(present)) * math.exp(-10)
-        total += -own + math.log(math.exp(own) + others + absent)
+        total += -positive + math.log(math.exp(positive) + negatives + absent)
     return total / len(present)
 
 
 @pytest.mark.parametrize("clusters", [2, 5, 40])
-def test_scattering_is_its_equation(clusters):
-    drawn = torch.Generator().manual_seed(clusters)
-    q, k = torch.randn(2, 30, 6, generator=drawn, dtype=torch.float64)
-    labels = torch.randint(-1, clusters, (30,), generator=drawn)
-    got = prototype_scattering_loss(q, k, labels, clusters, temperature=0.5)
-    assert float(got) == pytest.approx(float(slow_scattering(q, k, labels, clusters, 0.5)), rel=1e-10)
+def test_scattering_follows_its_equation(clusters):
+    generator = torch.Generator().manual_seed(clusters)
+    q, k = torch.randn(2, 30, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(-1, clusters, (30,), generator=generator)
+    loss = prototype_scattering_loss(q, k, labels, clusters, temperature=0.5)
+    assert float(loss) == pytest.approx(float(slow_scattering(q, k, labels, clusters, 0.5)), rel=1e-10)
 
 
-def test_scattering_does_not_know_names_or_lengths():
+def test_scattering_depends_neither_on_cluster_ids_nor_on_lengths():
     q, k = torch.randn(2, 20, 4, dtype=torch.float64)
     labels = torch.arange(20) % 5
     loss = prototype_scattering_loss(q, k, labels, 5, temperature=0.5)
-    renamed = torch.tensor([3, 0, 4, 1, 2])[labels]
-    torch.testing.assert_close(prototype_scattering_loss(q, k, renamed, 5, temperature=0.5), loss)
+    permuted = torch.tensor([3, 0, 4, 1, 2])[labels]
+    torch.testing.assert_close(prototype_scattering_loss(q, k, permuted, 5, temperature=0.5), loss)
     torch.testing.assert_close(prototype_scattering_loss(7 * q, k / 3, labels, 5, temperature=0.5), loss)
 
 
@@ -65,11 +65,11 @@ def test_scattering_of_one_or_no_cluster_is_finite(labels):
 
 def test_gradients_reach_the_online_rows_only():
     q, k = torch.randn(12, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
-    (prototype_scattering_loss(q, k, torch.arange(12) % 3, 3, temperature=0.5) + alignment(q, k)).backward()
+    (prototype_scattering_loss(q, k, torch.arange(12) % 3, 3, temperature=0.5) + alignment_loss(q, k)).backward()
     assert q.grad.abs().sum() > 0 and k.grad is None
 
 
-def test_losses_are_full_precision_under_autocast():
+def test_losses_have_full_precision_under_autocast():
     q, k = torch.randn(2, 16, 8)
     labels = torch.arange(16) % 4
     exact = prototype_scattering_loss(q, k, labels, 4, temperature=0.1)
@@ -78,13 +78,13 @@ def test_losses_are_full_precision_under_autocast():
         assert prototype_scattering_loss(q.bfloat16(), k, labels, 4, temperature=0.1).dtype == torch.float32
 
 
-def test_prototypes_of_rows_without_cluster_take_no_part():
+def test_rows_without_a_cluster_belong_to_no_prototype():
     rows = torch.tensor([[1.0, 0], [0, 1.0], [5.0, 0]])
-    got = batch_prototypes(rows, torch.tensor([0, -1, 0]), 2)
-    assert torch.equal(got, torch.tensor([[1.0, 0], [0, 0]]))
+    prototypes = batch_prototypes(rows, torch.tensor([0, -1, 0]), 2)
+    assert torch.equal(prototypes, torch.tensor([[1.0, 0], [0, 0]]))
 
 
-def test_queue_keeps_the_newest_and_knows_empty_slots():
+def test_queue_keeps_the_newest_rows_and_marks_empty_slots():
     queue = Queue(size=4, num_features=1)
     queue.push(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2, 3]))
     assert sorted(queue.indices.tolist()) == [-1, 1, 2, 3]
@@ -95,21 +95,23 @@ def test_queue_keeps_the_newest_and_knows_empty_slots():
     assert sorted(queue.indices.tolist()) == [6, 7, 8, 9]
 
 
-def test_noise_is_that_of_the_global_batch():
-    whole = Draws(key=(0, 1, 2), first=0, total=8).normal_like(torch.zeros(8, 3), "noise")
-    share = Draws(key=(0, 1, 2), first=5, total=8).normal_like(torch.zeros(3, 3), "noise")
-    assert torch.equal(share, whole[5:])
-    other = Draws(key=(0, 1, 3), first=0, total=8).normal_like(torch.zeros(8, 3), "noise")
+def test_a_part_of_the_batch_gets_its_rows_of_the_noise_of_the_global_batch():
+    whole = Draws(key=(0, 1, 2), first_row=0, global_batch_size=8).normal_like(torch.zeros(8, 3), "noise")
+    part = Draws(key=(0, 1, 2), first_row=5, global_batch_size=8).normal_like(torch.zeros(3, 3), "noise")
+    assert torch.equal(part, whole[5:])
+    other = Draws(key=(0, 1, 3), first_row=0, global_batch_size=8).normal_like(torch.zeros(8, 3), "noise")
     assert not torch.equal(other, whole)
-    batch = TrainBatch((whole,), torch.arange(8), Draws(key=(0,), first=0, total=8))
+    batch = TrainBatch((whole,), torch.arange(8), Draws(key=(0,), first_row=0, global_batch_size=8))
     assert not batch.extra
 
 
-def test_schedules_at_their_ends():
-    rates = WarmupCosine(warmup_epochs=50, epochs=1000, variant="fractional")
-    assert rates(117 * 50, 117) == 1.0
-    assert rates(117 * 1000, 117) == pytest.approx(0.00616, abs=1e-5)  # does not reach 0: 50 of 1000 epochs are missing
+def test_schedules_at_their_first_and_last_steps():
+    schedule = WarmupCosine(warmup_epochs=50, epochs=1000, variant="fractional")
+    assert schedule(117 * 50, 117) == 1.0
+    assert schedule(117 * 1000, 117) == pytest.approx(
+        0.00616, abs=1e-5
+    )  # not 0: the cosine has run for 950 of 1000 epochs
     assert WarmupCosine(warmup_epochs=0, epochs=10, variant="stepwise")(1, 5) == 1.0
-    assert decay_at(10, 10, start=0.9, end=1.0) == 1.0
-    assert decay_at(0, 10, start=0.9, end=1.0) == pytest.approx(0.9)
-    assert decay_at(3, 10, start=0.99, end=0.99) == 0.99
+    assert compute_ema_decay(10, 10, start=0.9, end=1.0) == 1.0
+    assert compute_ema_decay(0, 10, start=0.9, end=1.0) == pytest.approx(0.9)
+    assert compute_ema_decay(3, 10, start=0.99, end=0.99) == 0.99

@@ -1,4 +1,4 @@
-"""SCAN's first two stages: losses against slow versions, the neighbours, the choice of a head, and how stages join."""
+"""SCAN's first two stages: losses against slow versions, neighbours, the selection of a head, and joined stages."""
 
 import math
 import shutil
@@ -23,7 +23,7 @@ from tests.conftest import compose_train
 IMAGES, CLUSTERS = 30, 4
 
 
-def backbone():
+def make_backbone():
     net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))
     net.num_features = 6
     return net
@@ -32,10 +32,10 @@ def backbone():
 COMMON = {"num_clusters": CLUSTERS, "optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant()}
 
 
-def make(*, mine_on="projection", heads=2, train_backbone=True, neighbors=3):
+def make_method(*, mine_on="projection", heads=2, train_backbone=True, neighbors=3):
     torch.manual_seed(0)
     return SCAN(
-        backbone=backbone(),
+        backbone=make_backbone(),
         num_images=IMAGES,
         num_heads=heads,
         num_neighbors=neighbors,
@@ -50,26 +50,27 @@ def make(*, mine_on="projection", heads=2, train_backbone=True, neighbors=3):
 
 def make_pretext(seed=1):
     torch.manual_seed(seed)
-    return Pretext(backbone=backbone(), embedding_size=3, temperature=0.1, **COMMON)
+    return Pretext(backbone=make_backbone(), embedding_size=3, temperature=0.1, **COMMON)
 
 
-def stand_in(images):
-    """A trainer whose data module gives the clean images (M, 5) in two batches."""
+def make_trainer(images):
+    """Return a stand-in for a trainer whose data module gives the clean images (M, 5) in two batches."""
     datamodule = SimpleNamespace(fit=images, clean_batches=lambda source, device: iter(source.split(17)))
     return SimpleNamespace(datamodule=datamodule, lightning_module=None)
 
 
-def started(images, **options):
-    method = make(**options)
+def make_started_method(images, **options):
+    """Return a method that has mined neighbours of the images (M, 5) on a pretext run."""
+    method = make_method(**options)
     method.start_from(make_pretext().eval())
-    method._trainer = stand_in(images)
+    method._trainer = make_trainer(images)
     method.on_train_start()
     return method
 
 
-def batch_of(size, extra=False):
+def make_batch(size, extra=False):
     views = torch.randn(2, size, 5)
-    draws = Draws(key=(0,), first=0, total=size)
+    draws = Draws(key=(0,), first_row=0, global_batch_size=size)
     return TrainBatch((views[0],), torch.arange(size), draws, extra, (views[1],), torch.arange(size)[:, None])
 
 
@@ -77,7 +78,7 @@ def batch_of(size, extra=False):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_pretext_is_its_equation(size):
+def test_pretext_loss_is_its_equation(size):
     a, b = nn.functional.normalize(torch.randn(2, size, 4, dtype=torch.float64), dim=2)
     rows, total = [*a, *b], 0.0
     for i in range(size):
@@ -86,45 +87,46 @@ def test_pretext_is_its_equation(size):
     assert float(pretext_loss(a, b, temperature=0.1)) == pytest.approx(total / size, rel=1e-9, abs=1e-12)
 
 
-def test_pretext_sees_both_views_at_once():
-    method, seen = make_pretext(), []
-    method.backbone.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+def test_pretext_views_pass_the_backbone_in_one_batch():
+    method, batch_sizes = make_pretext(), []
+    method.backbone.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))
     views = tuple(torch.randn(2, 8, 5))
-    terms = method.losses(TrainBatch(views, torch.arange(8), Draws(key=(0,), first=0, total=8)))
-    assert seen == [16] and 0 < float(terms["contrast"]) < 20
+    terms = method.losses(TrainBatch(views, torch.arange(8), Draws(key=(0,), first_row=0, global_batch_size=8)))
+    assert batch_sizes == [16] and 0 < float(terms["contrast"]) < 20
 
 
-def slow_scan(anchors, neighbors):
-    """Row by row."""
+def slow_scan_losses(anchors, neighbors):
+    """Return consistency and entropy of one head, row by row."""
     p = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in anchors.tolist()]
     q = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in neighbors.tolist()]
-    agree = [-math.log(sum(a * b for a, b in zip(x, y, strict=True))) for x, y in zip(p, q, strict=True)]
+    disagreements = [-math.log(sum(a * b for a, b in zip(x, y, strict=True))) for x, y in zip(p, q, strict=True)]
     shares = [max(sum(row[k] for row in p) / len(p), 1e-8) for k in range(len(p[0]))]
-    return sum(agree) / len(agree), -sum(s * math.log(s) for s in shares)
+    return sum(disagreements) / len(disagreements), -sum(s * math.log(s) for s in shares)
 
 
 @pytest.mark.parametrize("size", [1, 9])
-def test_clustering_is_its_equation_for_each_head(size):
+def test_scan_losses_are_their_equations_for_each_head(size):
     anchors, neighbors = 3 * torch.randn(2, 3, size, 5, dtype=torch.float64)
     consistency, entropies = scan_losses(anchors, neighbors)
     for head in range(3):
-        expected = slow_scan(anchors[head], neighbors[head])
+        expected = slow_scan_losses(anchors[head], neighbors[head])
         assert (float(consistency[head]), float(entropies[head])) == pytest.approx(expected, rel=1e-9)
 
 
 def test_certain_and_empty_clusters_have_finite_losses_and_gradients():
     logits = torch.zeros(6, 4)
-    logits[:, 0] = 200  # the others' softmax is exactly 0
-    against = torch.zeros(6, 4)
-    against[:, 1] = 200
+    logits[:, 0] = 200  # the softmax of the others is exactly 0
+    other_logits = torch.zeros(6, 4)
+    other_logits[:, 1] = 200
     logits.requires_grad_()
-    consistency, entropies = scan_losses(logits, against)
+    consistency, entropies = scan_losses(logits, other_logits)
     (consistency - 5 * entropies).backward()
     assert float(consistency) == 100 and float(entropies) == pytest.approx(3e-8 * math.log(1e8), rel=1e-4)
     assert torch.isfinite(logits.grad).all()
     consistency, _ = scan_losses(logits, logits)
     assert float(consistency) == 0
-    assert float(scan.disagreements(torch.tensor([1.0, 1e-3]), torch.tensor([1.0, 1e-3]))) == 0  # above 1 by rounding
+    above_one = torch.tensor([1.0, 1e-3])  # its agreement with itself exceeds 1, as rounding may have it
+    assert float(scan.disagreements(above_one, above_one)) == 0
 
 
 def test_losses_are_full_precision_under_autocast():
@@ -136,99 +138,101 @@ def test_losses_are_full_precision_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
 
 
-def test_a_step_meets_images_and_neighbours_apart_and_sums_the_heads():
-    method, batch, seen = make(), batch_of(8), []
-    method.backbone.register_forward_hook(lambda module, args, output: seen.append((len(output), output)))
+def test_a_step_encodes_images_and_neighbours_separately_and_sums_over_heads():
+    method, batch, outputs = make_method(), make_batch(8), []
+    method.backbone.register_forward_hook(lambda module, args, output: outputs.append(output))
     terms = method.losses(batch)
-    (size, a), (also, n) = seen
-    assert size == also == 8
-    expected = [slow_scan(head(a), head(n)) for head in method.heads]
+    anchors, neighbors = outputs
+    assert len(anchors) == len(neighbors) == 8
+    expected = [slow_scan_losses(head(anchors), head(neighbors)) for head in method.heads]
     assert float(terms["consistency"]) == pytest.approx(sum(c for c, _ in expected), rel=1e-5)
     assert float(terms["entropy"]) == pytest.approx(-5 * sum(e for _, e in expected), rel=1e-5)
 
 
-def test_extra_images_are_refused_in_words():
+def test_extra_images_are_refused():
     with pytest.raises(InputError, match=r"dataset\.source\.extra=\[\]"):
-        make().losses(batch_of(4, extra=True))
+        make_method().losses(make_batch(4, extra=True))
 
 
 # Neighbours
 
 
 @pytest.mark.parametrize("mine_on", ["projection", "backbone"])
-def test_neighbours_are_the_nearest_by_cosine_of_what_the_earlier_run_learned(mine_on):
+def test_neighbours_are_the_nearest_by_cosine_of_the_earlier_features(mine_on):
     images, pretext = torch.randn(IMAGES, 5), make_pretext().eval()
-    method = started(images, mine_on=mine_on)
+    method = make_started_method(images, mine_on=mine_on)
     rows = pretext.backbone(images)
     rows = nn.functional.normalize(pretext.projector(rows) if mine_on == "projection" else rows, dim=1)
-    for image, found in enumerate(method.neighbors.tolist()):
-        near = sorted(range(IMAGES), key=lambda j, i=image: -float(rows[i] @ rows[j]))
-        assert found == [image, *[j for j in near if j != image][:3]]
+    for image, neighbors in enumerate(method.neighbors.tolist()):
+        nearest = sorted(range(IMAGES), key=lambda j, i=image: -float(rows[i] @ rows[j]))
+        assert neighbors == [image, *[j for j in nearest if j != image][:3]]
     assert method.training and not any(p.requires_grad for p in (method.projector or nn.Identity()).parameters())
 
 
-def test_shares_of_the_search_join_to_the_whole(monkeypatch):
-    method, features = make(), torch.randn(IMAGES, 6)
-    whole, parts = method.mine(features), []
+def test_neighbours_of_all_processes_join_to_those_of_one(monkeypatch):
+    method, features = make_method(), torch.randn(IMAGES, 6)
+    whole, parts = method.mine_neighbors(features), []
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    monkeypatch.setattr(distributed, "gather", lambda rows: rows)
+    monkeypatch.setattr(distributed, "all_gather", lambda rows: rows)
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts.append(method.mine(features))
+        parts.append(method.mine_neighbors(features))
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_a_table_from_a_checkpoint_is_kept():
+def test_neighbours_from_a_checkpoint_are_not_mined_again():
     images = torch.randn(IMAGES, 5)
-    method, resumed = started(images), make()
+    method, resumed = make_started_method(images), make_method()
     resumed.load_state_dict(method.state_dict())
     resumed.on_train_start()  # without a trainer, hence without mining
-    assert torch.equal(resumed.table, method.neighbors)
+    assert torch.equal(resumed.neighbors_on_cpu, method.neighbors)
 
 
 def test_companions_are_the_image_or_a_neighbour_with_equal_chances():
-    method = started(torch.randn(IMAGES, 5))
+    method = make_started_method(torch.randn(IMAGES, 5))
     indices = torch.arange(IMAGES).repeat(400)
-    chosen = method.companions(indices, Draws(key=(7,), first=0, total=len(indices)))
-    assert chosen.shape == (len(indices), 1)
-    hits = chosen == method.neighbors[indices]
-    assert (hits.sum(1) == 1).all()
-    assert (hits.float().mean(0) - 0.25).abs().max() < 0.015
-    again = method.companions(indices, Draws(key=(7,), first=5, total=len(indices)))
-    assert torch.equal(chosen, again), "the whole global batch is drawn on every process"
-    assert not torch.equal(chosen, method.companions(indices, Draws(key=(8,), first=0, total=len(indices))))
+    companions = method.companions(indices, Draws(key=(7,), first_row=0, global_batch_size=len(indices)))
+    assert companions.shape == (len(indices), 1)
+    is_companion = companions == method.neighbors[indices]
+    assert (is_companion.sum(1) == 1).all()
+    assert (is_companion.float().mean(0) - 0.25).abs().max() < 0.015
+    again = method.companions(indices, Draws(key=(7,), first_row=5, global_batch_size=len(indices)))
+    assert torch.equal(companions, again), "every process draws for the whole global batch"
+    assert not torch.equal(
+        companions, method.companions(indices, Draws(key=(8,), first_row=0, global_batch_size=len(indices)))
+    )
 
 
-def test_what_is_missing_is_told():
-    method = make()
-    method._trainer = stand_in(torch.randn(IMAGES, 5))
+def test_a_missing_or_unsuitable_earlier_run_is_refused():
+    method = make_method()
+    method._trainer = make_trainer(torch.randn(IMAGES, 5))
     with pytest.raises(InputError, match="start=DIR"):
         method.on_train_start()
     with pytest.raises(InputError, match="mine_on=backbone"):
-        make().start_from(make(mine_on="backbone"))
-    make(mine_on="backbone").start_from(make())
+        make_method().start_from(make_method(mine_on="backbone"))
+    make_method(mine_on="backbone").start_from(make_method())
     other = make_pretext()
     other.projector = nn.Linear(6, 9)
     with pytest.raises(InputError, match="other weights"):
-        make().start_from(other)
+        make_method().start_from(other)
 
 
-def test_heads_alone_leave_the_backbone_as_it_is():
-    method = started(torch.randn(IMAGES, 5), train_backbone=False)
+def test_a_backbone_that_is_not_trained_does_not_change():
+    method = make_started_method(torch.randn(IMAGES, 5), train_backbone=False)
     assert method.training and not method.backbone.training
     assert [p.shape for group in method.parameter_groups() for p in group["params"]] == [(4, 6), (4,)] * 2
     before = {name: value.clone() for name, value in method.backbone.state_dict().items()}
     method.eval().train()
-    sum(method.losses(batch_of(8)).values()).backward()
+    sum(method.losses(make_batch(8)).values()).backward()
     assert all(p.grad is None for p in method.backbone.parameters())
     assert all(p.grad.any() for p in method.heads.parameters())
     assert all(torch.equal(value, before[name]) for name, value in method.backbone.state_dict().items())
 
 
-# The choice of a head
+# The selection of a head
 
 
-def test_selection_is_its_equation_in_any_chunks(monkeypatch):
+def test_selection_losses_are_their_equations_for_any_chunk_size(monkeypatch):
     p = (2 * torch.randn(3, IMAGES, CLUSTERS, dtype=torch.float64)).softmax(2)
     table = torch.randint(IMAGES, (IMAGES, 4))
     consistency, entropies = selection_losses(p, table)
@@ -236,15 +240,15 @@ def test_selection_is_its_equation_in_any_chunks(monkeypatch):
         agreements = [float(p[head, i] @ p[head, j]) for i in range(IMAGES) for j in table[i].tolist()]
         assert float(consistency[head]) == pytest.approx(-sum(map(math.log, agreements)) / len(agreements), rel=1e-9)
         assert float(entropies[head]) == pytest.approx(float(entropy(p[head].mean(0))), rel=1e-12)
-    monkeypatch.setattr(scan, "PAIRS_AT_A_TIME", 50)
+    monkeypatch.setattr(scan, "MAX_ELEMENTS_PER_CHUNK", 50)
     torch.testing.assert_close(selection_losses(p, table), (consistency, entropies))
 
 
-def test_the_head_that_agrees_with_the_neighbours_gives_the_clusters():
-    """Features in four tight groups: one head knows them, one puts all into one cluster, one knows nothing."""
+def test_the_head_that_agrees_with_the_neighbours_gives_the_clustering():
+    """Features form four tight groups. One head finds them, one puts all into one cluster, and one is constant."""
     features = 10 * nn.functional.one_hot(torch.arange(IMAGES) % CLUSTERS, 6).float()
-    method = make(heads=3, mine_on="backbone")
-    method.neighbors.copy_(method.mine(features))
+    method = make_method(heads=3, mine_on="backbone")
+    method.neighbors.copy_(method.mine_neighbors(features))
     with torch.no_grad():
         for head in method.heads:
             head.weight.zero_(), head.bias.zero_()
@@ -265,13 +269,14 @@ RUN += ["pixel_baseline_max_values=0", "callbacks.checkpoint.min_seconds=0", "ca
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
+    """Results and folder of a run of both stages."""
     folder = tmp_path_factory.mktemp("scan")
     return run(compose_train(*RUN), folder), folder
 
 
-def test_stages_join(finished):
-    results, folder = finished
+def test_second_stage_starts_from_the_first(finished_run):
+    results, folder = finished_run
     assert results["earlier"]["run"] == str(folder / "before") and len(results["earlier"]["sha256"]) == 64
     _, pretext = load_method(load_checkpoint(folder / "before"))
     _, clustering = load_method(load_checkpoint(folder))
@@ -283,9 +288,9 @@ def test_stages_join(finished):
     assert others.min() >= 0 and others.max() < 1797 and not (others == torch.arange(1797)[:, None]).any()
 
 
-def test_a_changed_first_stage_is_refused_where_a_run_goes_on(finished, tmp_path):
-    shutil.copytree(finished[1], tmp_path / "run")
-    shutil.copytree(finished[1] / "before", tmp_path / "other")
+def test_a_changed_first_stage_is_refused_when_a_run_is_resumed(finished_run, tmp_path):
+    shutil.copytree(finished_run[1], tmp_path / "run")
+    shutil.copytree(finished_run[1] / "before", tmp_path / "other")
     checkpoint = load_checkpoint(tmp_path / "other")
     checkpoint["state_dict"]["projector.0.bias"] += 1e-3
     torch.save(checkpoint, tmp_path / "other" / CHECKPOINT)

@@ -1,4 +1,4 @@
-"""Self-labelling: its loss against a slow version, what is trained, the average of the weights, and whole runs."""
+"""Self-labelling: its loss against a slow version, the trained weights, their average, and whole runs."""
 
 import math
 from functools import partial
@@ -21,30 +21,33 @@ from tests.conftest import compose_train
 COMMON = {"optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant()}
 
 
-class Toy(ClusteringMethod):
-    """A backbone, a cluster head that gives the clusters, and a projector that does not."""
+class ToyMethod(ClusteringMethod):
+    """A backbone, a cluster head that gives the clustering, and a projector that does not.
 
-    def __init__(self, *, num_clusters=3, rule=True, blind=False, seed=0):
+    It can lack a clustering of its own, or have one that depends on no weights with a gradient.
+    """
+
+    def __init__(self, *, num_clusters=3, has_clustering=True, is_frozen=False, seed=0):
         torch.manual_seed(seed)
         backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6))
         super().__init__(backbone=backbone, num_clusters=num_clusters, e_step_every_n_epochs=0, **COMMON)
         self.projector = nn.Linear(6, 2)
         self.head = nn.Linear(6, num_clusters)
-        self.rule, self.blind = rule, blind
+        self.has_clustering, self.is_frozen = has_clustering, is_frozen
 
     def encode(self, images):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.blind):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             return self.backbone(images)
 
     def cluster_logits(self, features):
-        if self.blind:
+        if self.is_frozen:
             return features[:, :3]
-        return self.head(features) if self.rule else None
+        return self.head(features) if self.has_clustering else None
 
 
-def make(model=None, *, threshold=0.5, ema_mode="none", ema_decay=0.9, num_clusters=3, balanced=True):
+def make_method(model=None, *, threshold=0.5, ema_mode="none", ema_decay=0.9, num_clusters=3, balanced=True):
     return SelfLabel(
-        model=model or Toy(),
+        model=model or ToyMethod(),
         num_clusters=num_clusters,
         image_size=2,
         channels=1,
@@ -56,16 +59,16 @@ def make(model=None, *, threshold=0.5, ema_mode="none", ema_decay=0.9, num_clust
     )
 
 
-def batch_of(size, *, seed=0, extra=False):
+def make_batch(size, *, seed=0, extra=False):
     views = torch.randn(2, size, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return TrainBatch(tuple(views), torch.arange(size), Draws(key=(0,), first=0, total=size), extra)
+    return TrainBatch(tuple(views), torch.arange(size), Draws(key=(0,), first_row=0, global_batch_size=size), extra)
 
 
 # The loss
 
 
-def slow(weak, strong, threshold, balanced):
-    """Row by row; the loss and how many are kept."""
+def slow_self_label_loss(weak, strong, threshold, balanced):
+    """Return the loss and the number of kept rows, row by row."""
 
     def softmax(row):
         return [math.exp(x) / sum(map(math.exp, row)) for x in row]
@@ -83,7 +86,7 @@ def slow(weak, strong, threshold, balanced):
 def test_loss_is_its_equation(size, threshold, balanced):
     weak, strong = 3 * torch.randn(2, size, 5, dtype=torch.float64)
     loss, share = self_label_loss(weak, strong, threshold=threshold, balanced=balanced)
-    expected, kept = slow(weak, strong, threshold, balanced)
+    expected, kept = slow_self_label_loss(weak, strong, threshold, balanced)
     assert float(loss) == pytest.approx(expected, rel=1e-9) and float(share) == pytest.approx(kept / size)
 
 
@@ -95,8 +98,8 @@ def test_gradient_reaches_kept_rows_of_the_strong_view_only():
     assert torch.equal(strong.grad.abs().sum(1) > 0, weak.softmax(1).amax(1) > 0.7)
 
 
-def test_a_batch_without_a_sure_image_has_loss_zero_and_a_gradient_of_zero():
-    weak = torch.zeros(6, 2)  # the probability is the threshold, not above it
+def test_loss_and_gradient_of_a_batch_without_a_confident_image_are_zero():
+    weak = torch.zeros(6, 2)  # the probabilities equal the threshold and do not exceed it
     strong = torch.randn(6, 2, requires_grad=True)
     loss, share = self_label_loss(weak, strong, threshold=0.5, balanced=True)
     loss.backward()
@@ -112,19 +115,19 @@ def test_loss_is_full_precision_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
 
 
-# What is trained
+# The trained weights
 
 
-def trained(method):
+def trained_names(method):
     return {name for name, p in method.model.named_parameters() if p.requires_grad}
 
 
-def test_only_what_gives_the_clusters_is_trained():
-    model = Toy()
+def test_only_weights_that_give_the_clustering_are_trained():
+    model = ToyMethod()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    method = make(model)
-    assert trained(method) == {n for n, _ in model.named_parameters() if not n.startswith("projector")}
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "it was only asked"
+    method = make_method(model)
+    assert trained_names(method) == {n for n, _ in model.named_parameters() if not n.startswith("projector")}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "no value changes"
     assert {id(p) for p in method.parameter_groups()[0]["params"]} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
@@ -149,22 +152,23 @@ def make_scan(*, train_backbone=True):
     )
 
 
-def test_of_several_heads_the_chosen_one_is_trained():
+def test_of_several_heads_only_the_selected_one_is_trained():
     earlier = make_scan()
     earlier.best_head.fill_(2)
-    method, resumed = make(make_scan()), make(make_scan())
+    method, resumed = make_method(make_scan()), make_method(make_scan())
     method.start_from(earlier.eval())
     resumed.load_state_dict(method.state_dict())
     for each in (method, resumed):
-        assert {name for name in trained(each) if not name.startswith("backbone")} == {"heads.2.weight", "heads.2.bias"}
+        head_weights = {name for name in trained_names(each) if not name.startswith("backbone")}
+        assert head_weights == {"heads.2.weight", "heads.2.bias"}
         images = torch.randn(5, 1, 2, 2)
         each.eval()
         assert torch.equal(each.cluster_logits(each.encode(images)), earlier.cluster_logits(earlier.encode(images)))
 
 
-def test_a_backbone_that_stood_still_is_trained_now():
-    method = make(make_scan(train_backbone=False))
-    assert any(name.startswith("backbone") for name in trained(method))
+def test_a_backbone_that_the_earlier_run_did_not_train_is_trained_now():
+    method = make_method(make_scan(train_backbone=False))
+    assert any(name.startswith("backbone") for name in trained_names(method))
     assert method.model.backbone.training
     assert not method.eval().model.backbone.training and method.train().model.backbone.training
 
@@ -172,106 +176,107 @@ def test_a_backbone_that_stood_still_is_trained_now():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": Toy(rule=False)}, "no trained weights"),
-        ({"model": Toy(blind=True)}, "no trained weights"),
+        ({"model": ToyMethod(has_clustering=False)}, "no trained weights"),
+        ({"model": ToyMethod(is_frozen=True)}, "no trained weights"),
         ({"num_clusters": 4}, r"dataset\.num_clusters=3"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_in_words(options, message):
+def test_models_that_cannot_be_trained_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        make(**options)
+        make_method(**options)
 
 
-def test_without_an_earlier_run_it_is_told_which_is_needed():
+def test_a_missing_earlier_run_is_refused():
     with pytest.raises(InputError, match="start=DIR"):
         SelfLabel(model=None, num_clusters=3, image_size=2, channels=1, threshold=0.9, balanced=True, ema_mode="none",
                   ema_decay=0.9, **COMMON)  # fmt: skip
 
 
-def test_extra_images_are_refused_in_words():
+def test_extra_images_are_refused():
     with pytest.raises(InputError, match=r"dataset\.source\.extra=\[\]"):
-        make().losses(batch_of(4, extra=True))
+        make_method().losses(make_batch(4, extra=True))
 
 
 # A step
 
 
-def test_a_step_is_the_loss_of_both_views_in_training_mode():
-    method, batch = make(threshold=0.4), batch_of(16)
-    twin = Toy()
-    expected, kept = slow(*(twin.cluster_logits(twin.encode(view)).detach() for view in batch.views), 0.4, True)
+def test_a_step_has_the_loss_of_both_views_in_training_mode():
+    method, batch = make_method(threshold=0.4), make_batch(16)
+    twin = ToyMethod()
+    weak, strong = (twin.cluster_logits(twin.encode(view)).detach() for view in batch.views)
+    expected, kept = slow_self_label_loss(weak, strong, 0.4, True)
     terms = method.losses(batch)
     assert float(terms["self_label"]) == pytest.approx(expected, rel=1e-5) and 0 < kept < 16
     assert int(method.kept) == kept and float(method.kept_share) == pytest.approx(kept / 16)
     for own, other in zip(method.model.buffers(), twin.buffers(), strict=True):
-        assert torch.equal(own, other), "the weak view moves the running statistics too"
+        assert torch.equal(own, other), "the weak view updates the running statistics too"
     terms["self_label"].backward()
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
 
-def test_an_epoch_without_a_sure_image_ends_the_run():
-    method = make(threshold=1.0)
-    method.losses(batch_of(8))
+def test_an_epoch_without_a_confident_image_ends_the_run():
+    method = make_method(threshold=1.0)
+    method.losses(make_batch(8))
     with pytest.raises(InputError, match=r"lower method\.threshold"):
         method.on_train_epoch_end()
-    sure = make(threshold=0.0)
-    sure.losses(batch_of(8))
-    sure.on_train_epoch_end()
-    again = make(threshold=1.0)
-    again.load_state_dict(sure.state_dict())
-    again.on_train_epoch_end()  # what a resumed epoch kept before counts
-    again._trainer = SimpleNamespace(current_epoch=1)
-    again.on_train_epoch_start()
-    assert int(again.kept) == 0
+    confident = make_method(threshold=0.0)
+    confident.losses(make_batch(8))
+    confident.on_train_epoch_end()
+    resumed = make_method(threshold=1.0)
+    resumed.load_state_dict(confident.state_dict())
+    resumed.on_train_epoch_end()  # images that were kept before the run was interrupted count
+    resumed._trainer = SimpleNamespace(current_epoch=1)
+    resumed.on_train_epoch_start()
+    assert int(resumed.kept) == 0
 
 
 # The average of the weights
 
 
-def step(method, seed):
-    """What an optimiser does, by hand; gives the weights it leaves."""
+def take_step(method, seed):
+    """Do an optimiser step by hand and update the average; return the weights between the two."""
     method.zero_grad()
-    method.losses(batch_of(16, seed=seed))["self_label"].backward()
+    method.losses(make_batch(16, seed=seed))["self_label"].backward()
     with torch.no_grad():
         for p in method.parameters():
             if p.grad is not None:
                 p -= 0.5 * p.grad
     weights = [p.detach().clone() for p in method.model.parameters()]
-    method.average()
+    method.update_average()
     return weights
 
 
 @pytest.mark.parametrize("mode", ["shadow", "replace"])
 def test_average_of_the_weights(mode):
-    method = make(Toy(), ema_mode=mode, threshold=0.3)
+    method = make_method(ToyMethod(), ema_mode=mode, threshold=0.3)
     expected = [p.detach().clone() for p in method.model.parameters()]
-    first = [b.clone() for b in method.model.backbone[2].buffers()]
+    initial_mean = method.model.backbone[2].running_mean.clone()
     for seed in range(3):
-        stepped = step(method, seed)
+        stepped = take_step(method, seed)
         expected = [0.9 * e + 0.1 * s for e, s in zip(expected, stepped, strict=True)]
-        for average, live, e, s in zip(
+        for average, weight, e, s in zip(
             method.shadow.parameters(), method.model.parameters(), expected, stepped, strict=True
         ):
             torch.testing.assert_close(average, e)
-            torch.testing.assert_close(live, e if mode == "replace" else s)
-    means = [net.backbone[2].running_mean for net in (method.model, method.shadow)]
-    assert torch.equal(*means), "the average is judged with the running statistics of the network in training"
-    assert torch.equal(means[0], first[0]) == (mode == "replace")
+            torch.testing.assert_close(weight, e if mode == "replace" else s)
+    means = [network.backbone[2].running_mean for network in (method.model, method.shadow)]
+    assert torch.equal(*means), "the averaged model has the running statistics of the trained one"
+    assert torch.equal(means[0], initial_mean) == (mode == "replace")
     method.eval()
     images = torch.randn(5, 1, 2, 2)
     assert torch.equal(method.encode(images), method.shadow.encode(images))
     assert not any(p.requires_grad for p in method.shadow.parameters()) and not method.train().shadow.training
 
 
-def test_without_an_average_there_is_none():
-    method = make()
-    step(method, 0)
-    assert method.shadow is None and method.judged is method.model
+def test_without_an_average_the_trained_model_is_evaluated():
+    method = make_method()
+    take_step(method, 0)
+    assert method.shadow is None and method.evaluated_model is method.model
 
 
 def test_every_weight_is_saved_once():
-    names = make().state_dict().keys()
-    assert names == {*(f"backbone.{name}" for name in Toy().state_dict()), "kept"}
+    names = make_method().state_dict().keys()
+    assert names == {*(f"backbone.{name}" for name in ToyMethod().state_dict()), "kept"}
 
 
 # Whole runs
@@ -280,7 +285,7 @@ RUN = ["dataset=digits", "hardware=cpu", "logger=none", "batch_size=450", "train
 RUN += ["evaluation.kmeans_restarts=1", "pixel_baseline_max_values=0", "callbacks.checkpoint.min_seconds=0"]
 
 
-def test_another_methods_clusters_are_gone_on_with(tmp_path):
+def test_the_clustering_of_another_method_is_trained_further(tmp_path):
     run(compose_train("method=cc", *RUN), tmp_path / "cc")
     stage = ["method=self_label", "method.threshold=0.11", "method.ema_mode=shadow", f"start={tmp_path / 'cc'}"]
     results = run(compose_train(*stage, *RUN), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as if it had never stopped, bit for bit."""
+"""A run that is killed and started again ends with the same outcome as one without interruption, bit for bit."""
 
 import csv
 import json
@@ -16,8 +16,9 @@ import torch
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.folder import acquire_run_lock
+from tests.processes import PROGRAM
 
-ARGUMENTS = [
+TRAIN_ARGUMENTS = [
     "train",
     "hardware=cpu",
     "trainer.max_epochs=6",
@@ -31,12 +32,9 @@ ARGUMENTS = [
 ]
 
 
-PROGRAM = "from deepclust.cli.main import main; raise SystemExit(main())"
-
-
-def start(folder: Path, *more: str, program: str = PROGRAM, environment: dict[str, str] | None = None):
+def start_training(folder: Path, *overrides: str, program: str = PROGRAM, environment: dict[str, str] | None = None):
     return subprocess.Popen(
-        [sys.executable, "-c", program, *ARGUMENTS, *more, f"hydra.run.dir={folder}"],
+        [sys.executable, "-c", program, *TRAIN_ARGUMENTS, *overrides, f"hydra.run.dir={folder}"],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -44,15 +42,16 @@ def start(folder: Path, *more: str, program: str = PROGRAM, environment: dict[st
     )
 
 
-def finish(folder: Path, *more: str) -> str:
-    process = start(folder, *more)
+def train_to_end(folder: Path, *overrides: str) -> str:
+    """Train, or resume, and return what is printed."""
+    process = start_training(folder, *overrides)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
 
 
-def outcome(folder: Path) -> tuple[dict, str, dict]:
-    """Weights and state, assignments and scores of a finished run."""
+def read_outcome(folder: Path) -> tuple[dict, str, dict]:
+    """Return the state of the method, the assignments and the results of a finished run."""
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     results = json.loads((folder / "results.json").read_text())
     return (
@@ -65,55 +64,58 @@ def outcome(folder: Path) -> tuple[dict, str, dict]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    finish(folder)
+    train_to_end(folder)
     return folder
 
 
-def same(a: Path, b: Path) -> None:
-    (state, assignments, scores), (state_b, assignments_b, scores_b) = outcome(a), outcome(b)
-    assert state.keys() == state_b.keys()
+def assert_same_outcome(expected_folder: Path, folder: Path) -> None:
+    expected_state, expected_assignments, expected_results = read_outcome(expected_folder)
+    state, assignments, results = read_outcome(folder)
+    assert state.keys() == expected_state.keys()
     for name in state:
-        assert torch.equal(state[name], state_b[name]), name
-    assert assignments == assignments_b
-    assert scores == scores_b
-    steps = [[row["step"] for row in csv.DictReader((f / "metrics.csv").open())] for f in (a, b)]
-    assert steps[0] == steps[1], "metrics.csv has the same rows, none twice"
+        assert torch.equal(state[name], expected_state[name]), name
+    assert assignments == expected_assignments
+    assert results == expected_results
+    expected_steps, steps = (
+        [row["step"] for row in csv.DictReader((f / "metrics.csv").open())] for f in (expected_folder, folder)
+    )
+    assert steps == expected_steps, "metrics.csv has the same rows, none twice"
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_killed_at_random_moments(uninterrupted, tmp_path, seed):
-    moments = random.Random(seed)
+    delays = random.Random(seed)
     kills = 0
     while not (tmp_path / "results.json").exists():
-        process = start(tmp_path)
+        process = start_training(tmp_path)
         checkpoint = tmp_path / "checkpoints/last.ckpt"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        # Wait until it trains (a new checkpoint), then for a moment more, so that the kill lands anywhere in a step, a
-        # checkpoint or an E-step. The last start is left to end.
+        # Wait for a new checkpoint, then for a random time, so that the kill comes anywhere in a step, a checkpoint or
+        # an E-step. After three kills the run may end.
         while process.poll() is None and kills < 3:
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
-                time.sleep(moments.uniform(0, 0.5))
+                time.sleep(delays.uniform(0, 0.5))
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
             time.sleep(0.005)
         process.communicate(timeout=300)
     assert kills >= 1
-    same(uninterrupted, tmp_path)
+    assert_same_outcome(uninterrupted, tmp_path)
 
 
-def test_a_finished_run_is_left_alone(uninterrupted):
+def test_a_finished_run_is_not_changed(uninterrupted):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.name in ("results.json", "last.ckpt")}
-    assert "finished already" in finish(uninterrupted)
+    assert "finished already" in train_to_end(uninterrupted)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_killed_after_the_last_epoch(uninterrupted, tmp_path):
-    """Between the last checkpoint and results.json: nothing is left to train, the rest is made again."""
-    finish(tmp_path)
+    """Between the last checkpoint and results.json nothing is left to train; everything after it is done again."""
+    train_to_end(tmp_path)
     (tmp_path / "results.json").unlink()
-    finish(tmp_path)
-    same(uninterrupted, tmp_path)
+    train_to_end(tmp_path)
+    assert_same_outcome(uninterrupted, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_killed_after_the_last_epoch(uninterrupted, tmp_path):
 def test_another_recipe_is_refused(uninterrupted, tmp_path, changed):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").write_bytes((uninterrupted / "checkpoints/last.ckpt").read_bytes())
-    process = start(tmp_path, changed)
+    process = start_training(tmp_path, changed)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.count("\n") == 1 and changed.partition("=")[0] in err and "start in another folder" in err
@@ -132,19 +134,19 @@ def test_a_finished_run_of_another_recipe_is_refused(uninterrupted, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("checkpoints/last.ckpt", "results.json"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
-    process = start(tmp_path, "seed=7")
+    process = start_training(tmp_path, "seed=7")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "seed=0" in err and "start in another folder" in err
 
 
-@pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
-def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path, harm):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_named(uninterrupted, tmp_path, damage):
     whole = (uninterrupted / "checkpoints/last.ckpt").read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes(b ^ 255 for b in whole[middle : middle + 100]) + whole[middle + 100 :]
     (tmp_path / "checkpoints").mkdir()
-    damaged = {"cut": whole[:middle], "flipped": flipped, "empty": b""}[harm]
-    (tmp_path / "checkpoints/last.ckpt").write_bytes(damaged)
+    content = {"cut": whole[:middle], "flipped": flipped, "empty": b""}[damage]
+    (tmp_path / "checkpoints/last.ckpt").write_bytes(content)
     with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
         load_checkpoint(tmp_path)
 

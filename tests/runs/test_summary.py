@@ -1,4 +1,4 @@
-"""What the terminal says at the end of a run."""
+"""The summary that the terminal shows at the end of a run."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ from deepclust.runs.summary import print_summary
 
 
 @pytest.mark.parametrize(
-    ("earlier", "said"), [(0.0, "trained 1.0 min, 500"), (300.0, "trained 6.0 min, 5.0 of them before its last stage")]
+    ("earlier_seconds", "expected"),
+    [(0.0, "trained 1.0 min, 500"), (300.0, "trained 6.0 min, 5.0 of them in earlier stages")],
 )
-def test_minutes_include_the_stages_before(capsys, earlier: float, said: str) -> None:
+def test_minutes_include_earlier_stages(capsys: pytest.CaptureFixture, earlier_seconds: float, expected: str) -> None:
     results = {
         "method": "lnscc",
         "dataset": "photos",
@@ -19,7 +20,7 @@ def test_minutes_include_the_stages_before(capsys, earlier: float, said: str) ->
         "num_clusters": 10,
         "scores": {"method": None, "kmeans": None},
         "health": {"empty_clusters": 0, "cluster_size_entropy": 0.9},
-        "timing": {"train_seconds": 60.0, "earlier_seconds": earlier, "images_per_second": 500.0},
+        "timing": {"train_seconds": 60.0, "earlier_seconds": earlier_seconds, "images_per_second": 500.0},
     }
     print_summary(results, Path("run"))
-    assert said in " ".join(capsys.readouterr().out.split())
+    assert expected in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Draws on their way to a device, and what is done to the rows they choose."""
+"""Draws are packed for a device and unpacked there; operations change the chosen images only."""
 
 from contextlib import suppress
 
@@ -6,55 +6,62 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from deepclust.views.random_draws import ALIGNMENT, change, change_, numbers, pack, unpack
-from tests.host_waits import HostWork
-from tests.views.conftest import as_on_a_gpu, pictures, seeded
+from deepclust.views.random_draws import (
+    ALIGNMENT,
+    apply_to_chosen,
+    apply_to_chosen_,
+    make_constants,
+    pack_tensors,
+    unpack_tensors,
+)
+from tests.host_waits import HostOperations
+from tests.views.conftest import imitate_gpu, make_images, seeded_generator
 
 CPU = torch.device("cpu")
 
 
-def test_all_draws_travel_as_one_buffer():
-    source = seeded()
+def test_draws_are_packed_into_one_buffer_and_unpacked():
+    generator = seeded_generator()
     groups = [
-        {"flags": torch.rand(7, generator=source) < 0.5, "none": torch.empty(0, 2)},
+        {"flags": torch.rand(7, generator=generator) < 0.5, "none": torch.empty(0, 2)},
         {},
-        {"floats": torch.randn(3, 5, generator=source).T, "whole": torch.randint(99, (1, 3), generator=source)},
+        {"floats": torch.randn(3, 5, generator=generator).T, "whole": torch.randint(99, (1, 3), generator=generator)},
     ]
-    packed, layout = pack(groups, CPU)
+    packed, layout = pack_tensors(groups, CPU)
     assert packed.dtype == torch.uint8 and packed.dim() == 1
-    assert hash(layout) == hash(pack(groups, CPU)[1])
-    for group, found in zip(groups, unpack(packed, layout), strict=True):
-        assert list(found) == list(group)
+    assert hash(layout) == hash(pack_tensors(groups, CPU)[1])
+    for group, unpacked in zip(groups, unpack_tensors(packed, layout), strict=True):
+        assert list(unpacked) == list(group)
         for name, values in group.items():
-            assert found[name].dtype == values.dtype and torch.equal(found[name], values)
-            assert found[name].storage_offset() * values.itemsize % ALIGNMENT == 0
-            copied = found[name].untyped_storage()._cdata != packed.untyped_storage()._cdata
+            assert unpacked[name].dtype == values.dtype and torch.equal(unpacked[name], values)
+            assert unpacked[name].storage_offset() * values.itemsize % ALIGNMENT == 0
+            copied = unpacked[name].untyped_storage()._cdata != packed.untyped_storage()._cdata
             assert copied == (values.dtype == torch.bool)
-    nothing, layout = pack([{}], CPU)
-    assert nothing.shape == (0,) and unpack(nothing, layout) == [{}]
+    empty, layout = pack_tensors([{}], CPU)
+    assert empty.shape == (0,) and unpack_tensors(empty, layout) == [{}]
 
 
-def test_numbers_are_those_of_a_list():
+def test_constants_equal_a_tensor_of_the_list():
     for values in ([3, 4], [0.1, 1 / 3, 1e-9], [0.5]):
         expected = torch.tensor(values)
-        found = numbers(values, CPU)
-        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        constants = make_constants(values, CPU)
+        assert constants.dtype == expected.dtype and torch.equal(constants, expected)
 
 
 @pytest.mark.parametrize("chosen", [[0, 0, 0], [1, 1, 1], [0, 1, 0], [0], [1]])
-@pytest.mark.parametrize("on_all_rows", [False, True])
-def test_chosen_rows_change_by_their_own_parameters(chosen, on_all_rows, monkeypatch):
-    if on_all_rows:
-        as_on_a_gpu(monkeypatch)
-    images, chosen = pictures(len(chosen), 3, 4), torch.tensor(chosen, dtype=torch.bool)
-    kept, amounts = images.clone(), torch.arange(len(chosen)) + 1.0
+@pytest.mark.parametrize("imitates_gpu", [False, True])
+def test_chosen_images_change_by_their_own_parameters(chosen, imitates_gpu, monkeypatch):
+    if imitates_gpu:
+        imitate_gpu(monkeypatch)
+    images, chosen = make_images(len(chosen), 3, 4), torch.tensor(chosen, dtype=torch.bool)
+    original, amounts = images.clone(), torch.arange(len(chosen)) + 1.0
     expected = images + (chosen * amounts)[:, None, None, None]
 
     def add(rows, amounts):
         return rows + amounts[:, None, None, None]
 
-    assert torch.equal(change(images, chosen, add, amounts), expected) and torch.equal(images, kept)
-    assert torch.equal(change_(images, chosen, add, amounts), expected)
+    assert torch.equal(apply_to_chosen(images, chosen, add, amounts), expected) and torch.equal(images, original)
+    assert torch.equal(apply_to_chosen_(images, chosen, add, amounts), expected)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +77,9 @@ def test_chosen_rows_change_by_their_own_parameters(chosen, on_all_rows, monkeyp
         lambda x: x.to("cpu"),
     ],
 )
-def test_work_of_the_host_is_found(work):
+def test_work_of_the_host_is_detected(work):
     with FakeTensorMode():
-        there = torch.ones(3, device="cuda")
-        with HostWork() as noted, suppress(DataDependentOutputException, DynamicOutputShapeException):
-            work(there)
-    assert noted.found
+        on_gpu = torch.ones(3, device="cuda")
+        with HostOperations() as host_operations, suppress(DataDependentOutputException, DynamicOutputShapeException):
+            work(on_gpu)
+    assert host_operations.names

@@ -1,23 +1,23 @@
-"""CC: quantities of the authors' code, computed by what training uses."""
+"""CC: the quantities of the authors' code, computed with the functions that training uses."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.losses.balance import entropy_deficit
+from deepclust.losses.balance import cluster_size_entropy_deficit
 from deepclust.losses.contrastive import nt_xent
 from deepclust.methods.cc import CC, cluster_contrast, cluster_losses, instance_loss
 
 
-def free(inputs, *names):
-    """The named inputs as variables of their own."""
+def copy_with_gradients(inputs, *names):
+    """Return copies of the named inputs that require gradients."""
     return [inputs[name].clone().requires_grad_() for name in names]
 
 
 def instance(params, inputs):
     temperature = params["instance_temperature"]
-    z_i, z_j, u_i, u_j = free(inputs, "z_i", "z_j", "u_i", "u_j")
+    z_i, z_j, u_i, u_j = copy_with_gradients(inputs, "z_i", "z_j", "u_i", "u_j")
     nt_xent(z_i, z_j, temperature=temperature).backward()
     loss = instance_loss(u_i, u_j, temperature=temperature)
     loss.backward()
@@ -27,9 +27,9 @@ def instance(params, inputs):
 
 def cluster(params, inputs):
     temperature = params["cluster_temperature"]
-    c_i, c_j, logits_i, logits_j = free(inputs, "c_i", "c_j", "logits_i", "logits_j")
+    c_i, c_j, logits_i, logits_j = copy_with_gradients(inputs, "c_i", "c_j", "logits_i", "logits_j")
     contrast = cluster_contrast(c_i, c_j, temperature=temperature)
-    (contrast + entropy_deficit(c_i) + entropy_deficit(c_j)).backward()
+    (contrast + cluster_size_entropy_deficit(c_i) + cluster_size_entropy_deficit(c_j)).backward()
     contrast, balance = cluster_losses(logits_i, logits_j, temperature=temperature)
     (contrast + balance).backward()
     grads = {"grad_c_i": c_i, "grad_c_j": c_j, "grad_logits_i": logits_i, "grad_logits_j": logits_j}
@@ -53,11 +53,11 @@ def total(params, inputs):
         optimizer=torch.optim.Adam,
         schedule=lambda step, steps_per_epoch: 1.0,
     ).to(inputs["h_i"].dtype)
-    for name, net in (("inst", method.instance_head), ("clus", method.cluster_head)):
-        weights = {"0.weight": "w1", "0.bias": "b1", "2.weight": "w2", "2.bias": "b2"}
-        net.load_state_dict({ours: inputs[f"{name}_{its}"] for ours, its in weights.items()})
-    h_i, h_j = free(inputs, "h_i", "h_j")
-    batch = TrainBatch((h_i, h_j), torch.arange(len(h_i)), Draws(key=(0,), first=0, total=len(h_i)))
+    for prefix, head in (("inst", method.instance_head), ("clus", method.cluster_head)):
+        names = {"0.weight": "w1", "0.bias": "b1", "2.weight": "w2", "2.bias": "b2"}
+        head.load_state_dict({parameter: inputs[f"{prefix}_{name}"] for parameter, name in names.items()})
+    h_i, h_j = copy_with_gradients(inputs, "h_i", "h_j")
+    batch = TrainBatch((h_i, h_j), torch.arange(len(h_i)), Draws(key=(0,), first_row=0, global_batch_size=len(h_i)))
     terms = method.losses(batch)
     loss = sum(terms.values())
     loss.backward()

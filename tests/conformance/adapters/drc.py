@@ -1,4 +1,4 @@
-"""DRC: its formulas, computed by what training uses."""
+"""DRC: the values of its formulas, computed with the functions that training uses."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from deepclust.methods.drc import DRC, feature_contrast, probability_losses
 
 
 def make_method(params, num_clusters):
-    """A DRC whose views are the assignment features themselves: no backbone, and a head that changes nothing."""
+    """Return a DRC whose views are the assignment features themselves: backbone and head are identities."""
     backbone = nn.Identity()
     backbone.num_features = num_clusters
     method = DRC(
@@ -27,19 +27,19 @@ def make_method(params, num_clusters):
     return method
 
 
-def views(inputs):
+def copy_logits_with_gradients(inputs):
     return inputs["logits_a"].clone().requires_grad_(), inputs["logits_b"].clone().requires_grad_()
 
 
 def feature(params, inputs):
-    a, b = views(inputs)
+    a, b = copy_logits_with_gradients(inputs)
     loss = feature_contrast(a, b, temperature=params["temperature"], normalize=params["normalize"])
     loss.backward()
     return {"loss": loss, "grad_logits_a": a.grad, "grad_logits_b": b.grad}
 
 
 def probability(params, inputs):
-    a, b = views(inputs)
+    a, b = copy_logits_with_gradients(inputs)
     loss, _ = probability_losses(a, b, temperature=params["temperature"], normalize=params["normalize"])
     loss.backward()
     return {"loss": loss, "grad_logits_a": a.grad, "grad_logits_b": b.grad}
@@ -53,10 +53,10 @@ def regulariser(params, inputs):
 
 
 def total(params, inputs):
-    a, b = views(inputs)
+    a, b = copy_logits_with_gradients(inputs)
     size, clusters = a.shape
     method = make_method({**params, "batch_size": size}, clusters)
-    terms = method.losses(TrainBatch((a, b), torch.arange(size), Draws(key=(0,), first=0, total=size)))
+    terms = method.losses(TrainBatch((a, b), torch.arange(size), Draws(key=(0,), first_row=0, global_batch_size=size)))
     loss = sum(terms.values())
     loss.backward()
     _, sizes = probability_losses(a, b, temperature=params["temperature_ap"], normalize=params["normalize_ap"])

@@ -1,4 +1,4 @@
-"""GCC: quantities of the authors' code, computed by what training uses."""
+"""GCC: quantities of the authors' code, computed with the functions that training uses."""
 
 import torch
 import torch.nn.functional as F
@@ -9,48 +9,50 @@ from deepclust.methods.gcc import (
     FeatureBank,
     assignment_losses,
     degree_weights,
-    graph_contrast,
+    graph_contrast_loss,
     neighbor_lists,
-    pretext_contrast,
+    pretext_contrast_loss,
 )
+from deepclust.methods.self_label import self_label_loss
 from deepclust.nn.schedules import EpochCosine
 
 
-def free(inputs, *names):
-    """The named inputs as variables of their own."""
+def make_leaves(inputs, *names):
+    """Return copies of the named inputs that collect gradients."""
     return [inputs[name].clone().requires_grad_() for name in names]
 
 
-def gradients(**variables):
-    return {f"grad_{name}": variable.grad for name, variable in variables.items()}
+def read_gradients(**leaves):
+    return {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
 
 
-def agc(params, inputs):
-    anchor, neighbor = free(inputs, "logits_anchor", "logits_neighbor")
+def agc_loss(params, inputs):
+    anchor, neighbor = make_leaves(inputs, "logits_anchor", "logits_neighbor")
     assignment, balance = assignment_losses(anchor, neighbor)
     loss = assignment + params["entropy_weight"] * balance
     loss.backward()
     outputs = {"loss": loss, "loss_ce": assignment, "loss_ne": balance}
-    return outputs | gradients(logits_anchor=anchor, logits_neighbor=neighbor)
+    return outputs | read_gradients(logits_anchor=anchor, logits_neighbor=neighbor)
 
 
-def pretext(params, inputs):
-    projections, features = free(inputs, "projections", "features")
+def rgc_pretext_loss(params, inputs):
+    projections, features = make_leaves(inputs, "projections", "features")
     for rows in (F.normalize(projections, dim=2), features):
-        loss = pretext_contrast(*rows.unbind(1), temperature=params["temperature"])
+        loss = pretext_contrast_loss(*rows.unbind(1), temperature=params["temperature"])
         loss.backward()
-    return {"loss": loss} | gradients(projections=projections, features=features)
+    return {"loss": loss} | read_gradients(projections=projections, features=features)
 
 
-def graph(params, inputs):
-    projections, features, neighbor_projections = free(inputs, "projections", "features", "neighbor_projections")
+def rgc_graph_loss(params, inputs):
+    names = "projections", "features", "neighbor_projections"
+    projections, features, neighbor_projections = make_leaves(inputs, *names)
     neighbor_features = F.normalize(neighbor_projections.detach(), dim=2).requires_grad_()
-    views = F.normalize(projections, dim=2), F.normalize(neighbor_projections, dim=2)
-    for rows, neighbors in (views, (features, neighbor_features)):
+    normalised = F.normalize(projections, dim=2), F.normalize(neighbor_projections, dim=2)
+    for rows, neighbors in (normalised, (features, neighbor_features)):
         weights = inputs["neighbor_weights"].to(projections.dtype)
-        loss = graph_contrast(*rows.unbind(1), neighbors, weights, temperature=params["temperature"])
+        loss = graph_contrast_loss(*rows.unbind(1), neighbors, weights, temperature=params["temperature"])
         loss.backward()
-    return {"loss": loss} | gradients(
+    return {"loss": loss} | read_gradients(
         projections=projections,
         features=features,
         neighbor_projections=neighbor_projections,
@@ -58,7 +60,7 @@ def graph(params, inputs):
     )
 
 
-def total(params, inputs):
+def total_loss(params, inputs):
     backbone = nn.Identity()
     backbone.num_features = 1
     method = GCC(
@@ -78,54 +80,52 @@ def total(params, inputs):
         schedule=lambda step, steps_per_epoch: 1.0,
     )
     names = "projections", "neighbor_projections", "logits_anchor", "logits_neighbor"
-    projections, neighbors, anchor, neighbor = variables = free(inputs, *names)
+    projections, neighbors, anchor, neighbor = leaves = make_leaves(inputs, *names)
     rows = F.normalize(torch.cat([projections, neighbors.transpose(0, 1)], 1), dim=2)
     weights = inputs["neighbor_weights"].T.to(rows.dtype)
-    loss = sum(method.terms(rows, weights, torch.stack([anchor, neighbor], 1)).values())
+    loss = sum(method.compute_terms(rows, weights, torch.stack([anchor, neighbor], 1)).values())
     loss.backward()
-    return {"loss": loss} | gradients(**dict(zip(names, variables, strict=True)))
+    return {"loss": loss} | read_gradients(**dict(zip(names, leaves, strict=True)))
 
 
-def bank(params, inputs):
+def feature_bank_mean(params, inputs):
     pushes = inputs["pushes"]
-    held = FeatureBank(num_images=pushes.shape[1], size=params["size"], num_features=pushes.shape[2]).to(pushes.dtype)
+    bank = FeatureBank(num_images=pushes.shape[1], size=params["size"], num_features=pushes.shape[2]).to(pushes.dtype)
     for rows in pushes:
-        held.push(rows, torch.arange(len(rows)))
-    return {"mean": held.mean()}
+        bank.push(rows, torch.arange(len(rows)))
+    return {"mean": bank.mean()}
 
 
-def lists(params, inputs):
+def graph_neighbors(params, inputs):
     return {"indices": neighbor_lists(inputs["bank"], params["top"] + 1)}
 
 
-def weights(params, inputs):
+def graph_weights(params, inputs):
     return {"weights": degree_weights(inputs["indices"], params["num_neighbors"])}
 
 
-def self_label(params, inputs):
-    from deepclust.methods.self_label import self_label_loss
-
-    (strong,) = free(inputs, "logits_strong")
+def selflabel_loss(params, inputs):
+    (strong,) = make_leaves(inputs, "logits_strong")
     balanced = params["class_balancing"]
     loss, _ = self_label_loss(inputs["logits_weak"], strong, threshold=params["threshold"], balanced=balanced)
     loss.backward()
-    return {"loss": loss} | gradients(logits_strong=strong)
+    return {"loss": loss} | read_gradients(logits_strong=strong)
 
 
-def rate(params, inputs):
+def cosine_lr(params, inputs):
     schedule = EpochCosine(epochs=params["epochs"], floor=params["lr_decay_rate"] ** 3)
     factors = [schedule(3 * epoch + 1, 3) for epoch in inputs["epoch"].tolist()]
     return {"lr": params["lr"] * torch.tensor(factors, dtype=torch.float64)}
 
 
 ADAPTERS = {
-    "agc_loss": agc,
-    "rgc_pretext_loss": pretext,
-    "rgc_graph_loss": graph,
-    "total_loss": total,
-    "feature_bank_mean": bank,
-    "graph_neighbors": lists,
-    "graph_weights": weights,
-    "selflabel_loss": self_label,
-    "cosine_lr": rate,
+    "agc_loss": agc_loss,
+    "rgc_pretext_loss": rgc_pretext_loss,
+    "rgc_graph_loss": rgc_graph_loss,
+    "total_loss": total_loss,
+    "feature_bank_mean": feature_bank_mean,
+    "graph_neighbors": graph_neighbors,
+    "graph_weights": graph_weights,
+    "selflabel_loss": selflabel_loss,
+    "cosine_lr": cosine_lr,
 }

@@ -1,86 +1,93 @@
-"""LNSCC: quantities of the author's code, computed by what training uses."""
+"""LNSCC: quantities of the author's code, computed with the functions that training uses."""
 
 import torch
 from torch import nn
 
-from deepclust.clustering.neighbor_graph import affinities, local_scales, multiplicities, union
+from deepclust.clustering.neighbor_graph import (
+    compute_affinities,
+    compute_local_scales,
+    compute_multiplicities,
+    symmetrize,
+)
 from deepclust.methods.lnscc import (
     LNSCC,
     balance_loss,
     cluster_divergence,
-    pair_costs,
+    fit_similarity_curve,
+    pair_losses,
     share_divergence,
-    sharpened,
-    similarity_curve,
     soft_assignments,
+    target_distribution,
 )
 from deepclust.nn.schedules import Constant
 
 
-def free(inputs, *names):
-    """The named inputs as variables of their own."""
+def make_leaves(inputs, *names):
+    """Return copies of the named inputs that collect gradients."""
     return [inputs[name].clone().requires_grad_() for name in names]
 
 
-def curve(params, inputs):
+def ab_params(params, inputs):
     pairs = zip(inputs["spread"].tolist(), inputs["min_dist"].tolist(), strict=True)
-    a, b = zip(*(similarity_curve(min_dist=min_dist, spread=spread) for spread, min_dist in pairs), strict=True)
+    a, b = zip(*(fit_similarity_curve(min_dist=min_dist, spread=spread) for spread, min_dist in pairs), strict=True)
     return {"a": torch.tensor(a, dtype=torch.float64), "b": torch.tensor(b, dtype=torch.float64)}
 
 
-def scales(params, inputs):
-    rho, sigma = local_scales(inputs["dist"])
+def local_scales(params, inputs):
+    rho, sigma = compute_local_scales(inputs["dist"])
     return {"rho": rho, "sigma": sigma}
 
 
-def graph(params, inputs):
+def affinity_graph(params, inputs):
     indices, distances = inputs["idx"], inputs["dist"]
-    return {"W": union(indices, affinities(indices, distances, *local_scales(distances))).dense()}
+    return {"W": symmetrize(indices, compute_affinities(indices, distances, *compute_local_scales(distances))).dense()}
 
 
-def edges(params, inputs):
-    return {"count": multiplicities(inputs["W"], most=params["n_epochs"])}
+def edge_multiplicity(params, inputs):
+    return {"count": compute_multiplicities(inputs["W"], max_multiplicity=params["n_epochs"])}
 
 
-def pairs(params, inputs):
-    z_i, z_j = free(inputs, "z_i", "z_j")
-    order = inputs["perm"]
-    joined, random = pair_costs(z_i, z_j, order, a=params["a"], b=params["b"], negative_weight=params["negative_force"])
-    loss = (joined + random) / (len(z_i) + len(order))
+def pair_loss(params, inputs):
+    z_i, z_j = make_leaves(inputs, "z_i", "z_j")
+    permutation = inputs["perm"]
+    positive, negative = pair_losses(
+        z_i, z_j, permutation, a=params["a"], b=params["b"], negative_weight=params["negative_force"]
+    )
+    loss = (positive + negative) / (len(z_i) + len(permutation))
     loss.backward()
     return {
         "loss": loss,
-        "loss_pos": joined / len(z_i),
-        "loss_neg": random / len(order),
+        "loss_pos": positive / len(z_i),
+        "loss_neg": negative / len(permutation),
         "grad_z_i": z_i.grad,
         "grad_z_j": z_j.grad,
     }
 
 
-def assign(params, inputs):
+def soft_assign(params, inputs):
     return {"q": soft_assignments(inputs["z"], inputs["mu"])}
 
 
-def target(params, inputs):
-    return {"p": sharpened(inputs["q"])}
+def target_distribution_of_batch(params, inputs):
+    return {"p": target_distribution(inputs["q"])}
 
 
-def divergence(params, inputs):
-    z, mu = free(inputs, "z", "mu")
+def cluster_kl(params, inputs):
+    z, mu = make_leaves(inputs, "z", "mu")
     loss = cluster_divergence(soft_assignments(z, mu))
     loss.backward()
     return {"loss": loss, "grad_z": z.grad, "grad_mu": mu.grad}
 
 
-def balance(params, inputs):
-    z, mu = free(inputs, "z", "mu")
+def balance_loss_of_batch(params, inputs):
+    z, mu = make_leaves(inputs, "z", "mu")
     loss = balance_loss(soft_assignments(z, mu), inputs["desired"])
     loss.backward()
     return {"loss": loss, "grad_z": z.grad, "grad_mu": mu.grad}
 
 
-def total(params, inputs):
-    z_i, z_j = free(inputs, "z_i", "z_j")
+def total_loss(params, inputs):
+    z_i, z_j = make_leaves(inputs, "z_i", "z_j")
     backbone = nn.Identity()
     backbone.num_features = z_i.shape[1]
     method = LNSCC(
@@ -106,26 +113,26 @@ def total(params, inputs):
     method.a, method.b = params["a"], params["b"]
     with torch.no_grad():
         method.centres.copy_(inputs["mu"])
-    loss = sum(method.objective(z_i, z_j, inputs["perm"]).values())
+    loss = sum(method.compute_terms(z_i, z_j, inputs["perm"]).values())
     loss.backward()
     return {"loss": loss, "grad_z_i": z_i.grad, "grad_z_j": z_j.grad, "grad_mu": method.centres.grad}
 
 
-def choice(params, inputs):
+def centre_choice(params, inputs):
     kl = share_divergence(inputs["counts"], inputs["desired"])
     return {"kl": kl, "best": kl.argmin()}
 
 
 ADAPTERS = {
-    "ab_params": curve,
-    "local_scales": scales,
-    "affinity_graph": graph,
-    "edge_multiplicity": edges,
-    "pair_loss": pairs,
-    "soft_assign": assign,
-    "target_distribution": target,
-    "cluster_kl": divergence,
-    "balance_loss": balance,
-    "total_loss": total,
-    "centre_choice": choice,
+    "ab_params": ab_params,
+    "local_scales": local_scales,
+    "affinity_graph": affinity_graph,
+    "edge_multiplicity": edge_multiplicity,
+    "pair_loss": pair_loss,
+    "soft_assign": soft_assign,
+    "target_distribution": target_distribution_of_batch,
+    "cluster_kl": cluster_kl,
+    "balance_loss": balance_loss_of_batch,
+    "total_loss": total_loss,
+    "centre_choice": centre_choice,
 }

@@ -1,4 +1,4 @@
-"""ProPos: quantities of the authors' code, computed by what training uses."""
+"""ProPos: the quantities of the authors' code, computed with the functions that training uses."""
 
 import copy
 from types import SimpleNamespace
@@ -9,18 +9,19 @@ from lightning import LightningDataModule, Trainer
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.distributed_kmeans import dealt_kmeans
-from deepclust.clustering.kmeans import lloyd, seed_kmeans_plus_plus
+from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
+from deepclust.clustering.kmeans import kmeans_from_centroids
+from deepclust.clustering.kmeans_seeding import seed_kmeans_plus_plus
 from deepclust.datasets.named_datasets import cifar100_superclass
-from deepclust.losses.alignment import alignment
+from deepclust.losses.alignment import alignment_loss
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
-from deepclust.methods.propos import ProPos, balanced_weights
-from deepclust.metrics import Contingency
-from deepclust.nn.ema import decay_at, update_target
-from deepclust.nn.heads import mlp
+from deepclust.methods.propos import ProPos, balanced_sampling_weights
+from deepclust.metrics import ClusteringScores
+from deepclust.nn.ema import compute_ema_decay, update_target
+from deepclust.nn.heads import two_layer_mlp
 from deepclust.nn.schedules import WarmupCosine
 
-NETWORKS = {  # the vectors' names of the networks, and ours
+NETWORKS = {  # names of the networks in the vectors -> names of the method's submodules
     "online_encoder": "backbone",
     "online_projector": "projector",
     "target_encoder": "target.backbone",
@@ -29,11 +30,11 @@ NETWORKS = {  # the vectors' names of the networks, and ours
 }
 
 
-class GivenDraws(Draws):
-    """Noise that the case prescribes, for the two directions of a step."""
+class GivenNoise(Draws):
+    """Draws that return the noise given by the case for the two directions of a step."""
 
     def __init__(self, noise_a, noise_b):
-        super().__init__(key=(0,), first=0, total=len(noise_a))
+        super().__init__(key=(0,), first_row=0, global_batch_size=len(noise_a))
         self.noise = {"noise of a": noise_a, "noise of b": noise_b}
 
     def normal_like(self, values, purpose):
@@ -58,18 +59,18 @@ def scattering(params, inputs):
 
 def positive_sampling(params, inputs):
     hidden, embedding = inputs["W1"].shape
-    predictor = mlp(embedding, hidden, embedding).to(inputs["q"].dtype)
+    predictor = two_layer_mlp(embedding, hidden, embedding).to(inputs["q"].dtype)
     names = {"0.weight": "W1", "0.bias": "b1", "1.weight": "bn_weight", "1.bias": "bn_bias", "3.weight": "W2"}
     predictor.load_state_dict(
         {
             **predictor.state_dict(),
-            **{ours: inputs[its] for ours, its in names.items()},
+            **{parameter: inputs[name] for parameter, name in names.items()},
             "3.bias": inputs["b2"],
         }
     )
     predictor[1].eps, predictor[1].momentum = params["bn_eps"], params["bn_momentum"]
     q = inputs["q"].clone().requires_grad_()
-    loss = alignment(predictor(q + params["sigma"] * inputs["noise"]), F.normalize(inputs["k"], dim=1))
+    loss = alignment_loss(predictor(q + params["sigma"] * inputs["noise"]), F.normalize(inputs["k"], dim=1))
     loss.backward()
     return {
         "loss": loss,
@@ -82,7 +83,7 @@ def positive_sampling(params, inputs):
 
 
 def make_method(params, inputs, *, step_order, num_images, **settings):
-    """A ProPos with the case's little networks."""
+    """Return a ProPos with the small networks of the case."""
     mid, size = inputs["online_encoder.0.weight"].shape
     hidden, embedding = inputs["predictor.0.weight"].shape
     backbone = nn.Sequential(nn.Linear(size, mid), nn.BatchNorm1d(mid), nn.ReLU())
@@ -115,19 +116,19 @@ def make_method(params, inputs, *, step_order, num_images, **settings):
         e_step_every_n_epochs=0,
         **{**arguments, **settings},
     ).to(inputs["online_encoder.0.weight"].dtype)
-    given = {f"{NETWORKS[n.split('.')[0]]}.{n.split('.', 1)[1]}": v for n, v in inputs.items() if "." in n}
-    method.load_state_dict({**method.state_dict(), **given})
+    given_state = {f"{NETWORKS[n.split('.')[0]]}.{n.split('.', 1)[1]}": v for n, v in inputs.items() if "." in n}
+    method.load_state_dict({**method.state_dict(), **given_state})
     return method
 
 
-def named(method, prefix, names, of=lambda parameter: parameter):
-    """What `of` says of the method's tensors, under the vectors' names."""
-    ours = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+def name_as_in_vectors(method, prefix, networks, of=lambda tensor: tensor):
+    """Return `of` of each parameter and buffer of these networks, under the names of the vectors."""
+    tensors = {**dict(method.named_parameters()), **dict(method.named_buffers())}
     return {
-        f"{prefix}.{its}{name.removeprefix(net)}": of(value)
-        for its, net in NETWORKS.items()
-        for name, value in ours.items()
-        if name.startswith(f"{net}.") and its in names
+        f"{prefix}.{network}{name.removeprefix(submodule)}": of(tensor)
+        for network, submodule in NETWORKS.items()
+        for name, tensor in tensors.items()
+        if name.startswith(f"{submodule}.") and network in networks
     }
 
 
@@ -143,40 +144,42 @@ def objective(step_order):
             global_step=0,
         )
         noise = inputs["noise"].reshape(2, len(a), -1)
-        batch = TrainBatch((a, b), torch.arange(len(a)), GivenDraws(noise[0], noise[1]))
-        apart, unweighted = copy.deepcopy(method), caught_terms(method)
+        batch = TrainBatch((a, b), torch.arange(len(a)), GivenNoise(noise[0], noise[1]))
+        method_before = copy.deepcopy(method)
+        unweighted_terms = record_calls(method, "compute_terms")
         terms = method.losses(batch)
         sum(terms.values()).backward()
-        embeddings = (
-            apart.online(torch.cat([a, b])) if step_order == "joint" else torch.cat([apart.online(a), apart.online(b)])
-        )
-        printed = constant(step_order)
+        if step_order == "joint":
+            embeddings = method_before.online(torch.cat([a, b]))
+        else:
+            embeddings = torch.cat([method_before.online(a), method_before.online(b)])
+        constant = alignment_constant(step_order)
         return {
-            "alignment": terms["alignment"] + printed,
-            "scattering": unweighted[0][1],
-            "total": sum(terms.values()) + printed,
+            "alignment": terms["alignment"] + constant,
+            "scattering": unweighted_terms[0][1],
+            "total": sum(terms.values()) + constant,
             "embeddings": F.normalize(embeddings, dim=1),
-            **named(method, "grad", ["online_encoder", "online_projector", "predictor"], lambda p: p.grad),
-            **named(method, "after", ["target_encoder", "target_projector"]),
+            **name_as_in_vectors(method, "grad", ["online_encoder", "online_projector", "predictor"], lambda p: p.grad),
+            **name_as_in_vectors(method, "after", ["target_encoder", "target_projector"]),
         }
 
     return compute
 
 
-def caught_terms(method):
-    """A list to which each call of the method's `objective` adds what it gave: terms without their weights."""
-    inner, caught = method.objective, []
+def record_calls(method, function_name):
+    """Return a list to which every later call of this function of the method appends its result."""
+    function, results = getattr(method, function_name), []
 
-    def catching(batch, **settings):
-        caught.append(inner(batch, **settings))
-        return caught[-1]
+    def recorded(*tensors):
+        results.append(function(*tensors))
+        return results[-1]
 
-    method.objective = catching
-    return caught
+    setattr(method, function_name, recorded)
+    return results
 
 
-def constant(step_order):
-    """What the authors' code adds to the printed alignment."""
+def alignment_constant(step_order):
+    """Return the constant that the authors' code adds to the alignment when it prints it."""
     return 2.0 if step_order == "joint" else 0.0
 
 
@@ -204,49 +207,51 @@ def train_steps(step_order):
             schedule=rates,
         )
         method.pseudo_labels.assignments.copy_(inputs["pseudo_labels"])
-        steps, per_epoch = len(inputs["indices"]), params["iters_per_epoch"]
-        seen = {"alignment": [], "scattering": [], "lr": [], "predictor_lr": [], "momentum": []}
-        inner, total = method.objective, params["epochs"] * per_epoch
+        num_steps, batches_per_epoch = len(inputs["indices"]), params["iters_per_epoch"]
+        recorded = {"alignment": [], "scattering": [], "lr": [], "predictor_lr": [], "momentum": []}
+        compute_terms, steps_of_run = method.compute_terms, params["epochs"] * batches_per_epoch
 
-        def recorded(batch, *, noise_std):
-            align, scatter = inner(batch, noise_std=noise_std)
+        def compute_terms_and_record(*tensors):
+            align, scatter = compute_terms(*tensors)
             groups = method.optimizers().param_groups
-            end = method.ema_decay_end
+            decay_end = method.ema_decay_end
             for name, value in {
-                "alignment": float(align) + constant(step_order),
+                "alignment": float(align) + alignment_constant(step_order),
                 "scattering": float(scatter),
                 "lr": groups[0]["lr"],
                 "predictor_lr": groups[-1]["lr"],
-                "momentum": decay_at(method.global_step + 1, total, start=method.ema_decay, end=end),
+                "momentum": compute_ema_decay(
+                    method.global_step + 1, steps_of_run, start=method.ema_decay, end=decay_end
+                ),
             }.items():
-                seen[name].append(value)
+                recorded[name].append(value)
             return align, scatter
 
-        method.objective = recorded
-        noise = inputs["noise"].reshape(steps, 2, inputs["indices"].shape[1], -1)
+        method.compute_terms = compute_terms_and_record
+        noise = inputs["noise"].reshape(num_steps, 2, inputs["indices"].shape[1], -1)
         batches = [
-            TrainBatch((a, b), indices, GivenDraws(n[0], n[1]))
+            TrainBatch((a, b), indices, GivenNoise(n[0], n[1]))
             for a, b, indices, n in zip(inputs["view_a"], inputs["view_b"], inputs["indices"], noise, strict=True)
         ]
         trainer = Trainer(
-            max_epochs=-(-steps // per_epoch),
+            max_epochs=-(-num_steps // batches_per_epoch),
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(method, GivenBatches(batches, per_epoch))
+        trainer.fit(method, GivenBatches(batches, batches_per_epoch))
         return {
-            **{name: torch.tensor(values, dtype=torch.float64) for name, values in seen.items()},
-            **named(method, "final", list(NETWORKS)),
+            **{name: torch.tensor(values, dtype=torch.float64) for name, values in recorded.items()},
+            **name_as_in_vectors(method, "final", list(NETWORKS)),
         }
 
     return compute
 
 
 class GivenBatches(LightningDataModule):
-    """The case's batches, `batches_per_epoch` an epoch."""
+    """The batches of the case, `batches_per_epoch` of them in each epoch."""
 
     def __init__(self, batches, batches_per_epoch):
         super().__init__()
@@ -254,17 +259,17 @@ class GivenBatches(LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
 
     def train_dataloader(self):
-        given = self
+        datamodule = self
 
-        class Epochs:
+        class BatchesOfCurrentEpoch:
             def __len__(self):
-                return given.batches_per_epoch
+                return datamodule.batches_per_epoch
 
             def __iter__(self):
-                start = given.trainer.current_epoch * given.batches_per_epoch
-                yield from given.batches[start : start + given.batches_per_epoch]
+                start = datamodule.trainer.current_epoch * datamodule.batches_per_epoch
+                yield from datamodule.batches[start : start + datamodule.batches_per_epoch]
 
-        return Epochs()
+        return BatchesOfCurrentEpoch()
 
 
 def lr_schedule(params, inputs):
@@ -279,7 +284,7 @@ def ema_momentum(params, inputs):
     end = params["max"] if params["increase"] else params["base"]
     return {
         "momentum": torch.tensor(
-            [decay_at(int(t), steps, start=params["base"], end=end) for t in inputs["step"]],
+            [compute_ema_decay(int(t), steps, start=params["base"], end=end) for t in inputs["step"]],
             dtype=torch.float64,
         )
     }
@@ -300,7 +305,7 @@ def ema_update(params, inputs):
 
 
 def kmeans_from_centres(params, inputs):
-    result = lloyd(
+    result = kmeans_from_centroids(
         inputs["X"],
         inputs["init_centers"],
         metric=params["metric"],
@@ -316,7 +321,7 @@ def kmeans_from_centres(params, inputs):
 
 
 def kmeans_best(params, inputs):
-    result = dealt_kmeans(
+    result = kmeans_on_all_ranks(
         inputs["X"],
         num_clusters=params["K"],
         metric="cosine",
@@ -332,7 +337,7 @@ def check_kmeans_best(actual, expected, *, inputs, rtol, atol):
     from sklearn.metrics import adjusted_rand_score
 
     assert float(actual["inertia"]) <= float(expected["inertia"]) * (1 + rtol) + atol
-    if float(actual["inertia"]) >= float(expected["inertia"]) * (1 - rtol) - atol:  # a better one may differ
+    if float(actual["inertia"]) >= float(expected["inertia"]) * (1 - rtol) - atol:  # a better result may differ
         assert adjusted_rand_score(expected["labels"], actual["labels"]) >= 0.99
 
 
@@ -343,14 +348,14 @@ def greedy_seeding(params, inputs):
 
 def clustering_metrics(params, inputs):
     classes = int(inputs["y"].max()) + 1 if len(inputs["y"]) else 1
-    metric = Contingency(num_clusters=int(inputs["pred"].max()) + 1, num_classes=max(classes, 1))
+    metric = ClusteringScores(num_clusters=int(inputs["pred"].max()) + 1, num_classes=max(classes, 1))
     metric.update(inputs["pred"], inputs["y"])
     scores = metric.compute()
     return {name: torch.tensor(scores[name], dtype=torch.float64) for name in ("nmi", "acc", "ari")}
 
 
 def sampling_weights(params, inputs):
-    return {"weights": balanced_weights(inputs["labels"], params["K"])}
+    return {"weights": balanced_sampling_weights(inputs["labels"], params["K"])}
 
 
 def superclasses(params, inputs):

@@ -1,4 +1,4 @@
-"""SeCu: quantities of the authors' code, computed by what training uses."""
+"""SeCu: quantities of the authors' code, computed with the functions that training uses."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +13,20 @@ from torch import nn
 
 from deepclust.backbones.resnet import ResNet
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.balanced_assignment import EntropyBalance, SizeBalance
+from deepclust.clustering.balanced_assignment import EntropyConstraint, SizeConstraint
 from deepclust.engine import distributed
 from deepclust.methods.secu import SeCu
-from deepclust.nn.heads import deep_mlp, mlp
+from deepclust.nn.heads import three_layer_mlp, two_layer_mlp
 from deepclust.nn.optimizers import Lars
-from deepclust.nn.schedules import Constant, DeadEpochCosine, RisingCosine
+from deepclust.nn.schedules import Constant, DelayedWarmupCosine, RisingCosine
 from deepclust.views.photometry import PillowBlur, Solarize
 from tests.conformance.adapters.propos import GivenBatches
 
-UNSEEN = 1  # what the authors' label memory holds at first
+INITIAL_LABEL = 1  # of the authors' label memory
 
 
 def make_method(params, *, num_features, num_images, dtype, **settings):
-    """A SeCu with the case's heads; its networks are put in by who needs them."""
+    """Return a SeCu with the heads of the case; a caller that needs networks sets them."""
     backbone = nn.Identity()
     backbone.num_features = num_features
     arguments = {
@@ -54,19 +54,19 @@ def make_method(params, *, num_features, num_images, dtype, **settings):
         e_step_every_n_epochs=0,
         **{**arguments, **settings},
     ).to(dtype)
-    method.pseudo_labels.fill_(UNSEEN)
+    method.pseudo_labels.fill_(INITIAL_LABEL)
     return method
 
 
-def at_epoch(method, epoch):
+def set_epoch(method, epoch):
     method._trainer = SimpleNamespace(current_epoch=epoch)
     return method
 
 
-def load(method, inputs):
-    """Put the case's state into the method."""
-    for number, head in enumerate(method.each_head()):
-        for name, place in (
+def load_state(method, inputs):
+    """Copy the state of the case into the method and return it."""
+    for number, head in enumerate(method.heads):
+        for name, buffer in (
             ("w", head.prototypes.data),
             ("prev", head.frozen),
             ("labels", method.pseudo_labels[number]),
@@ -74,90 +74,91 @@ def load(method, inputs):
             ("duals", getattr(head.balance, "duals", None)),
         ):
             if f"{name}{number}" in inputs:
-                place.copy_(inputs[f"{name}{number}"])
+                buffer.copy_(inputs[f"{name}{number}"])
     return method
 
 
-def state(method):
-    """The method's state under the vectors' names."""
-    found = {}
-    for number, head in enumerate(method.each_head()):
-        found[f"labels{number}"] = method.pseudo_labels[number].clone()
-        found[f"counts{number}"] = head.balance.counts.clone()
-        if isinstance(head.balance, SizeBalance):
-            found[f"duals{number}"] = head.balance.duals.clone()
-    return found
+def read_state(method):
+    """Return the state of the method by its names in the vectors."""
+    state = {}
+    for number, head in enumerate(method.heads):
+        state[f"labels{number}"] = method.pseudo_labels[number].clone()
+        state[f"counts{number}"] = head.balance.counts.clone()
+        if isinstance(head.balance, SizeConstraint):
+            state[f"duals{number}"] = head.balance.duals.clone()
+    return state
 
 
-def one_step(params, inputs):
-    """Both losses, the gradients and the state after."""
+def compute_one_step(params, inputs):
+    """Return both losses of a step, their gradients and the state after it."""
     names = [name for name in ("x1", "x2", "p1", "p2") if name in inputs]
     leaves = {name: inputs[name].clone().requires_grad_() for name in names}
     method = make_method(params, num_features=1, num_images=params["N"], dtype=inputs["x1"].dtype)
-    at_epoch(load(method, inputs), params["epoch"])
-    rows = method.objective(torch.stack(list(leaves.values())), inputs["idx"])
-    representation, prototypes = (values.mean() for values in rows)
+    set_epoch(load_state(method, inputs), params["epoch"])
+    losses = method.compute_terms_and_update_pseudo_labels(torch.stack(list(leaves.values())), inputs["idx"])
+    representation, prototypes = (values.mean() for values in losses)
     (representation + prototypes).backward()
-    found = {"loss_x": representation.detach(), "loss_c": prototypes.detach(), **state(method)}
-    found |= {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
-    for number, head in enumerate(method.each_head()):
-        found[f"grad_w{number}"] = head.prototypes.grad
-        found[f"assigned{number}"] = method.pseudo_labels[number][inputs["idx"]]
-    return found
+    outputs = {"loss_x": representation.detach(), "loss_c": prototypes.detach(), **read_state(method)}
+    outputs |= {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    for number, head in enumerate(method.heads):
+        outputs[f"grad_w{number}"] = head.prototypes.grad
+        outputs[f"assigned{number}"] = method.pseudo_labels[number][inputs["idx"]]
+    return outputs
 
 
-def on_ranks(work, world):
-    """What `work(rank)` gives on each of several ranks that gather from each other; threads stand in for processes."""
-    barrier, place, rows_of = threading.Barrier(world), threading.local(), [None] * world
+def run_on_ranks(function, world_size):
+    """Return the results of `function(rank)` on several ranks that gather from each other; threads play processes."""
+    barrier, local, rows_by_rank = threading.Barrier(world_size), threading.local(), [None] * world_size
 
-    def gather(rows):
-        rows_of[place.rank] = rows.detach()
+    def all_gather(rows):
+        rows_by_rank[local.rank] = rows.detach()
         barrier.wait()
-        joined = torch.cat(rows_of)
+        joined = torch.cat(rows_by_rank)
         barrier.wait()
         return joined
 
-    def enter(rank):
-        place.rank = rank
-        return work(rank)
+    def run(rank):
+        local.rank = rank
+        return function(rank)
 
-    together = mock.patch.multiple(distributed, gather=gather, world_size=lambda: world)
-    with together, ThreadPoolExecutor(world) as pool:
-        return list(pool.map(enter, range(world)))
+    patch = mock.patch.multiple(distributed, all_gather=all_gather, world_size=lambda: world_size)
+    with patch, ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(run, range(world_size)))
 
 
 def secu_loss(params, inputs):
     if "world" not in params:
-        return one_step(params, inputs)
-    local = {name for name in inputs if name in ("x1", "x2", "p1", "p2", "idx")}
+        return compute_one_step(params, inputs)
+    rank_inputs = {name for name in inputs if name in ("x1", "x2", "p1", "p2", "idx")}
 
-    def of_rank(rank):
-        return one_step(params, {n: v[rank] if n in local else v for n, v in inputs.items()})
+    def compute_step_of_rank(rank):
+        return compute_one_step(params, {n: v[rank] if n in rank_inputs else v for n, v in inputs.items()})
 
-    ranks = on_ranks(of_rank, params["world"])
+    ranks = run_on_ranks(compute_step_of_rank, params["world"])
     dtype = inputs["x1"].dtype
-    shared = set(state(make_method(params, num_features=1, num_images=params["N"], dtype=dtype)))
+    shared = set(read_state(make_method(params, num_features=1, num_images=params["N"], dtype=dtype)))
     for name in shared:
-        assert all(torch.equal(found[name], ranks[0][name]) for found in ranks), f"{name} differs by rank"
+        assert all(torch.equal(outputs[name], ranks[0][name]) for outputs in ranks), f"{name} differs by rank"
     return {
-        name: ranks[0][name] if name in shared else torch.stack([found[name] for found in ranks]) for name in ranks[0]
+        name: ranks[0][name] if name in shared else torch.stack([outputs[name] for outputs in ranks])
+        for name in ranks[0]
     }
 
 
 def assign_size(params, inputs):
-    balance = SizeBalance(num_clusters=params["K"], step=0.0, min_share=0.0).to(inputs["cost"].dtype)
+    balance = SizeConstraint(num_clusters=params["K"], step=0.0, min_share=0.0).to(inputs["cost"].dtype)
     balance.duals.copy_(inputs["duals"])
     return {"labels": balance.assign(-inputs["cost"], None)}
 
 
 def assign_entropy(params, inputs):
-    balance = EntropyBalance(num_clusters=params["K"], weight=params["alpha"]).to(inputs["cost"].dtype)
+    balance = EntropyConstraint(num_clusters=params["K"], weight=params["alpha"]).to(inputs["cost"].dtype)
     balance.counts.copy_(inputs["counts"])
     return {"labels": balance.assign(-inputs["cost"], inputs["last"] if params["epoch"] else None)}
 
 
 def dual_update(params, inputs):
-    balance = SizeBalance(num_clusters=params["K"], step=params["dual_lr"], min_share=params["lratio"])
+    balance = SizeConstraint(num_clusters=params["K"], step=params["dual_lr"], min_share=params["lratio"])
     balance.to(inputs["duals0"].dtype)
     balance.duals.copy_(inputs["duals0"])
     duals, counts = [], []
@@ -173,12 +174,12 @@ def count_update(params, inputs):
     method = make_method(params, num_features=1, num_images=params["N"], dtype=torch.float32)
     counts, memory = [], []
     for epoch, (orders, labels) in enumerate(zip(inputs["order"], inputs["labels"], strict=True)):
-        at_epoch(method, epoch)
+        set_epoch(method, epoch)
         for order, given in zip(orders, labels, strict=True):
-            method.remember(order, given.unsqueeze(0))
-            counts.append(method.each_head()[0].balance.counts.clone())
+            method.store_pseudo_labels_and_update_balance(order, given.unsqueeze(0))
+            counts.append(method.heads[0].balance.counts.clone())
         memory.append(method.pseudo_labels[0].clone())
-        method.each_head()[0].balance.end_epoch()
+        method.heads[0].balance.end_epoch()
     return {"counts": torch.stack(counts), "memory": torch.stack(memory)}
 
 
@@ -196,53 +197,56 @@ def centre_update(params, inputs):
         dtype=inputs["x1"].dtype,
         prototype_lr=params["clr"],
     )
-    at_epoch(load(method, inputs), params["epoch"])
+    set_epoch(load_state(method, inputs), params["epoch"])
     group = method.parameter_groups()[1]
     optimizer = make_optimizer(params, [{"params": group["params"], "lr": group["lr"]}], lr=0.0)
-    found = {"loss_c": []} | {f"{n}{h}": [] for n in ("w", "assigned") for h in range(len(params["K"]))}
-    outputs = torch.stack([inputs[name] for name in ("x1", "x2", "p1", "p2") if name in inputs], 1)
-    for rows, indices in zip(outputs, inputs["idx"], strict=True):
-        loss = method.objective(rows, indices)[1].mean()
+    records = {"loss_c": []} | {f"{n}{h}": [] for n in ("w", "assigned") for h in range(len(params["K"]))}
+    network_outputs = torch.stack([inputs[name] for name in ("x1", "x2", "p1", "p2") if name in inputs], 1)
+    for rows, indices in zip(network_outputs, inputs["idx"], strict=True):
+        loss = method.compute_terms_and_update_pseudo_labels(rows, indices)[1].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found["loss_c"].append(loss.detach())
-        for number, head in enumerate(method.each_head()):
-            found[f"w{number}"].append(head.prototypes.detach().clone())
-            found[f"assigned{number}"].append(method.pseudo_labels[number][indices])
-    return {**state(method), **{name: torch.stack(values) for name, values in found.items()}}
+        records["loss_c"].append(loss.detach())
+        for number, head in enumerate(method.heads):
+            records[f"w{number}"].append(head.prototypes.detach().clone())
+            records[f"assigned{number}"].append(method.pseudo_labels[number][indices])
+    return {**read_state(method), **{name: torch.stack(values) for name, values in records.items()}}
 
 
-class Record(Callback):
-    """Losses by step, and what `look` says of the method at the end of each epoch, before and after its own hook."""
+class TrainingRecorder(Callback):
+    """Records the loss of each step, and the state of the method at the end of each epoch.
 
-    def __init__(self, before, after):
-        self.before, self.after = before, after
-        self.losses, self.ends = [], []
+    `read_before(method)` and `read_after(method)` return the state before and after the method's own hook.
+    """
+
+    def __init__(self, read_before, read_after):
+        self.read_before, self.read_after = read_before, read_after
+        self.losses, self.epoch_ends = [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].detach().clone())
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.ends.append(self.before(pl_module))
+        self.epoch_ends.append(self.read_before(pl_module))
 
     def on_train_epoch_start(self, trainer, pl_module):
-        if self.ends:
-            self.ends[-1] |= self.after(pl_module)
+        if self.epoch_ends:
+            self.epoch_ends[-1] |= self.read_after(pl_module)
 
     def on_train_end(self, trainer, pl_module):
-        self.ends[-1] |= self.after(pl_module)
+        self.epoch_ends[-1] |= self.read_after(pl_module)
 
 
-def train(method, inputs, params, before, after):
-    """The case's epochs through Lightning; losses by step and, by name, what was seen at each epoch's end."""
+def train(method, inputs, params, read_before, read_after):
+    """Train for the epochs of the case; return the losses by step and the state at the end of each epoch by name."""
     perm, size = inputs["perm"], params["B"]
     batches = [
-        TrainBatch(tuple(views[:, at]), at, Draws(key=(epoch, number), first=0, total=len(at)))
+        TrainBatch(tuple(views[:, at]), at, Draws(key=(epoch, number), first_row=0, global_batch_size=len(at)))
         for epoch, (order, views) in enumerate(zip(perm, inputs["views"], strict=True))
         for number, at in enumerate(order.split(size))
     ]
-    record = Record(before, after)
+    recorder = TrainingRecorder(read_before, read_after)
     trainer = Trainer(
         max_epochs=params["epochs_run"],
         accelerator="cpu",
@@ -250,14 +254,14 @@ def train(method, inputs, params, before, after):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[record],
+        callbacks=[recorder],
     )
     trainer.fit(method, GivenBatches(batches, len(batches) // params["epochs_run"]))
-    ends = {name: torch.stack([end[name] for end in record.ends]) for name in record.ends[0]}
-    return torch.stack(record.losses), ends
+    ends = {name: torch.stack([end[name] for end in recorder.epoch_ends]) for name in recorder.epoch_ends[0]}
+    return torch.stack(recorder.losses), ends
 
 
-def linear(weight, bias):
+def make_linear(weight, bias):
     layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
     layer.weight.data.copy_(weight)
     layer.bias.data.copy_(bias)
@@ -272,24 +276,24 @@ def mini_training(params, inputs):
         dtype=inputs["views"].dtype,
         prototype_lr=params["clr"],
         optimizer=lambda groups: make_optimizer(params, groups, params["lr"]),
-        schedule=DeadEpochCosine(warmup_epochs=11, epochs=params["total_epochs"]),
+        schedule=DelayedWarmupCosine(warmup_epochs=11, epochs=params["total_epochs"]),
     )
-    load(method, inputs).projector = linear(inputs["enc_w"], inputs["enc_b"])
+    load_state(method, inputs).projector = make_linear(inputs["enc_w"], inputs["enc_b"])
 
-    def before(method):
-        return {name.replace("labels", "memory"): values for name, values in state(method).items()}
+    def read_before(method):
+        return {name.replace("labels", "memory"): values for name, values in read_state(method).items()}
 
-    def after(method):
-        found = {f"w{n}": head.prototypes.detach().clone() for n, head in enumerate(method.each_head())}
+    def read_after(method):
+        prototypes = {f"w{n}": head.prototypes.detach().clone() for n, head in enumerate(method.heads)}
         layer = method.projector
-        return found | {"enc_w": layer.weight.detach().clone(), "enc_b": layer.bias.detach().clone()}
+        return prototypes | {"enc_w": layer.weight.detach().clone(), "enc_b": layer.bias.detach().clone()}
 
-    losses, ends = train(method, inputs, params, before, after)
+    losses, ends = train(method, inputs, params, read_before, read_after)
     return {"loss": losses, **ends}
 
 
 def lr_schedule(params, inputs):
-    network = DeadEpochCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"])
+    network = DelayedWarmupCosine(warmup_epochs=params["warmup_epochs"], epochs=params["epochs"])
     rising = params["recipe"] == "imagenet" and params["constraint"] == "entropy"
     prototypes = RisingCosine(epochs=params["epochs"]) if rising else Constant()
     per_epoch = params["iters_per_epoch"]
@@ -307,19 +311,19 @@ def lars(params, inputs):
         weight_decay=params["weight_decay"],
         trust=params["trust"],
     )
-    seen = {number: [] for number in values}
+    steps = {number: [] for number in values}
     for step, lr in enumerate(inputs["lrs"].tolist()):
         optimizer.param_groups[0]["lr"] = lr
         for number, value in values.items():
             value.grad = inputs[f"g{number}"][step]
         optimizer.step()
         for number, value in values.items():
-            seen[number].append(value.detach().clone())
-    return {f"p{number}": torch.stack(steps) for number, steps in seen.items()}
+            steps[number].append(value.detach().clone())
+    return {f"p{number}": torch.stack(values) for number, values in steps.items()}
 
 
-def hashed(n, salt):
-    """The vectors' pseudo-random numbers within -0.5 and 0.5."""
+def make_hashed_values(n, salt):
+    """Return the `n` pseudo-random numbers from -0.5 to 0.5 with which the vectors were made."""
     h = (np.arange(n, dtype=np.uint64) * 2654435761 + salt * 97) & 0xFFFFFFFF
     for factor, shift in ((1, 15), (2246822519, 13), (3266489917, 16)):
         h = h * np.uint64(factor) & np.uint64(0xFFFFFFFF)
@@ -331,18 +335,18 @@ def hashed(n, salt):
 def network_forward(params, inputs):
     stem = {"cifar": "cifar", "stl": "cifar_pool"}[params["variant"]]
     backbone = ResNet(depth=18, stem=stem, in_channels=3)
-    network = nn.Sequential(backbone, mlp(backbone.num_features, 512, 128)).train(params["train_mode"])
+    network = nn.Sequential(backbone, two_layer_mlp(backbone.num_features, 512, 128)).train(params["train_mode"])
     for number, parameter in enumerate(network.parameters()):
         shape = [n for n in inputs["shapes"][number].tolist() if n]
         assert list(parameter.shape) == shape, f"parameter {number}"
-        u = hashed(parameter.numel(), 1 + number).reshape(shape)
+        u = make_hashed_values(parameter.numel(), 1 + number).reshape(shape)
         if parameter.dim() > 1:
             parameter.copy_(u * (24 / parameter[0].numel()) ** 0.5)
         else:
-            parameter.copy_(1 + 0.2 * u if is_gain(network, parameter) else 0.2 * u)
+            parameter.copy_(1 + 0.2 * u if is_norm_weight(network, parameter) else 0.2 * u)
     assert sum(p.numel() for p in network.parameters()) == params["n_parameters"]
     shape = (params["B"], 3, params["size"], params["size"])
-    images = 4 * hashed(int(np.prod(shape)), 9999).reshape(shape).float()
+    images = 4 * make_hashed_values(int(np.prod(shape)), 9999).reshape(shape).float()
     embedding = network(images)
     norm = backbone.network.bn1
     return {
@@ -352,16 +356,16 @@ def network_forward(params, inputs):
     }
 
 
-def is_gain(network, parameter):
-    """Whether it is a norm's factor."""
+def is_norm_weight(network, parameter):
+    """Whether `parameter` is the weight of a batch normalisation."""
     norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return any(norm.weight is parameter for norm in norms)
 
 
 @torch.no_grad()
 def imagenet_heads(params, inputs):
-    projector = deep_mlp(params["M"], params["M"], params["D"]).to(inputs["x"].dtype)
-    predictor = mlp(params["D"], params["M"], params["D"]).to(inputs["x"].dtype)
+    projector = three_layer_mlp(params["M"], params["M"], params["D"]).to(inputs["x"].dtype)
+    predictor = two_layer_mlp(params["D"], params["M"], params["D"]).to(inputs["x"].dtype)
     for network, name in ((projector, "proj"), (predictor, "pred")):
         for number, parameter in enumerate(network.parameters()):
             parameter.copy_(inputs[f"{name}{number}"])
@@ -372,28 +376,28 @@ def imagenet_heads(params, inputs):
 def augment_ops(params, inputs):
     image = inputs["image"].permute(2, 0, 1).unsqueeze(0) / 255
     chosen = torch.ones(1, dtype=torch.bool)
-    found = {}
+    outputs = {}
     for number, sigma in enumerate(params["sigmas"]):
         blur = PillowBlur(p=1.0, sigma=(sigma, sigma))
-        found[f"blur{number}"] = blur.apply(image, {"chosen": chosen, "sigma": torch.tensor([sigma])})
-    found["solarize"] = Solarize(p=1.0, threshold=0.50196).apply(image, {"chosen": chosen})
-    return {name: (value[0].permute(1, 2, 0) * 255).round() for name, value in found.items()}
+        outputs[f"blur{number}"] = blur.apply(image, {"chosen": chosen, "sigma": torch.tensor([sigma])})
+    outputs["solarize"] = Solarize(p=1.0, threshold=0.50196).apply(image, {"chosen": chosen})
+    return {name: (value[0].permute(1, 2, 0) * 255).round() for name, value in outputs.items()}
 
 
-def check_levels(actual, expected, *, inputs, rtol, atol):
-    """Grey levels: unsigned integers in the vectors, so the tolerance is looked at here."""
+def check_grey_levels(actual, expected, *, inputs, rtol, atol):
+    """Check grey levels. They are integers in the vectors, which the usual check compares without a tolerance."""
     assert set(expected) <= set(actual)
     for name, values in expected.items():
-        apart = (actual[name].double() - values.double()).abs().max()
-        assert apart <= atol + rtol * 255, f"{name}: {apart} levels apart"
+        difference = (actual[name].double() - values.double()).abs().max()
+        assert difference <= atol + rtol * 255, f"{name}: {difference} levels apart"
 
 
 def with_prefixes(adapter):
-    """The adapter, for arrays named in_... and out_..."""
+    """Return the adapter for arrays that are named in_... and out_..."""
 
     def compute(params, inputs):
-        found = adapter(params, {name.removeprefix("in_"): values for name, values in inputs.items()})
-        return {f"out_{name}": values for name, values in found.items()}
+        outputs = adapter(params, {name.removeprefix("in_"): values for name, values in inputs.items()})
+        return {f"out_{name}": values for name, values in outputs.items()}
 
     return compute
 
@@ -413,4 +417,4 @@ QUANTITIES = {
     "augment_ops": augment_ops,
 }
 ADAPTERS = {quantity: with_prefixes(adapter) for quantity, adapter in QUANTITIES.items()}
-CHECKS = {"augment_ops": check_levels}
+CHECKS = {"augment_ops": check_grey_levels}

@@ -1,4 +1,4 @@
-"""What Lightning does of itself and must not do here."""
+"""Switches off what Lightning does on its own: its advice, and its handling of signals inside Slurm."""
 
 import logging
 import warnings
@@ -8,17 +8,17 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 
 def silence_lightning() -> None:
-    """Hide Lightning's advice: what it says of this set-up is known and decided."""
+    """Hide Lightning's messages and warnings: what they advise has been decided for these runs."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
 
 
 def disable_lightning_requeue(trainer: Trainer) -> None:
-    """Keep Lightning from acting on SIGUSR1 inside Slurm.
+    """Keep Lightning from acting on SIGUSR1 inside Slurm; engine/signals.py acts on it instead.
 
-    It would write a checkpoint of its own into the working folder, whatever the process is doing, and every later run
-    that starts there would take it for its own.
+    Lightning would write its own checkpoint into the working folder, whatever the process is doing, and every later run
+    that starts in that folder would resume from it.
     """
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):

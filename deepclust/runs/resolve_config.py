@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from deepclust.clustering.number_of_clusters import Estimate
+from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.dataset_checks import check_num_clusters, estimate_num_clusters, infer_dataset_values
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import count_devices
@@ -27,7 +27,7 @@ def record_choices(cfg: DictConfig) -> DictConfig:
 
 def resolve_config(
     cfg: DictConfig, images: ImageSet, earlier: dict[str, Any] | None
-) -> tuple[DictConfig, Estimate | None]:
+) -> tuple[DictConfig, ClusterNumberEstimate | None]:
     """Return the configuration with every open value filled in.
 
     `earlier` describes the run that this one starts from (`describe_earlier_run`). With `dataset.num_clusters=auto` the
@@ -45,6 +45,6 @@ def resolve_config(
     if cfg.dataset.num_clusters == "auto":
         estimate = estimate_num_clusters(images, seed=cfg.seed)
         log.info(estimate.summarize())
-        cfg.dataset.num_clusters = estimate.require_several("dataset.num_clusters")
+        cfg.dataset.num_clusters = estimate.require_several_clusters("dataset.num_clusters")
     check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
     return cfg, estimate

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepclust.callbacks.evaluation import EvaluationResult
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.report.run_report import write_run_report
-from deepclust.runs.assignments import write_assignments
+from deepclust.runs.assignments_csv import write_assignments
 from deepclust.runs.dashboards import send_to_dashboards
 from deepclust.runs.results import write_results
 
@@ -37,5 +37,5 @@ def write_run(
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
     )
     write_results(folder, results)
-    table = None if evaluation.table is None else evaluation.table.numpy()
+    table = None if evaluation.contingency_table is None else evaluation.contingency_table.numpy()
     send_to_dashboards(loggers, results, pictures, table, images.class_names)

@@ -1,0 +1,137 @@
+"""A callback that keeps one checkpoint, the newest, from which a run resumes bit for bit."""
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import distributed as dist
+
+from deepclust.engine.signals import StopSignals
+from deepclust.methods.base import ClusteringMethod
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 2  # raised whenever earlier checkpoints can no longer be read
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `folder`/checkpoints/last.ckpt at the end of each epoch and every `every_n_steps` steps within one.
+
+    With `every_n_steps` 0 it writes at the end of epochs only, and never more often than every `min_seconds`, since the
+    checkpoint of a small network costs more than a step. How often one is written does not change what is learned. The
+    state of random generators is not saved: draws depend only on the seed and the position in training. The file is
+    written under another name and renamed, so that a kill never leaves half a file.
+
+    When a signal asks the run to stop, the checkpoint is written after the current batch; if that batch does not end
+    within `stop_patience` seconds, the run stops without one.
+
+    Args:
+        folder: the run folder.
+        config: the resolved configuration, which is saved in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        config: dict[str, Any],
+        every_n_steps: int,
+        min_seconds: float,
+        stop_patience: float,
+    ) -> None:
+        self.path = Path(folder) / "checkpoints" / "last.ckpt"
+        self.config = config
+        self.every_n_steps = every_n_steps
+        self.min_seconds = min_seconds
+        self.stop_signals = StopSignals(patience=stop_patience)
+        self.started_at = time.monotonic()
+        self.last_saved_at = time.monotonic()
+        self.earlier_train_seconds = 0.0  # of the earlier starts of a resumed run
+        self.extra_entries: dict[str, Any] = {}
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall time of training so far, earlier starts of a resumed run included."""
+        return self.earlier_train_seconds + time.monotonic() - self.started_at
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.stop_signals.save_original_handlers()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started_at = self.last_saved_at = time.monotonic()
+        # This replaces Lightning's own handlers. Its handler of SIGTERM communicates between processes in mid-batch.
+        self.stop_signals.start_watching()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches  # then the end of the epoch saves
+        has_stepped = trainer.global_step > 0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not has_stepped or is_last:
+            return
+        self.stop_if_signalled(trainer, pl_module)
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.save_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: ClusteringMethod) -> None:  # type: ignore[override]
+        self.stop_if_signalled(trainer, pl_module)
+        self.save_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: ClusteringMethod) -> None:  # type: ignore[override]
+        self.stop_if_signalled(trainer, pl_module)
+        self.stop_signals.stop_watching()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.stop_signals.stop_watching()
+
+    def stop_if_signalled(self, trainer: Trainer, pl_module: ClusteringMethod) -> None:
+        """Save and stop if any process has received a signal that asks to stop."""
+        if not (numbers := self.stop_signals.received_by_any_process(pl_module.device)):
+            return
+        self.save(trainer, pl_module)
+        if trainer.is_global_zero:
+            names = " and ".join(signal.Signals(number).name for number in numbers)
+            log.warning(
+                "%s: saved %s at step %d; run the same command again to resume",
+                names,
+                self.path,
+                trainer.global_step,
+            )
+        self.stop_signals.take_effect(numbers, pl_module.device)
+
+    def save_if_due(self, trainer: Trainer, pl_module: ClusteringMethod) -> None:
+        """Save if the last checkpoint is `min_seconds` old; the clock of process 0 decides for all."""
+        is_due = torch.tensor(time.monotonic() - self.last_saved_at >= self.min_seconds, device=pl_module.device)
+        if dist.is_initialized():
+            dist.broadcast(is_due, 0)
+        if is_due:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: Trainer, pl_module: ClusteringMethod, **extra_entries: Any) -> None:
+        """Write the checkpoint now, with `extra_entries` in it.
+
+        Raises:
+            InputError: if a loss was not finite; such weights are never saved.
+        """
+        self.extra_entries = extra_entries
+        pl_module.check_losses_are_finite()
+        for logger in trainer.loggers:
+            logger.save()  # a run that resumes from this checkpoint needs what was logged before it
+        temporary = self.path.with_suffix(".writing")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+        self.last_saved_at = time.monotonic()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(self.extra_entries, format=CHECKPOINT_FORMAT, config=self.config)
+        checkpoint["train_seconds"] = self.train_seconds
+        checkpoint["e_step_seconds"] = pl_module.e_step_seconds
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.earlier_train_seconds = checkpoint["train_seconds"]
+        pl_module.e_step_seconds = checkpoint["e_step_seconds"]

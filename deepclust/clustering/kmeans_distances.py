@@ -1,0 +1,160 @@
+"""Distances between rows and centroids, cosine or Euclidean, and how k-means assigns rows to the nearest centroid."""
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from deepclust.clustering.numerics import exact_products, require_finite
+from deepclust.errors import InputError
+
+Metric = Literal["cosine", "euclidean"]
+
+
+def nearest_centroids(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Return the nearest of `centroids` (K, D) to each row of `features` (M, D): assignments (M,) and distances (M,).
+
+    Among equally near centroids the lowest id wins.
+    """
+    with exact_products(features.device):
+        data = KMeansData(features, metric)
+        centroids = data.subtract_origin(centroids)
+        assignments = assign_rows(data, *data.linear_form(centroids[None]))[0]
+        return assignments, distances_to_own_centroids(data, centroids, assignments)
+
+
+class KMeansData:
+    """Features (M, D) in the form that k-means computes with, and the quantities that all restarts share.
+
+    For the cosine distance the rows have unit length; for the Euclidean distance their mean is subtracted. With the
+    weights w and biases b of `linear_form`, row i has the distance offset_i - slope (x_i . w_k + b_k) from centroid k.
+    """
+
+    def __init__(self, features: Tensor, metric: Metric) -> None:
+        if metric not in get_args(Metric):
+            raise InputError(f"k-means has no metric {metric!r}", expected=" or ".join(get_args(Metric)), do="name one")
+        require_finite(features)
+        self.cosine = metric == "cosine"
+        self.slope = 1.0 if self.cosine else 2.0
+        rows = features if features.dtype in (torch.float32, torch.float64) else features.float()
+        # Far from the origin |x|^2 - 2 x.c + |c|^2 would lose the digits that tell the clusters apart.
+        self.origin = rows.new_zeros(rows.shape[1]) if self.cosine else _compute_mean(rows).to(rows)
+        self.rows = normalize(rows, dim=1) if self.cosine else rows - self.origin
+        chunks = self.rows.split(float64_chunk_size(rows.device))
+        lengths = torch.cat([chunk.double().norm(dim=1) for chunk in chunks])
+        squares = lengths.square()
+        self.lengths = lengths.to(rows)
+        self.offsets = torch.ones_like(self.lengths) if self.cosine else squares.to(rows)
+        # A normalised row has length 1 only up to rounding. Its actual length gives identical rows an inertia of zero.
+        self.offset_sum = torch.where(lengths > 0, lengths, 1).sum() if self.cosine else squares.sum()
+        squared_deviations = squares.sum() - len(rows) * _compute_mean(self.rows).square().sum()
+        self.mean_variance = float(squared_deviations) / (max(len(rows) - 1, 1) * rows.shape[1])
+
+    def subtract_origin(self, centroids: Tensor) -> Tensor:
+        """Move centroids (..., D) from the coordinates of the features into those of `rows`."""
+        return centroids.to(self.rows) - self.origin
+
+    def linear_form(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights (..., K, D) and biases (..., K, 1) of centroids (..., K, D), in float64."""
+        weights = centroids.double()
+        if self.cosine:
+            return normalize(weights, dim=-1), torch.zeros_like(weights[..., :1])
+        return weights, weights.square().sum(-1, keepdim=True) / -2
+
+    def chunks(self, num_products: int) -> list[slice]:
+        """Split the rows into chunks, for work in which each row takes part in `num_products` products."""
+        elements = 2**19 if self.rows.device.type == "cpu" else 2**25  # what a core's cache holds; what fills a GPU
+        size = max(elements // max(num_products, self.rows.shape[1]), 256)
+        return [slice(start, start + size) for start in range(0, len(self.rows), size)]
+
+    def score_chunks(self, weights: Tensor, biases: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the scores x.w + b (n, m) of weights (n, D) for one chunk of m rows after another: larger is nearer.
+
+        All chunks share one buffer, so that a chunk is valid until the next one is asked for.
+        """
+        weights, biases = weights.to(self.rows), biases.to(self.rows)
+        chunks = self.chunks(len(weights))
+        buffer = weights.new_empty(len(weights), min(chunks[0].stop, len(self.rows)))
+        for chunk in chunks:
+            columns = self.rows[chunk].T
+            yield chunk, torch.addmm(biases, weights, columns, out=buffer[:, : columns.shape[1]])
+
+    def restart_groups(self, num_restarts: int) -> list[slice]:
+        """Split the restarts into groups that are worked on at once: one by one on a CPU, all together on a GPU.
+
+        One restart fits a core's cache. A GPU has to be waited for whenever the number of selected rows is asked for,
+        so there it is asked once for all restarts.
+        """
+        size = 1 if self.rows.is_cpu else num_restarts
+        return [slice(start, start + size) for start in range(0, num_restarts, size)]
+
+
+def float64_chunk_size(device: torch.device) -> int:
+    """Return how many rows are converted to float64 at a time: what stays in a core's cache, what fills a GPU."""
+    return 2**10 if device.type == "cpu" else 2**16
+
+
+def _compute_mean(rows: Tensor) -> Tensor:
+    chunks = rows.split(float64_chunk_size(rows.device))
+    return torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0) / len(rows)
+
+
+def assign_rows(data: KMeansData, weights: Tensor, biases: Tensor) -> Tensor:
+    """Return the nearest centroid to each row, assignments (R, M), by weights (R, K, D) and biases (R, K, 1).
+
+    Scores in the precision of the rows decide where they leave no doubt, then scores in float64. Where these are equal
+    up to rounding errors too, the lowest id wins. So assignments depend neither on the shapes of the products nor on
+    the number of threads nor on the device.
+    """
+    num_restarts, num_clusters, num_features = weights.shape
+    max_norms = weights.norm(dim=2).amax(1)[:, None].to(data.rows)
+    # Twice the largest rounding error of a score, in units of |x||w| + |w|^2: in float64, and in the rows' precision.
+    float64_error = 1e-12
+    score_error = float64_error + 2 * num_features**0.5 * torch.finfo(data.rows.dtype).eps
+    ids = torch.arange(num_clusters, device=weights.device)[:, None]
+    # The codes 2^23 + id of the centroids that may be the nearest are summed in one product: several times faster than
+    # an arg-max, and exact. The sum is at least 2^24 just where there is more than one.
+    codes = (2**23 + ids).T.to(data.rows)
+    assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=weights.device)
+    is_ambiguous = torch.empty_like(assignments, dtype=torch.bool)
+    for chunk, products in data.score_chunks(weights.flatten(0, 1), biases.flatten(0, 1)):
+        scores = products.view(num_restarts, num_clusters, -1)
+        margin = score_error * (data.lengths[chunk] * max_norms + max_norms.square())
+        is_near = torch.ge(scores, (scores.amax(1) - margin)[:, None], out=torch.empty_like(scores))
+        code_sums = (codes @ is_near)[:, 0]
+        assignments[:, chunk] = code_sums - 2**23
+        is_ambiguous[:, chunk] = code_sums >= 2**24
+    for group in data.restart_groups(num_restarts):
+        group_assignments, group_weights = assignments[group], weights[group]
+        group_size = len(group_assignments)
+        pairs = restart_row_pairs(is_ambiguous[group], float64_chunk_size(weights.device) // group_size)
+        for restarts, rows in pairs:
+            products = (group_weights.flatten(0, 1) @ data.rows[rows].double().T).view(group_size, num_clusters, -1)
+            scores = products[restarts, :, torch.arange(len(rows), device=rows.device)] + biases[group][restarts, :, 0]
+            norms = max_norms[group][restarts, 0]
+            margin = float64_error * (data.lengths[rows] * norms + norms.square())
+            is_tied = scores >= (scores.amax(1) - margin)[:, None]
+            group_assignments[restarts, rows] = torch.where(is_tied, ids.T, num_clusters).amin(1)
+    return assignments
+
+
+def restart_row_pairs(mask: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the restarts and the rows at which `mask` (R, M) is true, at most `size` pairs at a time."""
+    positions = mask.flatten().nonzero()[:, 0]
+    for chunk in positions.split(size) if len(positions) else ():
+        yield chunk // mask.shape[1], chunk % mask.shape[1]
+
+
+def distances_to_own_centroids(data: KMeansData, centroids: Tensor, assignments: Tensor) -> Tensor:
+    """Return the distance (M,) of each row to its own one of `centroids` (K, D), exactly zero where the two agree."""
+    weights, _ = data.linear_form(centroids)
+    distances = []
+    size = float64_chunk_size(data.rows.device)
+    for rows, own in zip(data.rows.split(size), assignments.split(size), strict=True):
+        if data.cosine:
+            distances.append((1 - (rows * weights[own]).sum(1)).clamp_(min=0))
+        else:
+            distances.append((rows - weights[own]).square().sum(1))
+    return torch.cat(distances).to(data.rows)

@@ -1,0 +1,44 @@
+"""Runs tests in real processes: commands of deepclust, and functions on several processes connected by gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import torch
+from torch import distributed as dist
+from torch.multiprocessing import spawn
+
+PROGRAM = "from deepclust.cli.main import main; raise SystemExit(main())"
+TWO_PROCESSES = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+
+
+def run_deepclust(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a command of deepclust to its end; with `check` it must succeed."""
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert not check or completed.returncode == 0, completed.stderr
+    return completed
+
+
+def run_on_processes(function, num_processes, folder, *arguments):
+    """Call `function(rank, *arguments)` on several processes, and return a list of what each returned."""
+    spawn(_call_in_process, (function, num_processes, _find_free_port(), folder, arguments), nprocs=num_processes)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(num_processes)]
+
+
+def _call_in_process(rank, function, num_processes, port, folder, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=num_processes)
+    try:
+        torch.save(function(rank, *arguments), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _find_free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
