@@ -20,7 +20,7 @@ from deepclust.commands.export import Program, drop_unused_tensors, example_imag
 from deepclust.commands.train import run
 from deepclust.config.build import build
 from deepclust.errors import InputError
-from tests.cli.test_bad_input import refused
+from tests.cli.test_bad_input import run_refused
 from tests.conftest import compose_train
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
@@ -201,13 +201,13 @@ def test_distances_far_from_the_origin():
 
 def test_refusals(tmp_path, monkeypatch, capfd):
     where = [f"run={tmp_path}", f"output={tmp_path}/out"]
-    assert "safetensors" in refused(monkeypatch, capfd, "export", *where, "format=pickle")
-    assert "last.ckpt" in refused(monkeypatch, capfd, "export", *where, "format=onnx")
+    assert "safetensors" in run_refused(monkeypatch, capfd, "export", *where, "format=pickle")
+    assert "last.ckpt" in run_refused(monkeypatch, capfd, "export", *where, "format=onnx")
     monkeypatch.setitem(export.REQUIRED_PACKAGES, "onnx", ("no_such_package",))
-    assert "pip install no_such_package" in refused(monkeypatch, capfd, "export", *where, "format=onnx")
+    assert "pip install no_such_package" in run_refused(monkeypatch, capfd, "export", *where, "format=onnx")
     (tmp_path / "checkpoints").mkdir()
     torch.save({"format": CHECKPOINT_FORMAT}, tmp_path / "checkpoints/last.ckpt")
-    assert "finished" in refused(monkeypatch, capfd, "export", *where, "format=torchscript")
+    assert "finished" in run_refused(monkeypatch, capfd, "export", *where, "format=torchscript")
     assert not (tmp_path / "out").exists()
 
 

@@ -92,5 +92,5 @@ def test_number_of_clusters_told_from_the_features(tmp_path):
     assert results["num_clusters"] == 6 and "all three agree" in results["number"]["message"]
     assert results["number"]["message"] in (tmp_path / "report.html").read_text()
     assert (tmp_path / "assignments.csv").read_text().splitlines()[1].endswith(",0.png")
-    with pytest.raises(InputError, match="these are pictures"):
+    with pytest.raises(InputError, match="cannot be estimated from the pixels"):
         run(compose_train("dataset.num_clusters=auto", "hardware=cpu"), tmp_path / "new")
