@@ -15,12 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from propos_by_hand import ProPosByHand
 from torch import Tensor
 
-from deepclust.commands.train import find_earlier_run
+from deepclust.commands.train import run
 from deepclust.config.build import build, build_each
 from deepclust.datasets.datamodule import prefetch
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.assemble import build_datamodule, build_evaluator, build_method, prepare_for_hardware
 from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.resolve_config import resolve_config
 
 UNTIMED_EPOCHS = 2  # in the first two epochs the trainer starts, code is compiled and CUDA graphs are recorded
@@ -41,7 +42,7 @@ def compose_short_run(method: str, overrides: list[str], *, batches: int, epochs
     if "warmup_epochs" in cfg.method:
         cfg.method.warmup_epochs = 1  # so that the timed epochs train the whole objective
     (folder / method).mkdir(parents=True)
-    earlier = find_earlier_run(cfg, folder / method)
+    earlier = find_earlier_run(cfg, folder / method, run_stage=run)
     cfg.start = None if earlier is None else earlier["run"]
     return cfg
 
@@ -50,7 +51,7 @@ class TrainingSetup:
     """The images, the data module and the method of a configuration, as a run has them before its first step."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        earlier = find_earlier_run(cfg, Path())  # trained by `compose_short_run` already
+        earlier = find_earlier_run(cfg, Path(), run_stage=run)  # trained by `compose_short_run` already
         self.images = build(cfg.dataset.source)
         self.cfg, _ = resolve_config(cfg, self.images, earlier)
         self.datamodule = build_datamodule(self.cfg, self.images)

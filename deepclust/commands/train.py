@@ -14,7 +14,7 @@ from deepclust.callbacks.last_checkpoint import LastCheckpoint
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
-from deepclust.engine import cuda_graphs, distributed
+from deepclust.engine import cuda_graphs
 from deepclust.engine.devices import count_devices
 from deepclust.engine.launch import launched_rank, run_on_devices
 from deepclust.engine.lightning_settings import silence_lightning
@@ -27,7 +27,7 @@ from deepclust.runs.assemble import (
     prepare_for_hardware,
 )
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.earlier_stage import configure_earlier_stage, describe_earlier_run
+from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.folder import CHECKPOINT, acquire_run_lock
 from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Run the stage before this one, if there is one, then `train` on the devices; return what `train` returns."""
-    earlier = find_earlier_run(cfg, folder)
+    earlier = find_earlier_run(cfg, folder, run_stage=run)
     try:
         return run_on_devices(
             train,
@@ -75,26 +75,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         )
     finally:
         cuda_graphs.release_recordings()  # their memory, for the runs that follow in this process
-
-
-def find_earlier_run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """Describe the run that this one starts from: `cfg.start`, else the stage before it, which is run first.
-
-    Raises:
-        InputError: if `cfg.start` is no finished run.
-    """
-    if cfg.start is not None:
-        return describe_earlier_run(Path(cfg.start))
-    if cfg.before is None:
-        return None
-    earlier_folder = folder / "before"
-    if read_results(earlier_folder) is None:
-        earlier_folder.mkdir(exist_ok=True)
-        earlier_cfg = configure_earlier_stage(cfg)
-        log.info("first the stage before: %s in %s", earlier_cfg.names.method, earlier_folder)
-        run(earlier_cfg, earlier_folder)
-        distributed.barrier()  # until the first process has written what is read next
-    return describe_earlier_run(earlier_folder)
 
 
 def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) -> dict[str, Any]:

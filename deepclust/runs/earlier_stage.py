@@ -1,14 +1,43 @@
-"""Methods with stages: the configuration of the stage before a run, and what a run records of the one before it."""
+"""Methods with stages: the stage before a run is found or run first, and the run records what it starts from."""
 
 import copy
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint
 from deepclust.runs.results import read_results
+
+log = logging.getLogger(__name__)
+
+
+def find_earlier_run(
+    cfg: DictConfig, folder: Path, *, run_stage: Callable[[DictConfig, Path], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Describe the run that this one starts from: `cfg.start`, else the stage before it, else None.
+
+    The stage before is run first, by `run_stage(cfg, folder)` in the folder `before` of this run, unless it is there.
+
+    Raises:
+        InputError: if `cfg.start` is no finished run.
+    """
+    if cfg.start is not None:
+        return describe_earlier_run(Path(cfg.start))
+    if cfg.before is None:
+        return None
+    stage_folder = folder / "before"
+    if read_results(stage_folder) is None:
+        stage_folder.mkdir(exist_ok=True)
+        stage_cfg = configure_earlier_stage(cfg)
+        log.info("first the stage before: %s in %s", stage_cfg.names.method, stage_folder)
+        run_stage(stage_cfg, stage_folder)
+        distributed.barrier()  # until the first process has written what is read next
+    return describe_earlier_run(stage_folder)
 
 
 def configure_earlier_stage(cfg: DictConfig) -> DictConfig:

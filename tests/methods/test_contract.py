@@ -8,11 +8,12 @@ import torch
 from lightning import Callback
 from omegaconf import OmegaConf
 
-from deepclust.commands.train import find_earlier_run, run
+from deepclust.commands.train import run
 from deepclust.config.build import build
 from deepclust.engine.cuda_graphs import ReplayedParts
 from deepclust.runs.assemble import build_datamodule
 from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.resolve_config import resolve_config
 from deepclust.testing import check_assignments, check_losses
 from tests.conftest import compose_train
@@ -83,7 +84,7 @@ def build_after_e_step(name: str, train_once):
     if cfg.before is not None:
         cfg.start = str(train_once(name)[1] / "before")
     images = build(cfg.dataset.source)
-    cfg, _ = resolve_config(cfg, images, find_earlier_run(cfg, Path()))
+    cfg, _ = resolve_config(cfg, images, find_earlier_run(cfg, Path(), run_stage=run))
     method, datamodule = build(cfg.method), build_datamodule(cfg, images)
     if cfg.earlier.run is not None:
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
