@@ -82,6 +82,7 @@ class BareLoop:
             strategy=SimpleNamespace(root_device=device),
             precision_plugin=SimpleNamespace(forward_context=self.forward_context),
             accumulate_grad_batches=1,
+            max_epochs=-1,
             num_training_batches=batches,
             current_epoch=0,
             global_step=0,

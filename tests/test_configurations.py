@@ -6,9 +6,9 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from deepclust.commands.train import configure_earlier_stage
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
+from deepclust.runs.earlier_stage import configure_earlier_stage
 from tests.conftest import compose_train
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -22,7 +22,13 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PLACEHOLDERS = ("my_conf", "mypkg", "mine", "NAME", "METHOD", "methods/x", "method/x", "test_x")
-NOT_COMPOSED = ("--help", "...", "my_conf", "hydra/launcher")  # incomplete, or needs a plugin or a package of your own
+NOT_COMPOSED = (
+    "--help",
+    "...",
+    "my_conf",
+    "hydra/launcher",
+    "hydra/sweeper",
+)  # incomplete, or needs a plugin or a package of your own
 
 
 def read_code_blocks(text: str, language: str) -> list[str]:

@@ -99,7 +99,8 @@ def test_package_of_the_user_trains(tmp_path: Path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.lstrip("\n"))
-    command = [sys.executable, "-c", "from deepclust.cli.main import main; raise SystemExit(main())", "train"]
+    program = [sys.executable, "-c", "from deepclust.cli.main import main; raise SystemExit(main())"]
+    command = [*program, "train"]
     overrides = ["method=mine", "dataset=shapes", "views=noise", "backbone=conv_small", "hardware=cpu"]
     done = subprocess.run(
         [*command, "--config-dir", "my_conf", *overrides, "hydra.run.dir=run"],
@@ -112,3 +113,11 @@ def test_package_of_the_user_trains(tmp_path: Path):
     assert results["scores"]["method"] is None, "the method has no rule of its own"
     assert results["scores"]["kmeans"]["acc"] > 0.95
     assert len((tmp_path / "run/assignments.csv").read_text().splitlines()) == 129
+    for trust, code in (("trust=mypkg", 0), ("trust=other", 2)):
+        done = subprocess.run(
+            [*program, "evaluate", "run=run", trust],
+            cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+    assert "mypkg" in done.stderr and "add trust=mypkg" in done.stderr and done.stderr.count("\n") == 1

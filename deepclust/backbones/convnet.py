@@ -1,8 +1,12 @@
 """A small convolutional network for images of 8 to 32 pixels."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import MinLen
 from torch import Tensor, nn
+
+from deepclust.number_types import PositiveInt
 
 
 class ConvNet(nn.Module):
@@ -12,7 +16,14 @@ class ConvNet(nn.Module):
     `grid` cells and flattened, so that the position of a stroke is kept; num_features = widths[-1] * grid^2.
     """
 
-    def __init__(self, *, in_channels: int, widths: Sequence[int], pool_after: Sequence[int], grid: int) -> None:
+    def __init__(
+        self,
+        *,
+        in_channels: PositiveInt,
+        widths: Annotated[Sequence[PositiveInt], MinLen(1)],
+        pool_after: Sequence[PositiveInt],
+        grid: PositiveInt,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for number, width in enumerate(widths, start=1):

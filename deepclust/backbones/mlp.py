@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from deepclust.number_types import PositiveInt
+
 
 class Mlp(nn.Module):
     """Linear layers with ReLU between them; (N, channels, image_size, image_size) -> (N, num_features).
@@ -12,7 +14,14 @@ class Mlp(nn.Module):
     digits started so close together that some seeds split a class.
     """
 
-    def __init__(self, *, channels: int, image_size: int, hidden_sizes: Sequence[int], num_features: int) -> None:
+    def __init__(
+        self,
+        *,
+        channels: PositiveInt,
+        image_size: PositiveInt,
+        hidden_sizes: Sequence[PositiveInt],
+        num_features: PositiveInt,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         size = channels * image_size**2
@@ -34,7 +43,14 @@ class ResidualMlp(nn.Module):
     of twice the width. A linear layer follows at the end.
     """
 
-    def __init__(self, *, channels: int, image_size: int, hidden_sizes: Sequence[int], num_features: int) -> None:
+    def __init__(
+        self,
+        *,
+        channels: PositiveInt,
+        image_size: PositiveInt,
+        hidden_sizes: Sequence[PositiveInt],
+        num_features: PositiveInt,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         size = channels * image_size**2

@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from deepclust.errors import InputError
+from deepclust.number_types import PositiveInt
 
 SERVER_TIMEOUT_SECONDS = 10.0  # a server that does not answer within this time counts as unreachable
 WEIGHT_FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
@@ -116,15 +117,19 @@ def load_state_dict_except(network: nn.Module, state_dict: dict[str, Tensor], *,
     network.load_state_dict(state_dict, strict=False)
 
 
-def timm_model(*, model_name: str, pretrained: bool, weights: str | None, **more: Any) -> nn.Module:
+def timm_model(
+    *, model_name: str, pretrained: bool, weights: str | None, image_size: PositiveInt | None = None, **more: Any
+) -> nn.Module:
     """Return timm's network of that name.
 
     Its weights are those of the file `weights`, if given; else those that come with timm, if `pretrained`; else random.
     The weights that come with timm are taken from an installed package (PACKAGED_WEIGHTS) if possible, else from the
-    cache or server of timm. Further arguments go to timm.create_model.
+    cache or server of timm. `image_size` is the side in pixels of the images that it will see; None is the size that it
+    was made for. Further arguments go to timm.create_model.
 
     Raises:
-        InputError: if there is no such network, or its weights cannot be read or downloaded.
+        InputError: if there is no such network, it takes no images of that size, or its weights cannot be read or
+            downloaded.
     """
     import timm
 
@@ -135,12 +140,20 @@ def timm_model(*, model_name: str, pretrained: bool, weights: str | None, **more
             expected=f"one of timm.list_models(), such as {', '.join(similar_names) or 'vit_tiny_patch16_224'}",
             do="set backbone.model_name",
         )
+    size: dict[str, Any] = {} if image_size is None else find_size_arguments(model_name, image_size, more)
     if weights is not None:
         network = timm.create_model(model_name, pretrained=False, **more)
+        # Position embeddings in the file are of the network's own size; they are resampled once they are loaded.
+        is_resized_later = bool(size) and hasattr(network, "set_input_size")
+        if size and not is_resized_later:
+            network = timm.create_model(model_name, pretrained=False, **size, **more)
         timm_cfg: Any = network.pretrained_cfg
         classifier = timm_cfg.get("classifier") or "head"
         load_state_dict_except(network, read_state_dict(weights), prefixes=(f"{classifier}.",))
+        if is_resized_later:
+            network.set_input_size(**size)  # type: ignore[operator]
         return network
+    more |= size
     if not pretrained:
         return timm.create_model(model_name, pretrained=False, **more)
     if (file := find_packaged_weights(model_name)) is not None:
@@ -150,6 +163,35 @@ def timm_model(*, model_name: str, pretrained: bool, weights: str | None, **more
         return timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}, **more)
     with guard_download(f"the weights of {model_name}", "a network connection, or weights in timm's cache"):
         return timm.create_model(model_name, pretrained=True, **more)
+
+
+def find_size_arguments(model_name: str, image_size: int, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which timm's network takes images of `image_size` pixels a side; mostly none.
+
+    A network of a fixed input size is told the size, if it is another than its own. Whether it takes images of that
+    size, and a network of any size images so small, is tried with one image.
+
+    Raises:
+        InputError: if not; it names the network's own size.
+    """
+    import timm
+
+    timm_cfg = timm.get_pretrained_cfg(model_name)
+    own_size = image_size if timm_cfg is None else timm_cfg.input_size[-1]
+    if own_size == image_size or "img_size" in more:
+        return {}
+    size: dict[str, Any] = {"img_size": image_size} if timm_cfg is not None and timm_cfg.fixed_input_size else {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the weights of the trial change no later draw
+        try:
+            network = timm.create_model(model_name, pretrained=False, **size, **more).eval()
+            network(torch.zeros(1, more.get("in_chans", 3), image_size, image_size))
+        except Exception as error:  # each network refuses in its own way
+            raise InputError(
+                f"{model_name} takes no images of {image_size} x {image_size} pixels",
+                expected=f"{own_size} x {own_size} pixels, for which it was made",
+                do=f"set dataset.image_size={own_size}, or another backbone",
+            ) from error
+    return size
 
 
 @contextmanager

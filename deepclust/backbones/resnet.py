@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from deepclust.backbones.pretrained import load_state_dict_except, load_torchvision_weights
+from deepclust.number_types import PositiveInt
 
 
 class ResNet(nn.Module):
@@ -27,7 +28,7 @@ class ResNet(nn.Module):
         *,
         depth: Literal[18, 34, 50],
         stem: Literal["imagenet", "cifar", "cifar_pool"],
-        in_channels: int,
+        in_channels: PositiveInt,
         weights: str | None = None,
     ) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.kmeans import KMeansResult
 from deepclust.methods.base import ClusteringMethod
 from deepclust.metrics import ClusteringScores, cluster_health, compute_scores
+from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class EvaluationResult:
     assignment_state: dict[str, Tensor]
     contingency_table: Tensor | None
 
+    @property
+    def ami(self) -> float | None:
+        """The adjusted mutual information of the assignments and the labels; None without known labels."""
+        return None if self.contingency_table is None else compute_scores(self.contingency_table)["ami"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
@@ -63,12 +69,12 @@ class Evaluator:
 
     images: Any
     labels: np.ndarray | None
-    num_classes: int
-    num_clusters: int
-    kmeans_restarts: int
-    kmeans_max_iterations: int
-    kmeans_tolerance: float
-    seed: int
+    num_classes: PositiveInt
+    num_clusters: PositiveInt
+    kmeans_restarts: PositiveInt
+    kmeans_max_iterations: PositiveInt
+    kmeans_tolerance: NonNegativeFloat
+    seed: AnyInt
 
     def __call__(self, method: ClusteringMethod, datamodule: LightningDataModule) -> EvaluationResult:
         """Evaluate `method` as it is now. Every process calls this and gets the same result."""
@@ -139,7 +145,7 @@ class Evaluator:
 class Evaluation(Callback):
     """Evaluates every `every_n_epochs` epochs; logs scores as `eval/<rule>/<score>` and health as `eval/<name>`."""
 
-    def __init__(self, *, evaluator: Evaluator, every_n_epochs: int) -> None:
+    def __init__(self, *, evaluator: Evaluator, every_n_epochs: PositiveInt) -> None:
         self.evaluator = evaluator
         self.every_n_epochs = every_n_epochs
 

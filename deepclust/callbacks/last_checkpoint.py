@@ -12,8 +12,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
+from deepclust.engine.output_files import check_folder_is_there, errors_naming, name_while_written
 from deepclust.engine.signals import StopSignals
 from deepclust.methods.base import ClusteringMethod
+from deepclust.number_types import NonNegativeFloat, NonNegativeInt
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +43,9 @@ class LastCheckpoint(Checkpoint):
         *,
         folder: Path,
         config: dict[str, Any],
-        every_n_steps: int,
-        min_seconds: float,
-        stop_patience: float,
+        every_n_steps: NonNegativeInt,
+        min_seconds: NonNegativeFloat,
+        stop_patience: NonNegativeFloat,
     ) -> None:
         self.path = Path(folder) / "checkpoints" / "last.ckpt"
         self.config = config
@@ -115,16 +117,25 @@ class LastCheckpoint(Checkpoint):
         """Write the checkpoint now, with `extra_entries` in it.
 
         Raises:
-            InputError: if a loss was not finite; such weights are never saved.
+            InputError: if a loss or a weight is not finite, for such weights are never saved; or if the run folder has
+                gone.
         """
         self.extra_entries = extra_entries
         pl_module.check_losses_are_finite()
+        pl_module.check_weights_are_finite()
+        if trainer.is_global_zero:  # Lightning would make the folder anew
+            check_folder_is_there(self.path.parent.parent)
         for logger in trainer.loggers:
             logger.save()  # a run that resumes from this checkpoint needs what was logged before it
-        temporary = self.path.with_suffix(".writing")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.path)
+        temporary = name_while_written(self.path)
+        try:
+            with errors_naming(self.path):
+                trainer.save_checkpoint(temporary)
+                if trainer.is_global_zero:
+                    os.replace(temporary, self.path)
+        finally:
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)  # of a full disk
         self.last_saved_at = time.monotonic()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from deepclust.engine.progress import ProgressMeter
+from deepclust.number_types import NonNegativeFloat
 
 SHOWN_METRICS = ("train/loss", "eval/method/acc", "eval/cluster_size_entropy")
 
@@ -12,7 +13,7 @@ SHOWN_METRICS = ("train/loss", "eval/method/acc", "eval/cluster_size_entropy")
 class TrainingProgress(Callback):
     """Shows one bar over the whole run on a terminal, and elsewhere a line every `line_every_seconds` at most."""
 
-    def __init__(self, *, line_every_seconds: float) -> None:
+    def __init__(self, *, line_every_seconds: NonNegativeFloat) -> None:
         self.line_every_seconds = line_every_seconds
         self.meter: ProgressMeter | None = None
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deepclust.config.override_values import is_plain_text
 from deepclust.errors import InputError
 
 PATH_KEYS = {
@@ -14,18 +15,47 @@ PATH_KEYS = {
 }  # keys whose values are taken as they are typed
 
 
-def quote_path(argument: str, *, is_sweep: bool) -> str:
-    """Quote the value of KEY=PATH so that Hydra's grammar takes it as one text.
+# Keys of these for which null stands for none, by verb ("": all verbs); for the others it is the name of a folder.
+NULL_MEANS_NONE = {
+    "": {"dataset.root", "backbone.weights"},
+    "train": {"start"},
+    "cluster": {"data_dir"},
+    "evaluate": {"data_dir"},
+    "predict": {"sort_to"},
+    "features": {"run", "output"},
+    "compare": {"output"},
+}
 
-    What is not a path, or says more than one (a list, a reference, several values of a sweep), stays as it is.
+
+def quote_path(argument: str, *, is_sweep: bool, verb: str = "train") -> str:
+    """Quote the value of KEY=PATH so that Hydra's grammar takes it as one text: a folder may be named 2024 or true.
+
+    The packages of `trust` are one text, too. What is not a path, or says more than one (a list, a reference), stays as
+    it is; the values of a sweep are quoted one by one where they need no quotes but these.
     """
     key, _, value = argument.partition("=")
-    needs_no_quotes = re.fullmatch(r"[A-Za-z0-9_/.-]*", value)
-    is_expression = value.startswith(("'", '"', "[")) or "${" in value or (is_sweep and "," in value)
-    if key.lstrip("+") not in PATH_KEYS or needs_no_quotes or is_expression:
+    name = key.lstrip("+")
+    means_none = value.lower() == "null" and name in NULL_MEANS_NONE[""] | NULL_MEANS_NONE.get(verb, set())
+    is_expression = value.startswith(("'", '"', "[")) or "${" in value
+    if name not in {*PATH_KEYS, "trust"} or is_expression or means_none:
         return argument
+    if is_sweep and "," in value:
+        values = value.split(",")
+        return f"{key}={','.join(map(quote_text, values))}" if all(map(is_simple_path, values)) else argument
+    return f"{key}={quote_text(value)}"
+
+
+def quote_text(value: str) -> str:
+    """Return a text as Hydra's grammar takes it for this text, in quotes where it needs them."""
+    if not value or (is_simple_path(value) and is_plain_text(value)):
+        return value
     escaped = re.sub(r"(\\*)'", r"\1\1\'", value)  # a backslash counts only before a quote
-    return f"{key}='{escaped}'"
+    return f"'{escaped}'"
+
+
+def is_simple_path(value: str) -> bool:
+    """Return whether a path is made up of characters that mean nothing special to Hydra's grammar."""
+    return re.fullmatch(r"[A-Za-z0-9_/.-]*", value) is not None
 
 
 def parse_arguments(verb: str, arguments: list[str]) -> Any:

@@ -4,23 +4,24 @@ A job's last error stays in its run folder as error.txt. In a sweep one bad job 
 """
 
 import contextlib
-import errno
 import importlib
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepclust.cli.arguments import check_flags, parse_arguments, quote_path
 from deepclust.cli.environment import FULL_ERROR, command_line_arguments, environment_variable
+from deepclust.cli.system_errors import storage_errors_explained
 from deepclust.cli.terminal import notice_on_terminal, print_message, show_warnings, warnings_in_log
 from deepclust.errors import InputError
 from deepclust.exit_codes import DONE, exit_code_of_error
+
+RUN_FOLDER_VERBS = ("train", "cluster")  # which keep what they do, and their configuration, in Hydra's folder
 
 
 @dataclass
@@ -49,9 +50,10 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     from omegaconf import DictConfig
 
     from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
-    from deepclust.config.explain_errors import explain_composition_error
+    from deepclust.config.explain_errors import check_chosen_options, explain_composition_error
 
-    arguments = [quote_path(a, is_sweep=bool({"-m", "--multirun"} & {*arguments})) for a in arguments]
+    is_sweep = bool({"-m", "--multirun"} & {*arguments})
+    arguments = [quote_path(argument, is_sweep=is_sweep, verb=verb) for argument in arguments]
     flags = parse_arguments(verb, arguments)
     composed_from = {
         "config_name": flags.config_name or verb,
@@ -59,6 +61,7 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         "overrides": flags.overrides,
     }
     check_flags(flags, **composed_from)
+    check_chosen_options(command=f"deepclust {verb}", **composed_from)
     users_full_error = os.environ.get(FULL_ERROR)
     launching_process = os.getpid()
     outcomes = JobOutcomes()
@@ -68,10 +71,10 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         folder = Path(hydra_settings.runtime.output_dir)
         outcomes.is_sweep = hydra_settings.mode == RunMode.MULTIRUN
         outcomes.folders.append(folder)
-        keeps_run_folder = hydra_settings.output_subdir is not None
+        keeps_run_folder = verb in RUN_FOLDER_VERBS or hydra_settings.output_subdir is not None
         with environment_variable(FULL_ERROR, users_full_error), warnings_in_log(held_warnings):
             try:
-                return run_job(verb, cfg, folder if keeps_run_folder else None)
+                return pick_objective(run_job(verb, cfg, folder if keeps_run_folder else None))
             except Exception as error:
                 outcomes.failures.append((folder, error))
                 if not outcomes.is_sweep:
@@ -121,13 +124,22 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     return code
 
 
+def pick_objective(result: Any) -> Any:
+    """Return what a sweeper that searches minimises: the objective in the results of a run, else the result itself."""
+    objective = result.get("objective") if isinstance(result, dict) else None
+    return objective["minimised"] if isinstance(objective, dict) else result
+
+
 def run_job(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     """Run one job: `main(cfg)` of the verb's module. An error is also written to error.txt in the run folder."""
     from omegaconf.errors import OmegaConfBaseException
 
     from deepclust.config.explain_errors import explain_value_error
-    from deepclust.config.values import check_whole_numbers, resolve_to_dict
-    from deepclust.engine.launch import keep_freed_memory, launched_rank
+    from deepclust.config.schema import check_plain_values
+    from deepclust.config.values import resolve_to_dict
+    from deepclust.engine.launch import keep_freed_memory, launched_rank, processes_exist
+    from deepclust.runs.folder import RunFolderInUse
+    from deepclust.runs.hydra_files import write_hydra_files
 
     keep_freed_memory()
     error_file = None if run_folder is None else run_folder / "error.txt"
@@ -137,7 +149,10 @@ def run_job(verb: str, cfg: Any, run_folder: Path | None) -> Any:
     try:
         try:
             # Values that are missing or impossible are reported before torch is imported.
-            check_whole_numbers(resolve_to_dict(cfg))
+            if run_folder is not None and verb in RUN_FOLDER_VERBS and launched_rank() == 0:
+                with storage_errors_explained(run_folder):
+                    write_hydra_files(run_folder, cfg, replace=False)
+            check_plain_values(resolve_to_dict(cfg))
             with notice_on_terminal(f"deepclust {verb}: loading ..."):
                 module = importlib.import_module(f"deepclust.commands.{verb}")
             with storage_errors_explained(run_folder):
@@ -145,7 +160,10 @@ def run_job(verb: str, cfg: Any, run_folder: Path | None) -> Any:
         except OmegaConfBaseException as error:
             raise explain_value_error(error) from error
     except Exception as error:
-        if error_file is not None:
+        if error_file is not None and not isinstance(error, RunFolderInUse):
+            if not processes_exist():  # nobody else has told of it
+                with contextlib.suppress(OSError):
+                    error_file.unlink(missing_ok=True)
             is_input_error = isinstance(error, InputError)
             text = f"{error}\n" if is_input_error else "".join(traceback.format_exception(error))
             is_printed = not write_error_once(error_file, text)
@@ -165,31 +183,6 @@ def write_error_once(error_file: Path, text: str) -> bool:
     except OSError:  # a full disk, perhaps the very error that is to be written; the caller prints it
         pass
     return True
-
-
-@contextlib.contextmanager
-def storage_errors_explained(run_folder: Path | None) -> Iterator[None]:
-    """Turn the system's errors of a full, read-only or closed disk into errors that say what to do.
-
-    Raises:
-        InputError: in place of such an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not is_full and error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-        again = "start the same command again"
-        if run_folder is not None:
-            again += " in the same folder: training goes on from the last checkpoint"
-        # A full disk is that of the file being written, which a copy names second.
-        place = (is_full and error.filename2) or error.filename or run_folder or Path.cwd()
-        raise InputError(
-            f"{error.strerror}: {place}",
-            expected="room for what is written" if is_full else "permission to read and write there",
-            do=f"{'free space' if is_full else 'give it, or name another place,'} and {again}",
-        ) from error
 
 
 def end_jobs(outcomes: JobOutcomes) -> int:

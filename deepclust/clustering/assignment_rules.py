@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from deepclust.clustering.kmeans_distances import centroid_logits, float64_chunk_size
+from deepclust.errors import InputError
+
 CHUNK_SIZE = 65536  # rows of features that are assigned at a time
 
 
@@ -14,6 +17,9 @@ def assign_by_own_rule(
     """Return assignments (M,) and confidence (M,) of features (M, D) by a method's own rule; None if it has none.
 
     `cluster_logits` is the method's function of that name. The confidence of an assignment is its probability.
+
+    Raises:
+        InputError: if the logits of an image give no probabilities.
     """
     assignments, confidence = [], []
     with torch.no_grad():
@@ -23,7 +29,22 @@ def assign_by_own_rule(
                 return None
             assignments.append(logits.argmax(1))
             confidence.append(logits.softmax(1).amax(1))
-    return torch.cat(assignments), torch.cat(confidence)
+    return torch.cat(assignments), require_probabilities(torch.cat(confidence))
+
+
+def require_probabilities(confidence: Tensor) -> Tensor:
+    """Return confidence (M,) as it is.
+
+    Raises:
+        InputError: if it is no number for some image.
+    """
+    if num_bad := int(confidence.isnan().sum()):
+        raise InputError(
+            f"the logits of {num_bad} of {len(confidence)} images are NaN or too large to give probabilities",
+            expected="logits whose softmax is a number",
+            do="look at cluster_logits of the method, and at the weights that it uses",
+        )
+    return confidence
 
 
 def assign_to_centroids(features: Tensor, centroids: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,18 +53,25 @@ def assign_to_centroids(features: Tensor, centroids: Tensor, scale: Tensor) -> t
     The confidence is the posterior probability of the cluster under equal Gaussians at the centroids: the largest
     softmax of minus squared distance over 2 `scale`. `scale` is the `mean_squared_distance` of the features that the
     centroids were fitted to.
+
+    Raises:
+        InputError: if the distances of a row give no probabilities.
     """
-    parts = [
-        (-torch.cdist(chunk, centroids).square() / (2 * scale)).softmax(1).max(1)
-        for chunk in features.split(CHUNK_SIZE)
-    ]
-    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+    assignments, confidence = [], []
+    for chunk in features.split(CHUNK_SIZE):
+        logits = centroid_logits(chunk, centroids, metric="euclidean")
+        assignments.append(logits.argmax(1))
+        confidence.append((logits / (2 * scale)).softmax(1).amax(1))
+    return torch.cat(assignments), require_probabilities(torch.cat(confidence))
 
 
 def cluster_means(features: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:
     """Return the mean features (K, D) of the clusters of features (M, D); nan where a cluster is empty."""
-    sums = features.new_zeros(num_clusters, features.shape[1]).index_add_(0, assignments, features)
-    return sums / torch.bincount(assignments, minlength=num_clusters)[:, None]
+    sums = features.new_zeros(num_clusters, features.shape[1], dtype=torch.float64)
+    size = float64_chunk_size(features.device)
+    for rows, clusters in zip(features.split(size), assignments.split(size), strict=True):
+        sums.index_add_(0, clusters, rows.double())
+    return (sums / torch.bincount(assignments, minlength=num_clusters)[:, None]).to(features)
 
 
 def mean_squared_distance(features: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:

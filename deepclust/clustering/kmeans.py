@@ -19,7 +19,7 @@ rows at a time, the outcome of each is the same whichever others run with it. So
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from deepclust.engine.progress import track
 from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
 from deepclust.nn.one_hot import one_hot_mask
+
+MAX_ROUNDING = 1e-5  # of centroids, in standard deviations of the rows; below it no row is assigned anew
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def kmeans(
     with exact_products(features.device):
         data = KMeansData(features, metric)
         seeds = choose_seeds(data, torch.stack(first), torch.stack(uniforms))
-        return best_result(_run_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance))
+        results = _run_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance)
+        return _assign_to_rounded_centroids(data, best_result(results))
 
 
 def best_result(results: Iterable[KMeansResult]) -> KMeansResult:
@@ -94,7 +97,21 @@ def kmeans_from_centroids(
     """Return the best state that k-means on `features` (M, D) reaches from the given `centroids` (K, D)."""
     with exact_products(features.device):
         data = KMeansData(features, metric)
-        return _run_lloyd(data, data.subtract_origin(centroids)[None], [0], max_iterations, tolerance)[0]
+        result = _run_lloyd(data, data.subtract_origin(centroids)[None], [0], max_iterations, tolerance)[0]
+        return _assign_to_rounded_centroids(data, result)
+
+
+def _assign_to_rounded_centroids(data: KMeansData, result: KMeansResult) -> KMeansResult:
+    """Return a result whose assignments are the nearest of its centroids, also far from the origin.
+
+    The iterations measure from the mean of the rows. So far away that the coordinates of the rows themselves have few
+    digits left for the differences between rows, the returned centroids are those of the iterations rounded.
+    """
+    rounding = torch.finfo(data.rows.dtype).eps * float(data.origin.abs().max())
+    if rounding <= MAX_ROUNDING * math.sqrt(max(data.mean_variance, 0)):
+        return result
+    centroids = data.subtract_origin(result.centroids)
+    return replace(result, assignments=assign_rows(data, *data.linear_form(centroids[None]))[0])
 
 
 def _run_lloyd(

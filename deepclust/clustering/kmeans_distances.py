@@ -11,6 +11,7 @@ from deepclust.clustering.numerics import exact_products, require_finite
 from deepclust.errors import InputError
 
 Metric = Literal["cosine", "euclidean"]
+FLOAT64_ERROR = 1e-12  # differences of scores or distances up to this share of the largest ones count as none
 
 
 def nearest_centroids(features: Tensor, centroids: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,33 @@ def nearest_centroids(features: Tensor, centroids: Tensor, *, metric: Metric) ->
         centroids = data.subtract_origin(centroids)
         assignments = assign_rows(data, *data.linear_form(centroids[None]))[0]
         return assignments, distances_to_own_centroids(data, centroids, assignments)
+
+
+def squared_distances(rows: Tensor, centroids: Tensor) -> Tensor:
+    """Return the squared Euclidean distances (N, K) of rows (N, D) to centroids (K, D), from their differences.
+
+    By a product, as torch.cdist takes it for more than 25 rows, |x|^2 - 2 x.c + |c|^2 has no digits left that tell
+    centroids apart which lie close together and far from the origin.
+    """
+    return torch.cdist(rows, centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def centroid_logits(features: Tensor, centroids: Tensor, *, metric: Metric) -> Tensor:
+    """Return minus the distances (N, K) of features (N, D) to centroids (K, D), squared Euclidean or cosine.
+
+    The first largest logit of a row is its nearest centroid, as k-means itself decides. For that, the distances are
+    computed in float64, those that are equal up to rounding errors are made equal, and the smallest one of each row is
+    subtracted before they are rounded to the type of the features. A softmax does not notice it. It is the one rule of
+    evaluation, prediction and exported programs.
+    """
+    if metric == "cosine":  # rounded to unit length, as `KMeansData` has the rows
+        distances = 1 - normalize(features, dim=1).double() @ normalize(centroids.double(), dim=1).T
+        largest = torch.full_like(distances[:, :1], 2)
+    else:
+        distances = squared_distances(features.double(), centroids.double())
+        largest = distances.amax(1, keepdim=True)
+    gaps = distances - distances.amin(1, keepdim=True)
+    return -gaps.masked_fill(gaps <= FLOAT64_ERROR * largest, 0).to(features.dtype)
 
 
 class KMeansData:
@@ -111,8 +139,7 @@ def assign_rows(data: KMeansData, weights: Tensor, biases: Tensor) -> Tensor:
     num_restarts, num_clusters, num_features = weights.shape
     max_norms = weights.norm(dim=2).amax(1)[:, None].to(data.rows)
     # Twice the largest rounding error of a score, in units of |x||w| + |w|^2: in float64, and in the rows' precision.
-    float64_error = 1e-12
-    score_error = float64_error + 2 * num_features**0.5 * torch.finfo(data.rows.dtype).eps
+    score_error = FLOAT64_ERROR + 2 * num_features**0.5 * torch.finfo(data.rows.dtype).eps
     ids = torch.arange(num_clusters, device=weights.device)[:, None]
     # The codes 2^23 + id of the centroids that may be the nearest are summed in one product: several times faster than
     # an arg-max, and exact. The sum is at least 2^24 just where there is more than one.
@@ -134,7 +161,7 @@ def assign_rows(data: KMeansData, weights: Tensor, biases: Tensor) -> Tensor:
             products = (group_weights.flatten(0, 1) @ data.rows[rows].double().T).view(group_size, num_clusters, -1)
             scores = products[restarts, :, torch.arange(len(rows), device=rows.device)] + biases[group][restarts, :, 0]
             norms = max_norms[group][restarts, 0]
-            margin = float64_error * (data.lengths[rows] * norms + norms.square())
+            margin = FLOAT64_ERROR * (data.lengths[rows] * norms + norms.square())
             is_tied = scores >= (scores.amax(1) - margin)[:, None]
             group_assignments[restarts, rows] = torch.where(is_tied, ids.T, num_clusters).amin(1)
     return assignments

@@ -22,8 +22,8 @@ Where the best value is not above the measure's margin, the measure names 1. The
 half times the largest gap of the reference.
 
 The estimate is the median of the three, hence what two of them agree on, if they do. All of it is computed on a sample
-of at most MAX_ROWS rows and their first MAX_COMPONENTS principal components. K is tried up to MAX_CLUSTERS, and up to a
-tenth of the rows, so that a cluster has ten rows on average.
+of at most MAX_ROWS rows and their first MAX_COMPONENTS principal components. K is tried up to MAX_CLUSTERS, up to a
+tenth of the rows, so that a cluster has ten rows on average, and up to the number of distinct rows.
 """
 
 from collections.abc import Sequence
@@ -46,6 +46,7 @@ MAX_ROWS, MAX_COMPONENTS, MAX_CLUSTERS = 2000, 50, 50
 NUM_SUBSAMPLES, SUBSAMPLE_SHARE = 4, 0.7
 KMEANS_RESTARTS, KMEANS_MAX_ITERATIONS, KMEANS_TOLERANCE = 3, 50, 1e-4
 NUM_NEIGHBORS = 10
+ROUNDING_ERROR = 1e-6  # of features in float32, as a share of their length
 MARGINS = {"silhouette": 0.05, "stability": 0.3, "eigengap": 1.5}
 STABILITY_TIE = 0.02  # values of stability that differ by at most this count as equal
 # The gap between the reference's stability and 1 counts at least this much: where the reference is stable itself, a
@@ -113,7 +114,10 @@ def estimate_number_of_clusters(features: Tensor, *, seed: int) -> ClusterNumber
             do="say how many clusters there are",
         )
     rows = project_on_principal_components(features)
-    max_clusters = min(MAX_CLUSTERS, len(rows) // 10)
+    num_distinct = count_distinct_rows(features)
+    if num_distinct == 1:
+        return ClusterNumberEstimate(1, {"silhouette": 1, "stability": 1, "eigengap": 1}, {})
+    max_clusters = min(MAX_CLUSTERS, len(rows) // 10, num_distinct)
     reference = torch.randn(rows.shape, generator=make_generator(seed, "one cloud")).to(rows) * rows.std(0)
     numbers = numbers_to_try(max_clusters)
     silhouettes, stabilities = compute_silhouettes_and_stabilities(rows, numbers, seed)
@@ -147,6 +151,18 @@ def numbers_to_try(max_clusters: int) -> list[int]:
     while (following := numbers[-1] + max(1, numbers[-1] // 8)) <= max_clusters:
         numbers.append(following)
     return numbers
+
+
+def count_distinct_rows(rows: Tensor) -> int:
+    """Return how many of the rows (M, D) differ by more than rounding errors.
+
+    Images that are copies have features that differ in the last digits, by the batch that they were computed in.
+    """
+    from scipy.sparse.csgraph import connected_components  # takes a moment, and few runs need it
+
+    distances = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    number, _ = connected_components((distances <= ROUNDING_ERROR * rows.norm(dim=1).max()).numpy(), directed=False)
+    return int(number)
 
 
 def project_on_principal_components(features: Tensor) -> Tensor:

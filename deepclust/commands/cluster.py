@@ -35,7 +35,10 @@ from deepclust.commands.cluster_runs import cluster_features, configure_clusteri
 from deepclust.config.build import build
 from deepclust.datasets.dataset_checks import estimate_num_clusters
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.output_files import write_text
 from deepclust.errors import InputError
+from deepclust.runs.folder import acquire_run_lock, check_run_files
+from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.results import read_results
 from deepclust.runs.summary import print_summary
 
@@ -45,7 +48,9 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Cluster a folder of images into Hydra's folder and return the content of results.json."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    results = cluster(cfg, folder)
+    with acquire_run_lock(folder):
+        write_hydra_files(folder, cfg, replace=True)
+        results = cluster(cfg, folder)
     print_summary(results, folder)
     print(f"{results['trust']['message']}; whether they are what you look for, only a look at report.html tells")
     return results
@@ -79,6 +84,7 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         InputError: if what is asked for cannot be done with these images; it names the key to change.
     """
     root = Path(os.path.abspath(Path(cfg.images).expanduser()))
+    check_run_files(folder)
     check_request(cfg, folder, root)
     network = choose_network(cfg)
     log.info(network.message)
@@ -175,5 +181,5 @@ def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEsti
     log.info("estimating the number of clusters from the features")
     source = configure_clustering(cfg, features).dataset.source
     estimate = estimate_num_clusters(build(source), seed=cfg.seed)
-    file.write_text(json.dumps(asdict(estimate) | {"key": key}))
+    write_text(file, json.dumps(asdict(estimate) | {"key": key}))
     return estimate

@@ -1,6 +1,6 @@
 """The result of `deepclust cluster`: one run folder in which the network and the clusters are one model."""
 
-import shutil
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import select_device
+from deepclust.engine.output_files import write_bytes
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.folder import CHECKPOINT, METRICS
 from deepclust.runs.provenance import read_command_line
 from deepclust.runs.results import describe_estimate, read_results
+from deepclust.runs.trusted_targets import list_targets
 from deepclust.runs.write_run import write_run
 
 
@@ -41,7 +43,7 @@ def write_model(
     """
     first_run = runs[cfg.seed]
     checkpoint = load_checkpoint(first_run)
-    vectors_cfg, method = load_method(checkpoint)
+    vectors_cfg, method = load_method(checkpoint, trust=list_targets(OmegaConf.to_container(cfg)))
     vectors_cfg.dataset.source.path = str(features)  # the folder may have been moved since
     vectors: ImageSet = build(vectors_cfg.dataset.source)
     evaluator = build_evaluator(vectors_cfg, vectors)
@@ -51,7 +53,7 @@ def write_model(
     if network_run is None:
         network = build(network_cfg.backbone)
     else:
-        network = load_method(load_checkpoint(network_run))[1].backbone
+        network = load_method(load_checkpoint(network_run), trust=list_targets(OmegaConf.to_container(cfg)))[1].backbone
     model_cfg = stack_configs(network_cfg, vectors_cfg)
     model_cfg.report, model_cfg.evaluation = cfg.report, cfg.evaluation
     model = build(model_cfg.method)
@@ -61,10 +63,10 @@ def write_model(
     )
     file = folder / CHECKPOINT
     file.parent.mkdir(exist_ok=True)
-    temporary = file.with_suffix(".writing")
     content = {"format": CHECKPOINT_FORMAT, "state_dict": model.state_dict(), "config": resolve_to_dict(model_cfg)}
-    torch.save(content | evaluation.assignment_state, temporary)
-    temporary.replace(file)
+    buffer = io.BytesIO()
+    torch.save(content | evaluation.assignment_state, buffer)
+    write_bytes(file, buffer.getbuffer())
 
     is_own_network = network_run is not None
     results = (read_results(first_run) or {}) | {
@@ -84,7 +86,7 @@ def write_model(
     if estimate is not None:
         results["number"] = describe_estimate(estimate)
     if (first_run / METRICS).is_file():
-        shutil.copy(first_run / METRICS, folder / METRICS)
+        write_bytes(folder / METRICS, (first_run / METRICS).read_bytes())
     # The map shows the network's features: on LNSCC's own, clusters are apart whatever the images, by its training.
     rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
     write_run(folder, results, replace(evaluation, features=rows), images, model_cfg)

@@ -26,6 +26,7 @@ from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.folder import CHECKPOINT
 from deepclust.runs.results import read_results
 from deepclust.runs.resume_checks import extract_recipe
+from deepclust.runs.trusted_targets import list_targets, open_run_config, read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def run_or_resume(run_cfg: DictConfig, run_folder: Path) -> None:
     It begins anew where one that was killed read its data elsewhere.
     """
     if (run_folder / CHECKPOINT).exists():
-        data_path = load_checkpoint(run_folder)["config"]["dataset"]["path"]
+        data_path = read_run_config(load_checkpoint(run_folder))["dataset"].get("path")
         if data_path != run_cfg.dataset.path:
             (run_folder / CHECKPOINT).unlink()  # the run would refuse to go on from it
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ def compose_network_config(
         network_cfg.backbone = network.backbone
         network_cfg.names.backbone = network.name
     else:
-        network_cfg = OmegaConf.create(load_checkpoint(network_run)["config"])
+        network_cfg = open_run_config(load_checkpoint(network_run), trust=list_targets(OmegaConf.to_container(cfg)))
         network_cfg.dataset = dataset
     network_cfg.dataset.update(infer_dataset_values(network_cfg.dataset, images))
     return network_cfg
@@ -225,6 +226,7 @@ def write_features(cfg: DictConfig, network_cfg: DictConfig, network_run: Path |
     else:
         features_cfg = compose_for_cluster(cfg, "features", "run=DIR", dataset=dataset)
         features_cfg.run = str(network_run)
+        features_cfg.trust = list_targets(OmegaConf.to_container(cfg))
     features_cfg.output = str(folder / "features")
     features_cfg.batch_size = cfg.batch_size
     features_cfg.accelerator = cfg.hardware.accelerator

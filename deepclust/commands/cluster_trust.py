@@ -26,8 +26,9 @@ def measure_trust(
 
     `runs` are the run folders by seed. The measures tell what can be repeated with these features, not whether the
     features are good: seeds agree as well on features that tell little but colours apart, such as those of a small
-    network that has seen a few hundred photos (`is_own_network`), and the message says so. With one cluster, or one for
-    every image, seeds agree whatever the features are; then the message says that in place of a level.
+    network that has seen a few hundred photos (`is_own_network`), and the message says so. Where one cluster holds
+    every image, or each image has its own, seeds agree whatever the features are; then the message says that in place
+    of a level.
     """
     clusters = {seed: read_clusters(run) for seed, run in runs.items()}
     sizes = np.bincount(clusters[cfg.seed])
@@ -35,9 +36,8 @@ def measure_trust(
     num_clusters, largest = results["num_clusters"], float(sizes.max() / sizes.sum())
     trust: dict[str, Any] = {"seeds": list(runs), "empty_clusters": health["empty_clusters"], "largest_share": largest}
     is_giant = largest > min(0.9, GIANT_FACTOR / num_clusters) and num_clusters > 1
-    trivial = {1: "one cluster holds every image", len(clusters[cfg.seed]): "there is a cluster for every image"}.get(
-        num_clusters
-    )
+    num_filled, num_images = int((sizes > 0).sum()), len(clusters[cfg.seed])
+    trivial = {1: "one cluster holds every image", num_images: "there is a cluster for every image"}.get(num_filled)
     phrases = [] if trivial is None else [f"nothing to tell by, for {trivial}"]
     level = None
     if len(clusters) > 1 and trivial is None:

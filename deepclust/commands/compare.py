@@ -15,6 +15,7 @@ from rich.console import Console
 from deepclust.comparison.formats import FILE_WIDTH, print_comparison, to_csv, to_latex, to_markdown, to_text
 from deepclust.comparison.html_page import to_html
 from deepclust.comparison.table import compare_runs
+from deepclust.engine.output_files import check_output_file, is_standard_output, write_text
 from deepclust.errors import InputError
 
 FORMAT_OF_SUFFIX = {".txt": "text", ".md": "markdown", ".csv": "csv", ".tex": "latex", ".html": "html"}
@@ -44,6 +45,8 @@ def main(cfg: DictConfig) -> None:
             expected=f"{output_format}, the format of files that end in {output.suffix if output else ''}",
             do="leave format out, or choose another ending",
         )
+    if output is not None:
+        check_output_file(output, key="output")
     runs = Path(cfg.runs)
     comparison = compare_runs(runs, published=read_published_figures(), ignore=list(cfg.ignore))
     if not comparison.rows:
@@ -69,5 +72,6 @@ def main(cfg: DictConfig) -> None:
         print(text, end="")
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
-        print(f"{output}: {len(comparison.rows)} rows, {len(comparison.left_out)} runs not in the table")
+        write_text(output, text)
+        message = f"{output}: {len(comparison.rows)} rows, {len(comparison.left_out)} runs not in the table"
+        print(message, file=sys.stderr if is_standard_output(output) else sys.stdout)

@@ -15,6 +15,7 @@ from deepclust.engine.devices import select_device
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.results import read_results
+from deepclust.runs.trusted_targets import split_trust
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Print scores and health of the run `cfg.run` as JSON, and return them."""
     run = Path(cfg.run)
-    run_cfg, method = load_method(load_checkpoint(run))
+    run_cfg, method = load_method(load_checkpoint(run), trust=split_trust(cfg.trust))
     if cfg.data_dir is not None:
         move_data_dir(run_cfg, cfg.data_dir)
     with redirect_stdout(sys.stderr):  # for the progress: standard output is for the JSON alone
@@ -34,7 +35,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             )
         evaluator = build_evaluator(run_cfg, images)
         result = evaluator(method.to(select_device(cfg.accelerator)), build_datamodule(run_cfg, images))
-    output = {"run": cfg.run, "scores": result.scores, "health": result.health}
+    output = {"run": cfg.run, "scores": result.scores, "ami": result.ami, "health": result.health}
     print(json.dumps(output, indent=2))
     return output
 

@@ -1,9 +1,10 @@
 """`deepclust export run=DIR format=FORMAT output=FILE`: a trained run as a file for use without this package."""
 
 import importlib.util
+import io
 import json
 import logging
-import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from deepclust import __version__
+from deepclust.clustering.kmeans_distances import centroid_logits
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
+from deepclust.engine.output_files import check_output_file, is_standard_output, write_bytes
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.checkpoint import load_finished_checkpoint, load_method, stored_image_shape
+from deepclust.runs.trusted_targets import split_trust
 from deepclust.views.multiview import MultiView
 
 INPUT, OUTPUTS = "images", ("clusters", "confidence", "features")
@@ -64,7 +68,7 @@ class Program(nn.Module):
         features = self.method.encode(view)
         logits = self.method.cluster_logits(features)
         if logits is None:  # as `assign_to_centroids`
-            logits = -torch.cdist(features, self.kmeans_centroids).square() / (2 * self.kmeans_scale)
+            logits = centroid_logits(features, self.kmeans_centroids, metric="euclidean") / (2 * self.kmeans_scale)
         return logits.argmax(1), logits.softmax(1).amax(1), features
 
 
@@ -72,11 +76,13 @@ def main(cfg: DictConfig) -> Path:
     """Write the file and return its path.
 
     Raises:
-        InputError: if the run or the format cannot be used.
+        InputError: if the run, the format or the output cannot be used.
     """
     check_format(cfg.format)
+    output = Path(cfg.output)
+    check_output_file(output, key="output")
     checkpoint = load_finished_checkpoint(Path(cfg.run))
-    run_cfg, method = load_method(checkpoint)
+    run_cfg, method = load_method(checkpoint, trust=split_trust(cfg.trust))
     program = Program(
         method=method,
         views=build(run_cfg.multi_view),
@@ -87,12 +93,10 @@ def main(cfg: DictConfig) -> Path:
     example = example_images(run_cfg, cfg.image_size)
     drop_unused_tensors(program, example)
     description = describe_program(run_cfg, program, example)
-    output = Path(cfg.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".writing")
-    WRITERS[cfg.format](program, example, description, temporary)
-    os.replace(temporary, output)
-    print(f"{cfg.format}, {output.stat().st_size / 1e6:.1f} MB: {output}")
+    WRITERS[cfg.format](program, example, description, output)
+    size = f", {output.stat().st_size / 1e6:.1f} MB" if output.is_file() else ""
+    print(f"{cfg.format}{size}: {output}", file=sys.stderr if is_standard_output(output) else sys.stdout)
     return output
 
 
@@ -205,7 +209,9 @@ def write_torchscript(program: Program, example: Tensor, description: dict[str, 
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes and buffers are meant to be constants
         other = torch.cat([example, example.flip(-1)])  # another N: nothing may hang on it
         traced = torch.jit.trace(program, (example,), check_inputs=[(other,)], check_tolerance=1e-4)
-        torch.jit.save(traced, file, _extra_files={DESCRIPTION: json.dumps(description)})
+        buffer = io.BytesIO()  # not the file itself: on a full disk torch would end the process without a word
+        torch.jit.save(traced, buffer, _extra_files={DESCRIPTION: json.dumps(description)})
+    write_bytes(file, buffer.getbuffer())
 
 
 def write_onnx(program: Program, example: Tensor, description: dict[str, Any], file: Path) -> None:
@@ -240,7 +246,7 @@ def write_onnx(program: Program, example: Tensor, description: dict[str, Any], f
         ) from error
     assert exported is not None
     exported.model.metadata_props[DESCRIPTION] = json.dumps(description)
-    exported.save(file)
+    write_bytes(file, exported.model_proto.SerializeToString())
 
 
 class CdistReplaced(TorchFunctionMode):
@@ -258,10 +264,11 @@ def euclidean_distances(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str 
     """
     if p != 2:
         raise NotImplementedError(f"torch.cdist with p={p} as ONNX")
-    # Far from the origin |x|^2 - 2 x.y + |y|^2 would lose the digits that tell rows apart.
-    origin = y.mean(0)
-    x, y = x - origin, y - origin
-    return (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T).clamp(min=0).sqrt()
+    # |x|^2 - 2 x.y + |y|^2 loses digits far from the origin, and where some of `y` are close and others far away. In
+    # float64, from the mean of `y` on, fewer are lost than the differences of float32 rows have.
+    origin = y.double().mean(0)
+    a, b = x.double() - origin, y.double() - origin
+    return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp(min=0).sqrt().to(x.dtype)
 
 
 def freeze_integer_buffers(program: Program) -> None:
@@ -278,13 +285,13 @@ def freeze_integer_buffers(program: Program) -> None:
 
 def write_safetensors(program: Program, example: Tensor, description: dict[str, Any], file: Path) -> None:
     """Write the weights that the results depend on, by their names in the checkpoint, with mean, std and k-means."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {
         name.removeprefix("method."): value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in program.state_dict().items()
     }
-    save_file(tensors, file, metadata={DESCRIPTION: json.dumps(description)})
+    write_bytes(file, save(tensors, metadata={DESCRIPTION: json.dumps(description)}))
 
 
 WRITERS: dict[str, Callable[[Program, Tensor, dict[str, Any], Path], None]] = {

@@ -1,26 +1,29 @@
 """`deepclust features`: the features of a data set by a finished run's network or any backbone, made once and kept."""
 
+import itertools
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deepclust.batch import split_to_cache_size
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
+from deepclust.datasets.conversion import write_labels
 from deepclust.datasets.dataset_checks import infer_dataset_values
 from deepclust.datasets.image_sources import ImageSet, ImageSource
 from deepclust.engine.devices import select_device
+from deepclust.engine.output_files import check_output_file, write_array, write_text
 from deepclust.engine.progress import track
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint, load_method
+from deepclust.runs.trusted_targets import open_run_config, split_trust
 from deepclust.views.multiview import MultiView
 
 MADE_BY = "made_by.json"  # written last: where it is, the folder is complete
@@ -32,6 +35,8 @@ def main(cfg: DictConfig) -> Path:
     Raises:
         InputError: if neither a run nor a backbone with a data set is named.
     """
+    if cfg.output is not None:
+        check_output_file(Path(cfg.output) / MADE_BY, key="output")
     source_cfg = select_source_config(cfg)
     images: ImageSet = build(source_cfg.dataset.source)
     source_cfg.dataset.update(infer_dataset_values(source_cfg.dataset, images))
@@ -55,9 +60,7 @@ def main(cfg: DictConfig) -> Path:
         return torch.cat([encode(part) for part in split_to_cache_size(clean)]).float()
 
     write_data_set(folder, images, encode_images, batch_size=cfg.batch_size, max_pictures=cfg.max_pictures)
-    temporary = folder / f"{MADE_BY}.writing"
-    temporary.write_text(json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
-    os.replace(temporary, folder / MADE_BY)
+    write_text(folder / MADE_BY, json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
     print(f"features of {len(images.fit)} images: {folder}")
     return folder
 
@@ -71,24 +74,27 @@ def select_source_config(cfg: DictConfig) -> DictConfig:
         InputError: if neither a run nor a backbone with a data set is named.
     """
     if cfg.run is None:
-        if "backbone" not in cfg or "dataset" not in cfg:
+        if "backbone" not in cfg or "source" not in cfg.dataset:
             raise InputError(
                 "neither a run nor a backbone with a data set is named",
                 expected="what makes the features, and of which images",
                 do="add run=DIR, or dataset=NAME backbone=NAME",
             )
         return cfg
-    run_cfg = OmegaConf.create(load_checkpoint(Path(cfg.run))["config"])
-    if "dataset" in cfg:
-        run_cfg.dataset = resolve_to_dict(cfg)["dataset"]
-    assert isinstance(run_cfg, DictConfig)
+    run_cfg = open_run_config(load_checkpoint(Path(cfg.run)), trust=split_trust(cfg.trust))
+    if "source" in cfg.dataset:
+        dataset = resolve_to_dict(cfg)["dataset"]
+        if "value_ranges" in dataset and dataset["value_ranges"] is None:  # scaled as what the network has seen
+            ranges = resolve_to_dict(run_cfg)["dataset"].get("value_ranges")
+            dataset["value_ranges"] = dataset["source"]["value_ranges"] = ranges
+        run_cfg.dataset = dataset
     return run_cfg
 
 
 def build_network(cfg: DictConfig, source_cfg: DictConfig) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
     """Return a name, the network in evaluation mode, and the function from clean images to features (N, D)."""
     if cfg.run is not None:
-        run_cfg, method = load_method(load_checkpoint(Path(cfg.run)))
+        run_cfg, method = load_method(load_checkpoint(Path(cfg.run)), trust=split_trust(cfg.trust))
         return run_cfg.names.method, method, method.encode
     torch.manual_seed(cfg.seed)
     backbone = build(source_cfg.backbone).eval()
@@ -100,6 +106,8 @@ def describe_features(source_cfg: DictConfig, images: ImageSet, network: nn.Modu
     values = resolve_to_dict(source_cfg)
     dataset = values["dataset"]
     dataset["source"].pop("data_dir", None)  # where decoded images are kept says nothing of them
+    for section in (dataset, dataset["source"]):
+        section.pop("max_megapixels", None)  # nor does a limit say which images are below it
     return {
         "dataset": dataset,
         "images_sha256": fingerprint(images.fit),
@@ -134,20 +142,22 @@ def write_data_set(
 ) -> None:
     """Write features, and what is known of the images, in the layout of `dataset=features`.
 
-    A copy of the images, for reports to show, is written for up to `max_pictures` of them.
+    A copy of the images, for reports to show, is written for up to `max_pictures` of them. The features of the split
+    train are written last: without them the folder is no data set, so that half of one never passes for a whole one.
     """
     splits = {"train": images.fit} | ({} if images.evaluation is images.fit else {"test": images.evaluation})
-    for split, source in splits.items():
-        write_rows(folder / f"{split}_features.npy", source, encode_images, batch_size)
-        if len(source) <= max_pictures and source.shape[2] in (1, 3):
-            write_rows(folder / f"{split}_images.npy", source, channels_to_last, batch_size)
     evaluated = list(splits)[-1]
     if images.labels is not None:
-        np.save(folder / f"{evaluated}_labels.npy", images.labels)
+        write_labels(folder / f"{evaluated}_labels.npy", images.labels)
     if images.paths is not None:
-        (folder / f"{evaluated}_paths.json").write_text(json.dumps(images.paths))
+        write_text(folder / f"{evaluated}_paths.json", json.dumps(images.paths))
     if images.class_names is not None:
-        (folder / "class_names.json").write_text(json.dumps(images.class_names))
+        write_text(folder / "class_names.json", json.dumps(images.class_names))
+    for split, source in splits.items():
+        if len(source) <= max_pictures and source.shape[2] in (1, 3):
+            write_rows(folder / f"{split}_images.npy", source, channels_to_last, batch_size)
+    for split, source in reversed(splits.items()):
+        write_rows(folder / f"{split}_features.npy", source, encode_images, batch_size)
 
 
 def channels_to_last(pixels: Tensor) -> Tensor:
@@ -158,12 +168,14 @@ def channels_to_last(pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def write_rows(file: Path, source: ImageSource, transform: Callable[[Tensor], Tensor], batch_size: int) -> None:
     """Write what `transform` makes of all images of `source`, in order, as the rows of a .npy file."""
-    rows: Any = None
-    for start in track(range(0, len(source), batch_size), f"writing {file.name}"):
-        indices = np.arange(start, min(start + batch_size, len(source)))
-        batch = transform(source.read(indices)).cpu().numpy()
-        if rows is None:
-            shape = (len(source), *batch.shape[1:])
-            rows = np.lib.format.open_memmap(file, mode="w+", dtype=batch.dtype, shape=shape)
-        rows[start : start + len(batch)] = batch
-    rows.flush()
+
+    def transform_batches() -> Iterator[np.ndarray]:
+        for start in track(range(0, len(source), batch_size), f"writing {file.name}"):
+            indices = np.arange(start, min(start + batch_size, len(source)))
+            yield transform(source.read(indices)).cpu().numpy()
+
+    batches = transform_batches()
+    first = next(batches)  # it tells the shape of a row
+    write_array(
+        file, itertools.chain([first], batches), row_shape=first.shape[1:], dtype=first.dtype, total=len(source)
+    )

@@ -1,9 +1,11 @@
 """`deepclust predict run=DIR images=FOLDER_OR_ARRAY output=FILE.csv`: clusters of new images with a trained run."""
 
 import csv
+import logging
 import os
-import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,32 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from deepclust.clustering.assignment_rules import assign_by_own_rule, assign_to_centroids
+from deepclust.commands.predict_folders import check_sort_folder, shorten_name, sort_images
 from deepclust.config.build import build
+from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.array_files import open_array_file
-from deepclust.datasets.image_decoding import IMAGE_FORMATS, decode_in_chunks, find_image_files
-from deepclust.datasets.image_sources import ArraySource
+from deepclust.datasets.image_decoding import convert_images, decode_in_chunks, find_image_files, find_value_ranges
+from deepclust.datasets.image_formats import IMAGE_FORMATS, describe_passed_over
+from deepclust.datasets.value_ranges import ValueRanges, describe_ranges, list_some
+from deepclust.engine.csv_cells import path_cell
 from deepclust.engine.devices import select_device
+from deepclust.engine.output_files import (
+    check_output_file,
+    is_standard_output,
+    is_written_through,
+    replace_text_file,
+    write_text,
+)
 from deepclust.engine.progress import track
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.checkpoint import load_finished_checkpoint, load_method, stored_image_shape
+from deepclust.runs.trusted_targets import split_trust
 from deepclust.views.multiview import MultiView
+
+log = logging.getLogger(__name__)
+
+UNREADABLE_SUFFIX = ".unreadable.txt"  # of the list of files that cannot be read, after the name of the output
 
 
 @dataclass
@@ -40,15 +58,28 @@ def main(cfg: DictConfig) -> None:
 
     `distance` is the Euclidean distance of the features to the mean of the training images in that cluster. Files that
     cannot be read are listed in OUTPUT.unreadable.txt and left out. With `sort_to` every file is also copied into one
-    folder per cluster.
+    folder per cluster. The file and these folders are all complete in the end, or none of them is there.
 
     Raises:
-        InputError: if the run or the images cannot be used; it names the key to change.
+        InputError: if the run, the images or the output cannot be used; it names the key to change.
     """
-    if cfg.sort_to is not None:
-        check_empty(Path(cfg.sort_to))
+    output, sort_to = Path(cfg.output), None if cfg.sort_to is None else Path(cfg.sort_to)
+    check_output_file(output, key="output")
+    if sort_to is not None:
+        check_sort_folder(sort_to)
+    # Standard output may be the output; then nothing else is written there.
+    with redirect_stdout(sys.stderr) if is_standard_output(output) else nullcontext():
+        predict(cfg, output, sort_to)
+
+
+def predict(cfg: DictConfig, output: Path, sort_to: Path | None) -> None:
+    """Predict the clusters of all images, write them into `output`, and sort the files into `sort_to` if it is given.
+
+    Raises:
+        InputError: if the run or the images cannot be used.
+    """
     checkpoint = load_finished_checkpoint(Path(cfg.run))
-    run_cfg, method = load_method(checkpoint)
+    run_cfg, method = load_method(checkpoint, trust=split_trust(cfg.trust))
     image_size, channels = stored_image_shape(run_cfg)
     if image_size == 1 or channels not in (1, 3):
         raise InputError(
@@ -59,13 +90,19 @@ def main(cfg: DictConfig) -> None:
         )
     method.to(select_device(cfg.accelerator))
     views = build(run_cfg.multi_view)
-    output = Path(cfg.output)
+    chunks = read_chunks(
+        Path(cfg.images),
+        image_size=image_size,
+        channels=channels,
+        value_ranges=resolve_to_dict(run_cfg)["dataset"].get("value_ranges"),
+        max_megapixels=cfg.max_megapixels,
+        batch_size=cfg.batch_size,
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".writing")
     num_written, unreadable = 0, []
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with sort_images(sort_to, link=cfg.link) as sorted_images, replace_text_file(output) as file:
         writer = csv.writer(file)
-        for number, chunk in enumerate(read_chunks(Path(cfg.images), image_size, channels, cfg.batch_size)):
+        for number, chunk in enumerate(chunks):
             if number == 0:
                 path_column = [] if chunk.paths is None else ["path"]
                 writer.writerow(["index", "cluster", "confidence", "distance", *path_column])
@@ -77,22 +114,25 @@ def main(cfg: DictConfig) -> None:
             for row, (cluster, confidence, distance) in enumerate(rows):
                 index, path = num_written + row, None if chunk.paths is None else chunk.paths[row]
                 values = [index, cluster, f"{confidence:.6f}", f"{distance:.6g}"]
-                writer.writerow(values if path is None else [*values, path])
-                if cfg.sort_to is not None:
-                    sort_file(path, Path(cfg.sort_to) / f"cluster_{cluster:03d}", index=index, link=cfg.link)
+                writer.writerow(values if path is None else [*values, path_cell(path)])
+                if sorted_images is not None:
+                    sorted_images.add(path, cluster, index=index)
             num_written += len(chunk.images)
-    if not num_written:
-        temporary.unlink()
-        raise InputError(
-            f"none of the {len(unreadable)} files in {cfg.images} can be read as an image",
-            expected=f"images ({', '.join(IMAGE_FORMATS)})",
-            do="name another folder with images=DIR",
-        )
-    os.replace(temporary, output)
+        if not num_written:
+            raise InputError(
+                f"none of the {len(unreadable)} files in {cfg.images} can be read as an image "
+                f"(the first: {unreadable[0][1]})",
+                expected=f"images ({', '.join(IMAGE_FORMATS)})",
+                do="name another folder with images=DIR",
+            )
+        list_unreadable(output, unreadable)
+        if sorted_images is not None:
+            file.flush()
+            os.fsync(file.fileno())  # before the folder gets its place: what does not fit on the disk is known by now
+            sorted_images.move_into_place()
     print(f"{num_written} images: {output}")
-    if cfg.sort_to is not None:
-        print(f"one folder per cluster: {cfg.sort_to}")
-    write_unreadable_list(output.with_name(output.name + ".unreadable.txt"), unreadable)
+    if sort_to is not None:
+        print(f"one folder per cluster: {sort_to}")
 
 
 @torch.no_grad()
@@ -113,71 +153,69 @@ def predict_clusters(
     return clusters, confidences, (features - cluster_means[clusters]).norm(dim=1)
 
 
-def check_empty(folder: Path) -> None:
-    """Refuse to sort into a folder that holds something: clusters of two calls would be mixed.
+def list_unreadable(output: Path, unreadable: list[tuple[str, str]]) -> None:
+    """Write the files that could not be read, with reasons, beside the output. A list of an earlier call is removed.
 
-    Raises:
-        InputError: unless it is empty or missing.
+    Where the output is no regular file, they are printed.
     """
-    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
-        raise InputError(
-            f"{folder} {'is a file' if folder.is_file() else 'is not empty'}",
-            expected="a new or empty folder to sort into",
-            do="set sort_to=DIR to another, or remove it",
-        )
-
-
-def sort_file(path: str | None, folder: Path, *, index: int, link: bool) -> None:
-    """Copy a file, or link to it, into the folder of its cluster. Its name there begins with its index.
-
-    Raises:
-        InputError: if there is no file, for the rows of an array have none.
-    """
-    if path is None:
-        raise InputError("the images are rows of an array", expected="image files to sort", do="leave sort_to out")
-    folder.mkdir(parents=True, exist_ok=True)
-    source = Path(path).absolute()
-    target = folder / f"{index:06d}_{source.name}"
-    target.unlink(missing_ok=True)
-    if link:
-        target.symlink_to(source)
-    else:
-        shutil.copy2(source, target)
-
-
-def write_unreadable_list(file: Path, unreadable: list[tuple[str, str]]) -> None:
-    """Write the files that could not be read, with reasons. A list of an earlier call is removed."""
+    lines = [f"{path_cell(path)}\t{reason}\n" for path, reason in unreadable]
+    if is_written_through(output):
+        print("".join(f"could not be read: {line}" for line in lines), end="")
+        return
+    file = output.with_name(shorten_name(output.name + UNREADABLE_SUFFIX))
     file.unlink(missing_ok=True)
-    if unreadable:
-        text = "".join(f"{path}\t{reason}\n" for path, reason in unreadable)
-        file.write_text(text, encoding="utf-8", errors="surrogateescape")
-        print(f"could not be read: {len(unreadable)}, listed in {file}")
+    if lines:
+        write_text(file, "".join(lines))
+        print(f"could not be read: {len(lines)}, listed in {file}")
 
 
-def read_chunks(images: Path, image_size: int, channels: int, batch_size: int) -> Iterator[ImageChunk]:
+def read_chunks(
+    images: Path,
+    *,
+    image_size: int,
+    channels: int,
+    value_ranges: ValueRanges | None,
+    max_megapixels: float,
+    batch_size: int,
+) -> Iterator[ImageChunk]:
     """Read a folder, a file or an array of images in chunks, brought to `image_size` and `channels`.
+
+    Values of more than 8 bits are scaled by `value_ranges`, those of the training images, where they say something.
+    Files of the folder that are passed over are named in a line.
 
     Raises:
         InputError: if there is nothing of the kind.
     """
     if images.suffix in (".npy", ".npz"):
-        array, _ = open_array_file(str(images))
-        source = ArraySource([array], channels)
-        for start in track(range(0, len(source), batch_size), "predicting"):
-            rows = source.read(np.arange(start, min(start + batch_size, len(source))))
-            yield ImageChunk(rows.permute(0, 2, 3, 1).numpy(), None)
+        array, _ = open_array_file(str(images), value_ranges)
+        for start in track(range(0, len(array), batch_size), "predicting"):
+            rows = array[start : start + batch_size]
+            yield ImageChunk(convert_images(rows, image_size=image_size, channels=channels), None)
         return
     if images.is_file():
         files = [str(images)]
     elif images.is_dir():
-        files = [str(images / name) for name, _, _ in find_image_files(images)[0]]
+        found, passed_over = find_image_files(images)
+        files = [str(images / name) for name, _, _ in found]
+        if passed_over:
+            print(f"passed over: {describe_passed_over(passed_over)}")
     else:
         raise InputError(
             f"{images} does not exist", expected="a folder, an image file or an array", do="set images=DIR"
         )
     if not files:
         raise InputError(f"{images} holds no image file", expected="images", do="name another folder with images=DIR")
+    ranges, outside = find_value_ranges(files, value_ranges, max_megapixels=max_megapixels)
+    if own_ranges := {kind: pair for kind, pair in ranges.items() if kind not in (value_ranges or {})}:
+        log.info("unlike the training images; scaled to 0 to 255: %s", describe_ranges(own_ranges))
+    if outside:
+        log.warning(
+            "%d of %d files hold values outside %s, the range of the training images; they are clipped: %s",
+            *(len(outside), len(files), describe_ranges(ranges), list_some(outside)),
+        )
     for start in track(range(0, len(files), batch_size), "predicting"):
         batch = files[start : start + batch_size]
-        for paths, pixels, unreadable in decode_in_chunks(batch, image_size=image_size, channels=channels):
+        for paths, pixels, unreadable in decode_in_chunks(
+            batch, image_size=image_size, channels=channels, value_ranges=ranges, max_megapixels=max_megapixels
+        ):
             yield ImageChunk(pixels, paths, unreadable)

@@ -26,13 +26,16 @@ from deepclust.runs.assemble import (
     build_trainer,
     prepare_for_hardware,
 )
+from deepclust.runs.check_run import check_run
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.earlier_stage import find_earlier_run
-from deepclust.runs.folder import CHECKPOINT, acquire_run_lock
+from deepclust.runs.earlier_stage import find_earlier_run, list_trusted
+from deepclust.runs.folder import CHECKPOINT, acquire_run_lock, check_run_files
+from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
-from deepclust.runs.resume_checks import check_same_recipe
+from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
 from deepclust.runs.summary import print_summary
+from deepclust.runs.training_length import lower_max_epochs_to_max_steps
 from deepclust.runs.write_run import write_run
 
 log = logging.getLogger(__name__)
@@ -48,12 +51,16 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     is_first = launched_rank() == 0  # the first of the processes speaks for all
     if not is_first:
         logging.root.setLevel(logging.WARNING)
+    check_run_files(folder)
     if (results := read_results(folder)) is not None:
         if (folder / CHECKPOINT).exists():
-            check_same_recipe(load_checkpoint(folder), resolve_to_dict(cfg), allow_open_values=True)
+            checkpoint = load_checkpoint(folder)
+            check_same_recipe(checkpoint, resolve_to_dict(fill_open_values(cfg, checkpoint)))
         log.info("%s is finished already; nothing to do", folder)
     else:
         with acquire_run_lock(folder) if is_first else nullcontext():
+            if is_first:
+                write_hydra_files(folder, cfg, replace=True)
             results = run(record_choices(cfg), folder)
     if is_first:
         print_summary(results, folder)
@@ -61,7 +68,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run the stage before this one, if there is one, then `train` on the devices; return what `train` returns."""
+    """Run the stage before this one, if there is one, then `train` on the devices; return what `train` returns.
+
+    Raises:
+        InputError: if the configuration cannot be used, before anything is done that takes time.
+    """
+    check_run(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
     earlier = find_earlier_run(cfg, folder, run_stage=run)
     try:
         return run_on_devices(
@@ -87,12 +100,14 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
     images: ImageSet = build(cfg.dataset.source)
     cfg, estimate = resolve_config(cfg, images, earlier)
     datamodule = build_datamodule(cfg, images)
+    lower_max_epochs_to_max_steps(cfg, datamodule.batches_per_epoch)
     method = build_method(cfg)
     checkpoint = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
     if checkpoint is not None:
         check_same_recipe(load_checkpoint(folder), resolve_to_dict(cfg))
     elif cfg.earlier.run is not None:
-        method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
+        earlier_checkpoint = load_checkpoint(Path(cfg.earlier.run))
+        method.start_from(load_method(earlier_checkpoint, trust=list_trusted(cfg))[1])
     prepare_for_hardware(cfg, method, datamodule)
     evaluator = build_evaluator(cfg, images)
     trainer = build_trainer(cfg, folder, evaluator)
@@ -101,6 +116,8 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
     method.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     if method.e_step_every_n_epochs:
         method.run_e_step(trainer.current_epoch)  # what the last E-step inferred lags behind the weights
+    method.check_losses_are_finite()
+    method.check_weights_are_finite()
     started = time.monotonic()
     evaluation = evaluator(method, datamodule)
     evaluate_seconds = time.monotonic() - started

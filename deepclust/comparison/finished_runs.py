@@ -43,7 +43,7 @@ def read_finished_run(folder: Path, *, name: str) -> FinishedRun | str:
         return "; ".join(["unfinished: no results.json", *_describe_end(folder)])
     try:
         results = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         return f"results.json cannot be read: {error}"
     if not isinstance(results, dict) or results.get("format") != 1:
         return "results.json is not of format 1"

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from deepclust.comparison.finished_runs import IDENTITY_KEYS, METRICS
 from deepclust.comparison.table import Comparison, Row, compare_to_published, format_percent
+from deepclust.engine.csv_cells import text_cell
 
 COLUMNS = ["Data set", "Method", "Backbone", "K", "Epochs", "Settings", "Clusters by"]
 COLUMNS += [*(metric.upper() for metric in METRICS), "p", "Seeds", "Minutes"]
@@ -29,7 +30,8 @@ def to_csv(comparison: Comparison) -> str:
         pairs = [(s.mean, s.spread) if (s := row.scores.get(m)) else (None, None) for m in METRICS]
         scores = [value for pair in pairs for value in pair]
         identity = [getattr(row, field) for field in fields]
-        writer.writerow([*identity, *scores, row.p_value, row.minutes, row.protocol, row.source])
+        values = [*identity, *scores, row.p_value, row.minutes, row.protocol, row.source]
+        writer.writerow(map(text_cell, values))
     return file.getvalue()
 
 

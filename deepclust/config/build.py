@@ -5,6 +5,8 @@ All of Hydra's `instantiate` goes through `build`: later releases want trusted t
 
 import copy
 import functools
+import re
+import sys
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -14,6 +16,9 @@ from omegaconf import OmegaConf
 from deepclust.config.call_checks import check_calls
 from deepclust.config.targets import missing_package_error
 from deepclust.errors import InputError
+
+# Their constructors are called with what a user writes, and refuse it with errors of their own.
+FOREIGN_PACKAGES = {"lightning", "pytorch_lightning", "torch", "torchvision", "timm", *sys.stdlib_module_names}
 
 
 def build(node: Any, **given: Any) -> Any:
@@ -53,6 +58,11 @@ def build(node: Any, **given: Any) -> Any:
         return constructor(**given)
     except ModuleNotFoundError as error:
         raise missing_package_error(error) from None
+    except Exception as error:
+        explained = explain_foreign_error(error, str(node._target_), node._get_full_key(""))
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def build_each(nodes: Any, available: dict[str, Any]) -> list[Any]:
@@ -66,16 +76,35 @@ def build_each(nodes: Any, available: dict[str, Any]) -> list[Any]:
     return built
 
 
+def explain_foreign_error(error: BaseException, target: str, section: str) -> InputError | None:
+    """Return what a user can do where a target of FOREIGN_PACKAGES refuses its arguments; None for other errors.
+
+    Its signature does not tell which arguments it takes together. A constructor of this package, or of the user's own,
+    says itself what is wrong.
+    """
+    if not isinstance(error, Exception) or isinstance(error, InputError):
+        return None
+    if target.partition(".")[0] not in FOREIGN_PACKAGES:
+        return None
+    section, reason = section or "that describes it", " ".join(str(error).split())
+    return InputError(
+        f"{target} refuses the section {section}: {reason or type(error).__name__}",
+        expected="values that it takes",
+        do=f"change the keys of {section}, or those that they refer to",
+    )
+
+
 def instantiate_node(node: Any, **options: Any) -> Any:
     """Call Hydra's `instantiate` and raise what a constructor raised as it was."""
     try:
         return instantiate(node, _convert_="all", **options)
     except InstantiationException as error:
         cause = error.__cause__ or InputError(
-            str(error).partition("\n")[0],
+            " ".join(str(error).split()),
             expected="a callable that may be built from a configuration",
             do="choose another _target_",
         )
+        named = re.search(r"target '([^']+)'[\s\S]*full_key: (\S+)$", str(error))
     if isinstance(cause, ModuleNotFoundError):
         raise missing_package_error(cause) from None
-    raise cause
+    raise (explain_foreign_error(cause, *named.groups()) if named else None) or cause

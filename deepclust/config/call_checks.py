@@ -2,21 +2,25 @@
 
 import inspect
 import re
-import types
-import typing
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from deepclust.config.keys import iterate_entries
+from deepclust.config.argument_types import check_value
+from deepclust.config.foreign_types import find_foreign_types
 from deepclust.config.suggestions import find_nearest_name
 from deepclust.config.targets import locate_target
 from deepclust.config.value_errors import missing_value_error
 from deepclust.errors import InputError
 
-HYDRA_KEYS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}  # are not arguments
-SCALAR_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+HYDRA_KEYS: dict[str, Any] = {  # are not arguments
+    "_target_": str,
+    "_args_": list[Any],
+    "_partial_": bool,
+    "_recursive_": bool,
+    "_convert_": Literal["none", "partial", "object", "all"],
+}
 
 
 def check_calls(node: Any, given: Collection[str] = ()) -> None:
@@ -44,6 +48,9 @@ def check_calls(node: Any, given: Collection[str] = ()) -> None:
 
 def check_arguments(node: DictConfig, given: Collection[str]) -> None:
     """Check the arguments of one section with `_target_` against the signature."""
+    for name, annotation in HYDRA_KEYS.items():
+        if name in node:
+            check_argument(node, name, None, annotation)
     target = locate_target(str(node._target_), node._get_full_key("_target_"))
     signature = read_signature(target)
     if signature is None:
@@ -71,47 +78,37 @@ def check_arguments(node: DictConfig, given: Collection[str]) -> None:
                     expected="a value for every argument without a default",
                     do=f"add {node._get_full_key(name)}",
                 )
+    foreign_types = find_foreign_types(target)
     for name in named:
-        if name in by_name:
-            check_argument_type(find_source_key(node, name), node[name], by_name[name])
+        if name in by_name or name in foreign_types:
+            known = by_name.get(name)
+            annotation = foreign_types.get(name, inspect.Parameter.empty if known is None else known.annotation)
+            check_argument(node, name, known, annotation)
 
 
-def check_argument_type(key: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Refuse a number, text or null that the annotation rules out. Other values and annotations pass."""
-    if not isinstance(value, tuple(SCALAR_NAMES)) or value is parameter.default:
+def check_argument(node: DictConfig, name: str, parameter: inspect.Parameter | None, annotation: Any) -> None:
+    """Check the value of an argument against its type. The default of the argument passes."""
+    value = node[name]
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if annotation is inspect.Parameter.empty or (parameter is not None and value is parameter.default):
         return
-    accepted = []
-    for kind in list_alternatives(parameter.annotation):
-        if kind in SCALAR_NAMES:
-            is_whole = kind in (int, float) and isinstance(value, int)
-            fits, name = isinstance(value, kind) or is_whole, SCALAR_NAMES[kind]
-        elif typing.get_origin(kind) is Literal:
-            options = typing.get_args(kind)
-            fits, name = value in options, " or ".join(str(option) for option in options)
-        elif (typing.get_origin(kind) or kind) is Callable:
-            fits, name = False, "a section with _target_"
-        else:
-            return
-        if fits:
-            return
-        accepted.append(name)
-    raise InputError(f"{key} is {value!r}", expected=" or ".join(accepted), do=f"set {key} to that")
+    check_value(find_source_key(node, name), value, annotation)
 
 
-def find_source_key(node: Any, name: str) -> str:
+def find_source_key(node: Any, name: Any) -> str:
     """Return the key to change for another value of `name`: where its reference leads, or its own."""
-    reference = re.fullmatch(r"\$\{([A-Za-z_][\w.]*)\}", str(dict(iterate_entries(OmegaConf.to_container(node)))[name]))
+    reference = re.fullmatch(r"\$\{(\.*)([A-Za-z_][\w.]*)\}", str(node._get_node(name)._value()))
     if reference is None:
         return node._get_full_key(name)
-    section, _, last = reference[1].rpartition(".")
-    return find_source_key(OmegaConf.select(node._get_root(), section) if section else node._get_root(), last)
-
-
-def list_alternatives(annotation: Any) -> list[Any]:
-    """List the members of a union, or the annotation itself."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [kind for member in typing.get_args(annotation) for kind in list_alternatives(member)]
-    return [annotation]
+    dots, path = reference.groups()
+    section, _, last = path.rpartition(".")
+    place = node if dots else node._get_root()
+    for _ in dots[1:]:
+        place = place._get_parent()
+    if section:
+        place = OmegaConf.select(place, section)
+    return find_source_key(place, last)
 
 
 def read_signature(target: Callable[..., Any]) -> inspect.Signature | None:

@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -23,11 +23,16 @@ OmegaConf.register_new_resolver("last_part", lambda path: Path(os.path.abspath(p
 
 
 def list_groups_and_keys(
-    config_name: str, config_dir: str | None, overrides: Sequence[str]
+    config_name: str,
+    config_dir: str | None,
+    overrides: Sequence[str],
+    *,
+    list_keys: Callable[[DictConfig], list[str]] = list_keys,
 ) -> tuple[list[str], list[str]]:
     """Return the groups and the dotted keys that can be overridden, as far as the configuration composes.
 
-    Without `overrides` where it does not compose with them; nothing where it does not compose at all.
+    Without `overrides` where it does not compose with them; nothing where it does not compose at all. `list_keys` says
+    which keys are meant.
     """
     searchpath = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     GlobalHydra.instance().clear()
@@ -38,8 +43,20 @@ def list_groups_and_keys(
                 initialize_config_module(CONFIG_PACKAGE, version_base=VERSION_BASE),
             ):
                 cfg = compose(config_name, overrides=[*accepted, *searchpath], return_hydra_config=True)
-                groups = GlobalHydra.instance().config_loader().list_groups("")
+                groups, keys = GlobalHydra.instance().config_loader().list_groups(""), list_keys(cfg)
         except COMPOSITION_ERRORS:
             continue
-        return groups, list_keys(cfg)
+        return groups, keys
     return [], []
+
+
+def list_options(group: str, config_name: str, config_dir: str | None, overrides: Sequence[str]) -> list[str]:
+    """Return the options of a group, those of the user's folders included; nothing where there is no such group."""
+    options: list[str] = []
+
+    def read_options(cfg: DictConfig) -> list[str]:
+        options.extend(GlobalHydra.instance().config_loader().get_group_options(group))
+        return []
+
+    list_groups_and_keys(config_name, config_dir, overrides, list_keys=read_options)
+    return options

@@ -13,7 +13,8 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from deepclust.config.composition import list_groups_and_keys
+from deepclust.config.composition import list_groups_and_keys, list_options
+from deepclust.config.keys import list_settable_keys
 from deepclust.config.suggestions import find_nearest_name, suggest_known_key
 from deepclust.config.value_errors import explain_value_error, quoted_name
 from deepclust.errors import InputError
@@ -37,6 +38,10 @@ class Composition:
         """List the groups and dotted keys that there are with these overrides."""
         return list_groups_and_keys(self.config_name, self.config_dir, overrides)
 
+    def list_settable(self, overrides: list[str]) -> list[str]:
+        """List the dotted keys that can be given a value, with these overrides."""
+        return list_groups_and_keys(self.config_name, self.config_dir, overrides, list_keys=list_settable_keys)[1]
+
 
 def explain_composition_error(
     error: Exception, *, command: str, config_name: str, config_dir: str | None, overrides: list[str]
@@ -47,6 +52,43 @@ def explain_composition_error(
         if (explained := explain(error, composition)) is not None:
             return explained
     return explain_by_its_text(error, composition)
+
+
+def check_chosen_options(*, command: str, config_name: str, config_dir: str | None, overrides: list[str]) -> None:
+    """Refuse options of groups that Hydra passes over, or that make it fail with an error of the program.
+
+    Raises:
+        InputError: for a recipe that does not exist, which Hydra takes for an optional one, and for an option that is
+            no name, such as `views=[1,[2]]`.
+    """
+    composition = Composition(command, config_name, config_dir, list(overrides))
+    try:
+        parsed = composition.parsed_overrides
+    except OverrideParseException:  # Hydra says so
+        return
+    for override in parsed:
+        if override.is_delete():
+            continue
+        key = override.key_or_group
+        chosen = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+        names = [name for choice in chosen for name in (choice if isinstance(choice, list) else [choice])]
+        if isinstance(chosen[0], list) and not all(isinstance(name, str) for name in names):
+            if key in composition.list_groups_and_keys([])[0]:
+                raise InputError(
+                    f"{override.input_line} does not name options",
+                    expected=f"an option of the group {key}, or a list of such",
+                    do=f"see {command} --help",
+                )
+        elif key == "recipe":
+            options = list_options(key, config_name, config_dir, composition.overrides)
+            for name in names:
+                if isinstance(name, str) and options and name not in options:
+                    nearest = find_nearest_name(name, options)
+                    raise InputError(
+                        f"the group {key} has no option {name!r}",
+                        expected=f"one of {', '.join(options)}",
+                        do=f"write {key}={nearest}" if nearest else f"leave {key} out",
+                    )
 
 
 # Matchers: (error, composition) -> InputError, or None for an error of another kind --------------------------------
@@ -105,7 +147,12 @@ def explain_unknown_key(error: Exception, composition: Composition) -> InputErro
             groups, keys = composition.list_groups_and_keys(others)
             return explain_key_of_some_options(
                 unknown, override, others, groups, keys, composition
-            ) or suggest_known_key(override, composition.command, [*groups, *keys])
+            ) or suggest_known_key(
+                override,
+                composition.command,
+                groups,
+                keys if override.is_delete() else composition.list_settable(others),
+            )
     return None
 
 

@@ -12,14 +12,25 @@ if TYPE_CHECKING:  # the command line suggests verbs without waiting for Hydra
 
 
 def find_nearest_name(word: str, known: Collection[str]) -> str | None:
-    """Return the shortest known name that ends in `.word`, else the one spelt most alike, else None."""
-    endings = sorted((name for name in known if name.endswith(f".{word}")), key=len)
-    candidates = endings or difflib.get_close_matches(word, sorted(known), n=1)
-    return candidates[0] if candidates else None
+    """Return the known name that is most likely meant by `word`; None if there is none.
+
+    It is the shortest one that ends in `.word`, else the shortest one with the same first and last part, else one that
+    is spelt alike, as a whole and in its last part.
+    """
+    by_length = sorted(known, key=lambda name: (len(name), name))
+    first, last = word.partition(".")[0], word.rpartition(".")[2]
+    endings = [name for name in by_length if name.endswith(f".{word}")]
+    inside = [name for name in by_length if name.startswith(f"{first}.") and name.endswith(f".{last}")]
+    alike = [
+        name
+        for name in difflib.get_close_matches(word, sorted(known), n=5)
+        if difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio() >= 0.6
+    ]
+    return next(iter([*endings, *inside, *alike]), None)
 
 
-def suggest_known_key(override: "Override", command: str, known: Collection[str]) -> InputError:
-    """Return the error for a mistyped key, with the known key or group that is spelt most alike."""
+def suggest_known_key(override: "Override", command: str, groups: Collection[str], keys: Collection[str]) -> InputError:
+    """Return the error for a mistyped key, with the known key or group that is most likely meant."""
     line, key = str(override.input_line), override.key_or_group
     section, _, name = key.rpartition(".")
     if section == "trainer" and not override.is_delete() and name in list_trainer_arguments():
@@ -29,7 +40,9 @@ def suggest_known_key(override: "Override", command: str, known: Collection[str]
             do=f"write +{line}",
         )
     # A key of Hydra's own and one of the job are not confused.
-    candidates = [name for name in known if name.startswith("hydra") == key.startswith("hydra")]
+    candidates = [
+        name for name in (*(() if section else groups), *keys) if name.startswith("hydra") == key.startswith("hydra")
+    ]
     nearest = find_nearest_name(key, candidates)
     return InputError(
         f"there is no key or group {key}",

@@ -1,43 +1,84 @@
 """Opening and checking images and labels in .npy and .npz files, and loading one such file as a data set."""
 
 import json
-import zipfile
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from deepclust.datasets.image_sources import ArraySource, ImageSet
+from deepclust.datasets.labels import number_classes
+from deepclust.datasets.mapped_arrays import ZIP_STARTS, map_array, read_npz
+from deepclust.datasets.value_ranges import (
+    MeasuredValues,
+    ValueRange,
+    ValueRanges,
+    choose_missing_ranges,
+    describe_ranges,
+    is_outside,
+    kind_of_values,
+    list_some,
+    scale_to_8_bit,
+)
 from deepclust.errors import InputError
+from deepclust.number_types import PositiveInt
+
+logger = logging.getLogger(__name__)
 
 
-def load_array_file(*, path: str, channels: int | None, num_classes: int | None) -> ImageSet:
+def load_array_file(
+    *,
+    path: str,
+    channels: PositiveInt | None,
+    num_classes: PositiveInt | None,
+    value_ranges: ValueRanges | None = None,
+) -> ImageSet:
     """Load the images of a .npy or .npz file; all are both fitted and evaluated.
 
-    `channels` is 3 to read grey images with three equal channels; None keeps the channels of the file.
+    `channels` is 3 to read grey images with three equal channels; None keeps the channels of the file. Other values
+    than uint8 are scaled by `value_ranges`; where those say nothing, by what `choose_range` finds in the file.
 
     Raises:
-        InputError: as `open_array_file`, or if a label is not below `num_classes`, or if `channels` is 1 and the images
-            have colours.
+        InputError: as `open_array_file`, or if the labels are not `num_classes` classes, or if `channels` is 1 and the
+            images have colours, or if the images have one pixel only.
     """
-    images, labels = open_array_file(path)
+    file = Path(path).expanduser()
+    array, labels = read_array_file(file)
+    ranges = find_array_ranges(file, array, value_ranges)
+    images = to_uint8_images(file, array, ranges)
+    class_names = None
     if labels is not None:
-        check_labels(Path(path), labels, num_classes)
+        labels, class_names = number_classes({file: labels}, num_classes=num_classes, class_names=None)
+    check_more_than_one_pixel(file, images)
     if channels is not None:
-        check_channels(Path(path), images, channels)
+        check_channels(file, images, channels)
     source = ArraySource([images], channels)
-    return ImageSet(source, source, labels=labels)
+    return ImageSet(source, source, labels=labels, class_names=class_names, value_ranges=ranges or None)
 
 
-def open_array_file(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+def open_array_file(path: str, value_ranges: ValueRanges | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Return images as uint8 (M, H, W, 1 or 3) and, if the file holds any, labels (M,) as int64, else None.
 
-    A .npy file holds the images and is read memory-mapped. A .npz file holds an array `images`, or a single
-    array of any name besides `labels`, which may be missing. Floats from 0 to 1 are scaled to 0 to 255.
+    A .npy file holds the images; uint8 is read memory-mapped. A .npz file holds an array `images`, or a single array of
+    any name besides `labels`, which may be missing. Other values than uint8 are scaled by `value_ranges`; where those
+    say nothing, by what `choose_range` finds in the file.
 
     Raises:
         InputError: if the file is missing or holds something else.
     """
     file = Path(path).expanduser()
+    array, labels = read_array_file(file)
+    images = to_uint8_images(file, array, find_array_ranges(file, array, value_ranges))
+    return images, None if labels is None else labels.astype(np.int64)
+
+
+def read_array_file(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return images (M, H, W, 1 or 3) of any type of number and, if the file holds any, labels (M,) of integers.
+
+    Raises:
+        InputError: if the file is missing or holds something else.
+    """
     if not file.is_file():
         raise InputError(
             f"{file} is not a file",
@@ -45,30 +86,18 @@ def open_array_file(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             do="set dataset.path=FILE",
         )
     try:
-        content = np.load(file, mmap_mode="r", allow_pickle=False)
-        arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with open(file, "rb") as opened:
+            is_npz = opened.read(4) in ZIP_STARTS
+        arrays = read_npz(file) if is_npz else {"images": map_array(file)}
+    except InputError:
+        raise
+    except Exception as error:  # a broken archive can raise nearly any exception
         raise InputError(
             f"{file} cannot be read: {first_line_of(error)}",
             expected="a .npy or .npz file of numbers",
             do="write it with numpy.save(FILE, images) or numpy.savez(FILE, images=images, labels=labels)",
         ) from error
-    labels = arrays.pop("labels", None)
-    if "images" not in arrays and len(arrays) != 1:
-        raise InputError(
-            f"{file} holds {', '.join(arrays) or 'no array of images'}",
-            expected="an array named images",
-            do="write it with numpy.savez(FILE, images=images, labels=labels)",
-        )
-    images = to_uint8_images(file, arrays["images"] if "images" in arrays else next(iter(arrays.values())))
-    if labels is not None:
-        check_labels_shape(file, labels, len(images))
-        labels = labels.astype(np.int64)
-    return images, labels
-
-
-def to_uint8_images(file: Path, array: np.ndarray) -> np.ndarray:
-    """Return an array of images, which was read from `file`, as uint8 (M, H, W, 1 or 3)."""
+    array, labels = arrays["images"], arrays.get("labels")
     images = array[..., None] if array.ndim == 3 else array
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         is_channels_first = images.ndim == 4 and images.shape[1] in (1, 3)
@@ -79,15 +108,82 @@ def to_uint8_images(file: Path, array: np.ndarray) -> np.ndarray:
             if is_channels_first
             else "write the images in one of these shapes",
         )
+    if labels is not None:
+        check_labels_shape(file, labels, len(images))
+    return images, labels
+
+
+def measure_rows(file: Path, images: np.ndarray) -> list[MeasuredValues]:
+    """Return the values of each image (M, H, W, channels) that was read from `file`; none for uint8.
+
+    Raises:
+        InputError: if they are no numbers, or not finite.
+    """
     if images.dtype == np.uint8:
-        return images
-    if images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
-        return np.rint(images * 255).astype(np.uint8)
-    raise InputError(
-        f"{file} holds {array.dtype} values" + (" below 0 or above 1" if array.dtype.kind == "f" else ""),
-        expected="uint8 from 0 to 255, or floats from 0 to 1",
-        do="scale the images and write them as uint8",
+        return []
+    kind = kind_of_values(images)
+    if kind is None:
+        raise InputError(f"{file} holds {images.dtype} values", expected="numbers", do="write the images as uint8")
+    lows, highs = (
+        np.concatenate([extreme(chunk, axis=(1, 2, 3)) for chunk in in_chunks(images)]).tolist()
+        for extreme in (np.min, np.max)
     )
+    bad_rows = np.flatnonzero(~np.isfinite(np.array([lows, highs], np.float64)).all(0))
+    if len(bad_rows):
+        raise InputError(
+            f"{file} holds {images.dtype} values that are not finite in {len(bad_rows)} of {len(images)} images, "
+            f"such as image {bad_rows[0]}",
+            expected="finite numbers",
+            do="correct these images or leave them out",
+        )
+    return [MeasuredValues(kind, float(low), float(high)) for low, high in zip(lows, highs, strict=True)]
+
+
+def find_array_ranges(file: Path, images: np.ndarray, given: ValueRanges | None) -> dict[str, ValueRange]:
+    """Choose the range of the values of images (M, H, W, channels) that were read from `file`, unless it is `given`.
+
+    Images outside a range that is given are named in a warning. For uint8 there is none to choose.
+
+    Raises:
+        InputError: if the values are no finite numbers, or a range that is given is none.
+    """
+    measured = measure_rows(file, images)
+    ranges = choose_missing_ranges(measured, given)
+    if measured:
+        kind = measured[0].kind
+        logger.info("the values of %s are scaled to 0 to 255: %s", file, describe_ranges({kind: ranges[kind]}))
+    outside = [str(row) for row, item in enumerate(measured) if is_outside(item, ranges)]
+    if outside:
+        logger.warning(
+            "%d of %d images in %s hold values outside %s, which are clipped: images %s",
+            *(len(outside), len(images), file, describe_ranges(ranges), list_some(outside)),
+        )
+    return ranges
+
+
+def in_chunks(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the images in order, some megabytes at a time, so that a memory-mapped file need not fit into memory."""
+    size = max(2**26 // max(images[:1].nbytes, 1), 1)
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def to_uint8_images(file: Path, images: np.ndarray, value_ranges: ValueRanges) -> np.ndarray:
+    """Return images (M, H, W, channels), which were read from `file`, as uint8, scaled by the range of their kind."""
+    kind = kind_of_values(images)
+    if kind is None:
+        return images
+    return np.concatenate([scale_to_8_bit(chunk, value_ranges[kind]) for chunk in in_chunks(images)])
+
+
+def check_more_than_one_pixel(file: Path, images: np.ndarray) -> None:
+    """Refuse images of one pixel, which are rows of a table."""
+    if images.shape[1:3] == (1, 1):
+        raise InputError(
+            f"{file} holds images of {format_shape(images)}",
+            expected="images of more than one pixel",
+            do="write the numbers as a table and use it with dataset=features (train_features.npy, float32)",
+        )
 
 
 def open_npy(file: Path, expected: str) -> np.ndarray:
@@ -99,7 +195,7 @@ def open_npy(file: Path, expected: str) -> np.ndarray:
             do="put it there, or leave its split out of dataset.source.fit, evaluate and extra",
         )
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return map_array(file)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(
             f"{file} cannot be read: {first_line_of(error)}",
@@ -117,12 +213,11 @@ def open_images(file: Path) -> np.ndarray:
     return array
 
 
-def open_labels(file: Path, count: int, num_classes: int | None) -> np.ndarray:
-    """Return the labels (count,) of a .npy file as int64."""
+def open_labels(file: Path, count: int) -> np.ndarray:
+    """Return the labels (count,) of a .npy file, which are integers of any type."""
     labels = open_npy(file, f"int64 ({count},), one label an image")
     check_labels_shape(file, labels, count)
-    check_labels(file, labels, num_classes)
-    return labels.astype(np.int64)
+    return labels
 
 
 def read_class_names(file: Path, num_classes: int | None) -> list[str] | None:
@@ -170,17 +265,6 @@ def check_labels_shape(file: Path, labels: np.ndarray, count: int) -> None:
             f"the labels in {file} are {labels.dtype} {labels.shape}",
             expected=f"int64 ({count},), one label an image",
             do="write the file again",
-        )
-
-
-def check_labels(file: Path, labels: np.ndarray, num_classes: int | None) -> None:
-    """Refuse labels that are neither a class nor -1 (unknown)."""
-    if labels.min() < -1 or (num_classes is not None and labels.max() >= num_classes):
-        upper = "" if num_classes is None else f" to {num_classes - 1}, for dataset.num_classes is {num_classes}"
-        raise InputError(
-            f"the labels in {file} go from {labels.min()} to {labels.max()}",
-            expected=f"classes from 0{upper}",
-            do="correct the labels or dataset.num_classes",
         )
 
 

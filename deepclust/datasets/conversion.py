@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from deepclust.datasets.image_decoding import CHUNK_SIZE, decode_in_chunks, find_image_files
+from deepclust.datasets.image_decoding import CHUNK_SIZE, decode_in_chunks, find_image_files, find_value_ranges
+from deepclust.datasets.image_formats import describe_passed_over
+from deepclust.datasets.value_ranges import ValueRanges, describe_ranges
+from deepclust.engine.csv_cells import path_cell
+from deepclust.engine.output_files import write_array
 from deepclust.engine.progress import track
 from deepclust.errors import InputError
+from deepclust.number_types import PositiveInt
 
 logger = logging.getLogger(__name__)
 
@@ -61,35 +67,36 @@ def make_folder_once(folder: Path, make: Callable[[Path], None], *, ready: Calla
 def write_image_array(file: Path, chunks: Iterable[np.ndarray], *, shape: tuple[int, int, int], total: int) -> int:
     """Write chunks (n, H, W, C) of uint8 images, one after the other, as one .npy array (M, H, W, C); return M.
 
-    `shape` is (H, W, C). `total` is the expected number of images; only the progress bar uses it.
+    `shape` is (H, W, C). `total` is the expected number of images, for the progress bar and for the space on the disk.
     """
-    count = 0
-    with open(file, "wb") as out:
-        write_npy_header(out, (0, *shape))
-        for chunk in track(chunks, f"writing {file.name}", total, size=len):
-            out.write(chunk.tobytes())
-            count += len(chunk)
-        out.seek(0)
-        write_npy_header(out, (count, *shape))
-    return count
+    tracked = track(chunks, f"writing {file.name}", total, size=len)
+    return write_array(file, tracked, row_shape=shape, dtype=np.uint8, total=total)
 
 
-def write_npy_header(out: Any, shape: tuple[int, ...]) -> None:
-    # NumPy pads the header so that any length of the first dimension fits. It can thus be overwritten at the end.
-    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+def write_labels(file: Path, labels: np.ndarray) -> None:
+    """Write labels (M,) as a .npy file."""
+    write_array(file, [labels], row_shape=(), dtype=labels.dtype, total=len(labels))
 
 
 def write_unreadable_list(folder: Path, unreadable: Sequence[tuple[str, str]]) -> None:
     """Write one line for each unreadable file, with the reason, into unreadable.txt in `folder`."""
     with open(folder / "unreadable.txt", "w", encoding="utf-8", errors="surrogateescape") as out:
-        out.writelines(f"{path}\t{reason}\n" for path, reason in unreadable)
+        out.writelines(f"{path_cell(path)}\t{reason}\n" for path, reason in unreadable)
 
 
 def decode_readable_images(
-    paths: Sequence[str], unreadable: list[tuple[str, str]], *, image_size: int, channels: int
+    paths: Sequence[str],
+    unreadable: list[tuple[str, str]],
+    *,
+    image_size: int,
+    channels: int,
+    value_ranges: ValueRanges,
+    max_megapixels: float | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the images of files in chunks; files that cannot be read are added to `unreadable` with the reason."""
-    for _, images, failed in decode_in_chunks(paths, image_size=image_size, channels=channels):
+    for _, images, failed in decode_in_chunks(
+        paths, image_size=image_size, channels=channels, value_ranges=value_ranges, max_megapixels=max_megapixels
+    ):
         unreadable += failed
         yield images
 
@@ -127,7 +134,7 @@ def from_torchvision(
         shape = pil_to_array(images[0][0]).shape
         write_image_array(work / f"{split}_images.npy", read_in_chunks(images, labels), shape=shape, total=len(images))
         if max(labels) >= 0:  # STL-10 marks its unlabelled images with -1
-            np.save(work / f"{split}_labels.npy", np.array(labels, np.int64))
+            write_labels(work / f"{split}_labels.npy", np.array(labels, np.int64))
             names = getattr(images, "classes", None) or range(max(labels) + 1)
             (work / "class_names.json").write_text(json.dumps([str(name) for name in names]) + "\n")
 
@@ -155,9 +162,9 @@ def from_class_folders(
     root: str | None,
     splits: Sequence[str],
     classes: Mapping[str, str] | None,
-    num_classes: int,
-    image_size: int,
-    channels: int,
+    num_classes: PositiveInt,
+    image_size: PositiveInt,
+    channels: PositiveInt,
 ) -> None:
     """Write the images in ROOT/SPLIT/CLASS/**/FILE as arrays (M, image_size, image_size, channels) into `work`.
 
@@ -168,15 +175,20 @@ def from_class_folders(
         InputError: if a folder is missing or the number of classes is not `num_classes`.
     """
     unreadable: list[tuple[str, str]] = []
-    for split in splits:
-        paths, labels, names = find_class_files(root, split, classes=classes, num_classes=num_classes)
+    found = {split: find_class_files(root, split, classes=classes, num_classes=num_classes) for split in splits}
+    value_ranges, _ = find_value_ranges([path for paths, _, _ in found.values() for path in paths], None)
+    if value_ranges:
+        logger.info("of more than 8 bits, and scaled to 0 to 255: %s", describe_ranges(value_ranges))
+    for split, (paths, labels, names) in found.items():
         failed: list[tuple[str, str]] = []
-        chunks = decode_readable_images(paths, failed, image_size=image_size, channels=channels)
+        chunks = decode_readable_images(
+            paths, failed, image_size=image_size, channels=channels, value_ranges=value_ranges
+        )
         shape = (image_size, image_size, channels)
         write_image_array(work / f"{split}_images.npy", chunks, shape=shape, total=len(paths))
         failed_paths = {path for path, _ in failed}
         is_readable = np.array([path not in failed_paths for path in paths])
-        np.save(work / f"{split}_labels.npy", labels[is_readable])
+        write_labels(work / f"{split}_labels.npy", labels[is_readable])
         (work / "class_names.json").write_text(json.dumps(names) + "\n")
         unreadable += failed
     if unreadable:
@@ -220,8 +232,10 @@ def find_class_files(
         )
     paths: list[str] = []
     labels: list[int] = []
+    passed_over: Counter[str] = Counter()
     for label, name in enumerate(chosen):
-        files, _ = find_image_files(folder / name)
+        files, other_counts = find_image_files(folder / name)
+        passed_over += other_counts
         if not files:
             raise InputError(
                 f"{folder / name} holds no image file",
@@ -230,5 +244,7 @@ def find_class_files(
             )
         paths += [str(folder / name / path) for path, _, _ in files]
         labels += [label] * len(files)
+    if passed_over:
+        logger.info("files in %s are passed over: %s", folder, describe_passed_over(passed_over))
     names = chosen if classes is None else [classes[name] for name in chosen]
     return paths, np.array(labels, np.int64), names

@@ -8,6 +8,7 @@ name), with the names of deepclust/views/random_draws.py.
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from deepclust.batch import Draws, ImageBatch, TrainBatch
+from deepclust.datasets.batch_checks import check_batch_statistics
 from deepclust.datasets.image_sources import ImageSource, ResidentSource
 from deepclust.engine import distributed
 from deepclust.engine.randomness import make_generator
+from deepclust.engine.training_length import count_batches_taken
 from deepclust.errors import InputError
+from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
 from deepclust.views.multiview import MultiView
 from deepclust.views.random_draws import COMPANION_VIEWS_KEY, VIEWS_KEY
 
@@ -31,9 +35,13 @@ EXTRA_ORDER_KEY = "order of extra images"
 class ImageDataModule(LightningDataModule):
     """Makes batches of views, on the device, of the images in `fit` and `extra`. It holds no labels.
 
-    An epoch is one pass over `extra`, if given, followed by one over `fit`. Each pass takes every image once, in an
-    order that depends on the seed and the epoch only. If the method gives `sampling_weights`, the images of `fit` are
-    drawn with these weights instead.
+    A pass of the data is one over `extra`, if the method uses it in this epoch, followed by one over `fit`. It takes
+    every image once, in an order that depends on the seed and the epoch only. If the method gives `sampling_weights`,
+    the images of `fit` are drawn with these weights instead.
+
+    An epoch is a pass of the data. Where gradients are accumulated over A batches, accumulation runs over the end of a
+    pass: an epoch then ends with the optimiser step in which the pass ends, up to A - 1 batches later, and the next one
+    begins there. Passes shorter than A batches are epochs of a single, smaller step.
 
     Args:
         fit: the images that are trained on and clustered.
@@ -57,11 +65,11 @@ class ImageDataModule(LightningDataModule):
         fit: ImageSource,
         extra: ImageSource | None,
         views: MultiView,
-        batch_size: int,
-        clean_batch_size: int,
+        batch_size: PositiveInt,
+        clean_batch_size: PositiveInt,
         drop_last: bool,
-        resident_bytes: float,
-        seed: int,
+        resident_bytes: NonNegativeFloat,
+        seed: AnyInt,
     ) -> None:
         super().__init__()
         self.fit = fit
@@ -85,8 +93,30 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int:
-        """The number of batches in an epoch, including those of `extra`."""
-        return self.count_batches(self.fit) + self.count_batches(self.extra)
+        """The number of batches in the current pass of the data, including those of `extra`."""
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        return self.count_batches_before(epoch + 1) - self.count_batches_before(epoch)
+
+    def uses_extra(self, epoch: int) -> bool:
+        """Return whether there are extra images and the method uses them in this epoch."""
+        return self.extra is not None and (self.trainer is None or self.method.uses_extra_images(epoch))
+
+    def count_batches_before(self, epoch: int) -> int:
+        """Return the number of batches in all passes before that of `epoch` (from 0)."""
+        num_extra_passes = sum(self.uses_extra(e) for e in range(epoch)) if self.extra is not None else 0
+        return epoch * self.count_batches(self.fit) + num_extra_passes * self.count_batches(self.extra)
+
+    def first_batch_of_epoch(self, epoch: int) -> int:
+        """Return at which batch, counted from 0 over all passes, an epoch begins; see the class about accumulation."""
+        num_accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        first = self.count_batches_before(epoch)
+        if self.count_batches(self.fit) < num_accumulated:
+            return first
+        return -(-first // num_accumulated) * num_accumulated
+
+    def count_batches_of_epoch(self, epoch: int) -> int:
+        """Return the number of batches from the beginning of an epoch to that of the next one."""
+        return self.first_batch_of_epoch(epoch + 1) - self.first_batch_of_epoch(epoch)
 
     def count_batches(self, source: ImageSource | None) -> int:
         """Return the number of batches in one pass over `source`."""
@@ -94,6 +124,13 @@ class ImageDataModule(LightningDataModule):
         # Batch statistics of fewer images would be too noisy, and every process needs some images.
         is_rest_a_batch = rest >= max(2, self.batch_size / 8) or (num_full == 0 and rest > 0)
         return num_full + (is_rest_a_batch and not self.drop_last)
+
+    def batch_sizes(self, source: ImageSource | None) -> list[int]:
+        """Return the sizes that the batches of one pass over `source` have: the usual one, and that of the last."""
+        num_batches = self.count_batches(source)
+        last = 0 if source is None or num_batches == 0 else len(source) - (num_batches - 1) * self.batch_size
+        sizes = [self.batch_size] * (num_batches > 1 or self.drop_last) + [last] * (not self.drop_last)
+        return sizes if num_batches else []
 
     def setup(self, stage: str) -> None:
         num_processes = distributed.world_size()
@@ -104,6 +141,22 @@ class ImageDataModule(LightningDataModule):
                 do=f"set batch_size={self.batch_size // num_processes * num_processes or num_processes}",
             )
         assert self.trainer is not None
+        if self.trainer.max_epochs != 0:
+            check_batch_statistics(
+                self.method,
+                [*self.batch_sizes(self.fit), *self.batch_sizes(self.extra)],
+                batch_size=self.batch_size,
+                num_processes=num_processes,
+            )
+        num_batches = self.batches_per_epoch
+        if count_batches_taken(self.trainer, num_batches) < 1:
+            raise InputError(
+                f"trainer.limit_train_batches leaves less than one of the {num_batches} batches of an epoch",
+                expected="at least one",
+                do="set trainer.limit_train_batches=1, or trainer.max_epochs=0 to train nothing",
+            )
+        if self.extra is not None or self.trainer.accumulate_grad_batches > 1:
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # epochs differ in length
         device = self.trainer.strategy.root_device
         self.uses_pinned_memory = device.type == "cuda"
         bytes_left = self.resident_bytes
@@ -124,12 +177,12 @@ class ImageDataModule(LightningDataModule):
         return TrainLoader(self)
 
     def draw_epoch_batches(self, epoch: int, weights: Tensor | None) -> list[np.ndarray]:
-        """Return the global batches of an epoch as arrays of indices.
+        """Return the global batches of the pass that belongs to an epoch, as arrays of indices.
 
         The batches of `extra` come first; the indices of its images begin at len(fit).
         """
         batches = []
-        if self.extra is not None:
+        if self.extra is not None and self.uses_extra(epoch):
             order = torch.randperm(len(self.extra), generator=make_generator(self.seed, EXTRA_ORDER_KEY, epoch))
             batches += self.split_into_batches(order + len(self.fit), self.count_batches(self.extra))
         generator = make_generator(self.seed, FIT_ORDER_KEY, epoch)
@@ -138,6 +191,16 @@ class ImageDataModule(LightningDataModule):
         else:
             order = torch.multinomial(weights.cpu(), len(self.fit), replacement=True, generator=generator)
         return batches + self.split_into_batches(order, self.count_batches(self.fit))
+
+    def list_epoch_batches(self, epoch: int, weights: Tensor | None) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Yield the global batches of an epoch: indices, the epoch to whose pass they belong, and the number in it."""
+        first, stop = self.first_batch_of_epoch(epoch), self.first_batch_of_epoch(epoch + 1)
+        for pass_epoch in (epoch, epoch + 1):
+            begin = self.count_batches_before(pass_epoch)
+            if begin < stop:
+                for number, indices in enumerate(self.draw_epoch_batches(pass_epoch, weights)):
+                    if first <= begin + number < stop:
+                        yield indices, pass_epoch, number
 
     def split_into_batches(self, order: Tensor, num_batches: int) -> list[np.ndarray]:
         """Return the indices `order` (M,) in batches; without `drop_last`, the last one takes all that remain."""
@@ -214,7 +277,9 @@ class TrainLoader:
         self.datamodule = datamodule
 
     def __len__(self) -> int:
-        return self.datamodule.batches_per_epoch
+        trainer = self.datamodule.trainer
+        assert trainer is not None
+        return self.datamodule.count_batches_of_epoch(trainer.current_epoch)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         # This is a Python generator: it starts when the first batch is asked for. By then the E-step is done, whose
@@ -223,12 +288,10 @@ class TrainLoader:
         assert trainer is not None
         method = self.datamodule.method
         epoch, num_done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        batches = self.datamodule.draw_epoch_batches(epoch, method.sampling_weights())
-        yield from prefetch(
-            partial(self.datamodule.read_batch, indices, epoch, number)
-            for number, indices in enumerate(batches)
-            if number >= num_done
-        )
+        batches = self.datamodule.list_epoch_batches(epoch, method.sampling_weights())
+        if trainer.overfit_batches:  # type: ignore[attr-defined]  # the same images in every epoch
+            batches = ((indices, epoch, number) for indices, _, number in self.datamodule.list_epoch_batches(0, None))
+        yield from prefetch(partial(self.datamodule.read_batch, *batch) for batch in islice(batches, num_done, None))
 
     # With these two methods, Lightning takes the loader for one that can continue in the middle of an epoch. Their
     # state is empty because __iter__ asks the trainer how many batches are done.

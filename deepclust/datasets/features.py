@@ -16,10 +16,12 @@ import numpy as np
 
 from deepclust.datasets.array_files import open_images, open_labels, open_npy, read_class_names
 from deepclust.datasets.image_sources import ArraySource, ImageSet, VectorSource
+from deepclust.datasets.labels import number_classes
 from deepclust.errors import InputError
+from deepclust.number_types import PositiveInt
 
 
-def load_features(*, path: str, num_classes: int | None) -> ImageSet:
+def load_features(*, path: str, num_classes: PositiveInt | None) -> ImageSet:
     """Load the vectors of a folder: the split train is fitted, and test is evaluated if it exists, else train.
 
     Raises:
@@ -42,12 +44,17 @@ def load_features(*, path: str, num_classes: int | None) -> ImageSet:
             do="make both files with the same network",
         )
     fit = VectorSource([train])
-    labels, pictures = folder / f"{evaluated_split}_labels.npy", folder / f"{evaluated_split}_images.npy"
+    label_file, pictures = folder / f"{evaluated_split}_labels.npy", folder / f"{evaluated_split}_images.npy"
+    labels, class_names = None, read_class_names(folder / "class_names.json", num_classes)
+    if label_file.is_file():
+        labels, class_names = number_classes(
+            {label_file: open_labels(label_file, len(test))}, num_classes=num_classes, class_names=class_names
+        )
     return ImageSet(
         fit=fit,
         evaluation=fit if evaluated_split == "train" else VectorSource([test]),
-        labels=open_labels(labels, len(test), num_classes) if labels.is_file() else None,
-        class_names=read_class_names(folder / "class_names.json", num_classes),
+        labels=labels,
+        class_names=class_names,
         paths=read_paths(folder / f"{evaluated_split}_paths.json", len(test)),
         pictures=ArraySource([open_pictures(pictures, len(test))]) if pictures.is_file() else None,
         name=folder.absolute().name,

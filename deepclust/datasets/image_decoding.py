@@ -5,17 +5,31 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling, Transpose
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of the content of a file; its name need not agree
-Image.init()  # loads the plugins of all formats, which Image.open does not do when formats are chosen
+from deepclust.datasets.image_formats import IMAGE_SUFFIXES, UnreadableImage, open_image
+from deepclust.datasets.value_ranges import (
+    DEFAULT_RANGES,
+    MeasuredValues,
+    ValueRange,
+    ValueRanges,
+    choose_missing_ranges,
+    is_outside,
+    kind_of_values,
+    scale_to_8_bit,
+)
+
+MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 CHUNK_SIZE = 256  # images that are decoded at a time, which bounds the memory
 
+# Tags of TIFF 6.0 for the range of the values; for signed and floating-point samples those of section 19.
+BITS_PER_SAMPLE_TAG, MIN_VALUE_TAGS, MAX_VALUE_TAGS = 258, (340, 280), (341, 281)
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, section 4.6.4
 TRANSPOSE_FOR_ORIENTATION = {  # from the stored image to the upright one
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -26,10 +40,6 @@ TRANSPOSE_FOR_ORIENTATION = {  # from the stored image to the upright one
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-
-
-class UnreadableImage(Exception):
-    """Raised for a file that cannot be decoded; the message is one line with the reason."""
 
 
 def find_image_files(folder: Path) -> tuple[list[tuple[str, int, int]], Counter[str]]:
@@ -77,27 +87,32 @@ def find_image_files(folder: Path) -> tuple[list[tuple[str, int, int]], Counter[
     return sorted(files), others
 
 
-def decode_image(path: str | os.PathLike[str], *, image_size: int, channels: int) -> np.ndarray:
+def decode_image(
+    path: str | os.PathLike[str],
+    *,
+    image_size: int,
+    channels: int,
+    value_ranges: ValueRanges | None = None,
+    max_megapixels: float | None = None,
+) -> np.ndarray:
     """Return the pixels of an image file as uint8 (image_size, image_size, channels); 1 channel is grey, 3 are RGB.
 
     The short side is resized to `image_size` (bilinear, antialiased), and the central square is taken. The image is
     turned upright as its EXIF orientation says. Transparent parts become white. Of several frames, the first is taken.
-    16-bit and 32-bit grey values from 0 to 65535 are scaled to 0 to 255, and so are float grey values from 0 to 1. A
-    large JPEG is decoded at a fraction of its size, which is at least twice `image_size`.
+    Grey values of more than 8 bits are scaled by `value_ranges` (see `find_value_ranges`) and clipped. Without them
+    integers go from 0 to 65535 and floats from 0 to 1. A large JPEG is decoded at a fraction of its size, which is at
+    least twice `image_size`.
 
     Raises:
-        UnreadableImage: if the file is missing, empty, truncated or not an image.
+        UnreadableImage: if the file is missing, empty, truncated or not an image, has more than `max_megapixels` to
+            decode (see `open_image`), or without `value_ranges` holds values outside the usual ones.
     """
-    mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
-            opened.draft(None, (2 * image_size, 2 * image_size))
+        with open_image(path, smallest_side=2 * image_size, max_megapixels=max_megapixels) as opened:
             opened.load()
-            image = to_opaque_8_bit(opened).convert(mode)
+            image = to_opaque_8_bit(opened, value_ranges).convert(MODE_OF_CHANNELS[channels])
             transpose = TRANSPOSE_FOR_ORIENTATION.get(opened.getexif().get(ORIENTATION_TAG, 1))
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        square = image.resize((image_size, image_size), Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        square = resize_to_square(image, image_size)
         upright = square if transpose is None else square.transpose(transpose)
         return np.array(upright).reshape(image_size, image_size, channels)
     except Exception as error:  # a decoder can raise nearly any exception on a broken file
@@ -105,23 +120,128 @@ def decode_image(path: str | os.PathLike[str], *, image_size: int, channels: int
         raise UnreadableImage(message.splitlines()[0]) from error
 
 
-def to_opaque_8_bit(image: Image.Image) -> Image.Image:
-    """Return the image with 8-bit values and without transparency."""
-    if image.mode.startswith("I"):
-        values = np.clip(np.asarray(image, np.float64), 0, 65535)
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.mode == "F":
-        return Image.fromarray(np.rint(np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8))
+def resize_to_square(image: Image.Image, image_size: int) -> Image.Image:
+    """Return the central square of an image, resized to `image_size` pixels a side (bilinear, antialiased)."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((image_size, image_size), Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+def convert_images(images: np.ndarray, *, image_size: int, channels: int) -> np.ndarray:
+    """Return uint8 images (n, H, W, 1 or 3) as `decode_image` would from files: (n, image_size, image_size, channels).
+
+    Images of that height and that many channels stay as they are.
+    """
+    if images.shape[1] == image_size and images.shape[3] == channels:
+        return np.asarray(images)
+    converted = []
+    for image in images:
+        pixels = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert(MODE_OF_CHANNELS[channels])
+        square = pixels if pixels.height == image_size else resize_to_square(pixels, image_size)
+        converted.append(np.asarray(square).reshape(square.height, square.width, channels))
+    return np.stack(converted)
+
+
+def to_opaque_8_bit(image: Image.Image, value_ranges: ValueRanges | None) -> Image.Image:
+    """Return the image with 8-bit values and without transparency.
+
+    Raises:
+        UnreadableImage: without `value_ranges`, if the values are outside the usual ones.
+    """
+    if has_more_than_8_bits(image):
+        measured = measure_values(image)
+        ranges = value_ranges if value_ranges and measured.kind in value_ranges else DEFAULT_RANGES
+        if ranges is DEFAULT_RANGES and is_outside(measured, ranges):
+            raise UnreadableImage(f"it holds values from {measured.low:.6g} to {measured.high:.6g}")
+        return Image.fromarray(scale_to_8_bit(np.asarray(image), ranges[measured.kind]))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image
 
 
+# The range of the values of a set of files ------------------------------------------------------------------
+
+
+def find_value_ranges(
+    paths: Sequence[str], given: ValueRanges | None, *, max_megapixels: float | None = None
+) -> tuple[dict[str, ValueRange], list[str]]:
+    """Choose the ranges of the grey values of more than 8 bits in image files (`choose_range`), as one set.
+
+    Ranges that are `given` stay. Of other files only the beginning is read.
+
+    Returns:
+        The ranges by kind of value, and the files with values outside the ranges, which will be clipped.
+
+    Raises:
+        InputError: if a range that is given is none.
+    """
+    with ThreadPoolExecutor() as pool:
+        items = pool.map(partial(measure_file, max_megapixels=max_megapixels), paths)
+        measured = [(path, item) for path, item in zip(paths, items, strict=True) if item]
+    ranges = choose_missing_ranges((item for _, item in measured), given)
+    return ranges, [path for path, item in measured if is_outside(item, ranges)]
+
+
+def measure_file(path: str, max_megapixels: float | None) -> MeasuredValues | None:
+    """Return the values of an image file of more than 8 bits; None for any other, and for one that cannot be read."""
+    try:
+        with open_image(path, smallest_side=1, max_megapixels=max_megapixels) as opened:
+            return measure_values(opened) if has_more_than_8_bits(opened) else None
+    except Exception:  # `decode_image` will say what is wrong with the file
+        return None
+
+
+def has_more_than_8_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def measure_values(image: Image.Image) -> MeasuredValues:
+    """Return what is known of the values of an image of more than 8 bits.
+
+    Raises:
+        UnreadableImage: if none of its values is a finite number.
+    """
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        raise UnreadableImage("it holds no finite number")
+    kind = kind_of_values(values)
+    assert kind is not None
+    return MeasuredValues(kind, float(finite.min()), float(finite.max()), read_declared_range(image))
+
+
+def read_declared_range(image: Image.Image) -> ValueRange | None:
+    """Return the range that the tags of a TIFF state; None where they only state what its type can hold."""
+    tags = getattr(image, "tag_v2", {})
+
+    def read(names: tuple[int, ...]) -> float | None:
+        value = next((tags[name] for name in names if name in tags), None)
+        first = value[0] if isinstance(value, tuple) and value else value
+        return float(first) if isinstance(first, Real) else None
+
+    bits, high = read((BITS_PER_SAMPLE_TAG,)), read(MAX_VALUE_TAGS)
+    if bits is None or (high is None and not 8 < bits < 16):
+        return None
+    high = 2**bits - 1 if high is None else high
+    if image.mode != "F" and bits in (16, 32) and high in (2**bits - 1, 2 ** (bits - 1) - 1):
+        return None
+    low = read(MIN_VALUE_TAGS) or 0.0
+    return (low, high) if low < high else None
+
+
+# Many files -------------------------------------------------------------------------------------------------
+
+
 def decode_in_chunks(
-    paths: Sequence[str], *, image_size: int, channels: int
+    paths: Sequence[str],
+    *,
+    image_size: int,
+    channels: int,
+    value_ranges: ValueRanges | None = None,
+    max_megapixels: float | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray, list[tuple[str, str]]]]:
-    """Decode many image files in threads, chunk by chunk and in order.
+    """Decode many image files in threads, chunk by chunk and in order, as `decode_image` does.
 
     Yields:
         For each chunk, the paths that could be read, their images as uint8 (n, image_size, image_size, channels), and
@@ -130,7 +250,13 @@ def decode_in_chunks(
 
     def decode_or_explain(path: str) -> np.ndarray | str:
         try:
-            return decode_image(path, image_size=image_size, channels=channels)
+            return decode_image(
+                path,
+                image_size=image_size,
+                channels=channels,
+                value_ranges=value_ranges,
+                max_megapixels=max_megapixels,
+            )
         except UnreadableImage as error:
             return str(error)
 

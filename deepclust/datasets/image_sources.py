@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from deepclust.datasets.image_decoding import UnreadableImage, decode_image
+from deepclust.datasets.mapped_arrays import check_not_cut_short
+from deepclust.datasets.value_ranges import ValueRanges
 from deepclust.errors import InputError
 
 
@@ -40,11 +42,16 @@ class JoinedArrays:
         return int(self.starts[-1])
 
     def read(self, indices: np.ndarray, row_shape: tuple[int, ...]) -> np.ndarray:
-        """Return the rows at `indices` (N,), each broadcast to `row_shape`, as (N, *row_shape)."""
+        """Return the rows at `indices` (N,), each broadcast to `row_shape`, as (N, *row_shape).
+
+        Raises:
+            InputError: if a memory-mapped file has become shorter meanwhile.
+        """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices {indices.min()} to {indices.max()} of {len(self)} rows")
         rows = np.empty((len(indices), *row_shape), self.arrays[0].dtype)
         for array, start, stop in zip(self.arrays, self.starts[:-1], self.starts[1:], strict=True):
+            check_not_cut_short(array)
             in_array = (indices >= start) & (indices < stop)
             rows[in_array] = array[indices[in_array] - start]
         return rows
@@ -146,3 +153,4 @@ class ImageSet:
     paths: list[str] | None = None  # one per evaluation image, if each has a file of its own
     pictures: ImageSource | None = None  # the images that the evaluation vectors were made of, if known
     name: str | None = None  # if the configuration does not tell it
+    value_ranges: ValueRanges | None = None  # by which values of more than 8 bits were scaled; None if there were none

@@ -25,7 +25,9 @@ from deepclust.datasets.array_files import (
 )
 from deepclust.datasets.conversion import find_class_files, make_folder_once
 from deepclust.datasets.image_sources import ArraySource, FileSource, ImageSet
+from deepclust.datasets.labels import number_classes
 from deepclust.errors import InputError
+from deepclust.number_types import PositiveInt
 
 
 def load_arrays(
@@ -34,8 +36,8 @@ def load_arrays(
     fit: Sequence[str],
     evaluate: Sequence[str] | None,
     extra: Sequence[str],
-    channels: int,
-    num_classes: int | None,
+    channels: PositiveInt,
+    num_classes: PositiveInt | None,
     make: Callable[[Path], None] | None,
 ) -> ImageSet:
     """Load a data set that is kept as arrays in `folder`; `make` fills this folder if it is missing or empty.
@@ -46,7 +48,7 @@ def load_arrays(
         evaluate: splits that are evaluated; None evaluates the images of `fit` (the merged protocol).
         extra: splits of unlabelled images that only help the representation.
         channels: channels of the images as they are read; with 3, grey images have three equal channels.
-        num_classes: labels must be below it. Only if it is None may the labels be missing.
+        num_classes: number of classes (see `number_classes`). Only if it is None may the labels be missing.
         make: fills an empty folder with the arrays; None if they cannot be made.
 
     Raises:
@@ -67,17 +69,20 @@ def load_arrays(
 
     label_files = {split: array_folder / f"{split}_labels.npy" for split in evaluated_splits}
     has_labels = num_classes is not None or any(file.exists() for file in label_files.values())
+    labels, class_names = None, read_class_names(array_folder / "class_names.json", num_classes)
+    if has_labels:
+        labels, class_names = number_classes(
+            {file: open_labels(file, len(images[split])) for split, file in label_files.items()},
+            num_classes=num_classes,
+            class_names=class_names,
+        )
     fit_source = make_source(fit)
     return ImageSet(
         fit=fit_source,
         evaluation=fit_source if evaluated_splits == list(fit) else make_source(evaluated_splits),
         extra=make_source(extra) if extra else None,
-        labels=np.concatenate(
-            [open_labels(file, len(images[split]), num_classes) for split, file in label_files.items()]
-        )
-        if has_labels
-        else None,
-        class_names=read_class_names(array_folder / "class_names.json", num_classes),
+        labels=labels,
+        class_names=class_names,
     )
 
 
@@ -168,7 +173,7 @@ def load_cifar20(
     cifar100: str,
     fit: Sequence[str],
     evaluate: Sequence[str] | None,
-    channels: int,
+    channels: PositiveInt,
     make: Callable[[Path], None] | None,
 ) -> ImageSet:
     """Load CIFAR-100 with its 20 superclasses as classes.
@@ -203,10 +208,10 @@ def load_class_folders(
     root: str | None,
     fit: Sequence[str],
     evaluate: Sequence[str] | None,
-    image_size: int,
-    channels: int,
-    num_classes: int,
-    num_workers: int,
+    image_size: PositiveInt,
+    channels: PositiveInt,
+    num_classes: PositiveInt,
+    num_workers: PositiveInt,
 ) -> ImageSet:
     """Load the image files ROOT/SPLIT/CLASS/**/FILE, which are decoded at `image_size` each time they are read.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deepclust.engine import distributed, graph_recording
+from deepclust.engine.batch_norm_groups import GroupedBatchNorm
 from deepclust.engine.graph_recording import Recording
 from deepclust.errors import InputError
 
@@ -101,6 +102,7 @@ class ReplayedFunction:
             *((x.shape, x.stride(), x.dtype, grad and x.requires_grad) for x in inputs),
             *(grad and w.requires_grad for w in self.weights.values()),
             *(m.training for m in self.modules),
+            *(m.groups.signature for m in self.modules if isinstance(m, GroupedBatchNorm)),
             *(grad, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
 

@@ -9,12 +9,35 @@ import torch
 from torch.optim import Optimizer
 
 from deepclust.engine import distributed
+from deepclust.engine.batch_norm_groups import group_batch_norm
 from deepclust.engine.cuda_graphs import AcceleratedFunctions
 from deepclust.errors import InputError
 
 
+def check_accelerator(accelerator: str, *, key: str) -> None:
+    """Check that this machine has what `accelerator` names, the value of the key `key` of a configuration.
+
+    Raises:
+        InputError: if it has not; it names the key.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = {"auto": True, "cpu": True, "gpu": has_cuda or has_mps, "cuda": has_cuda, "mps": has_mps}
+    if not available.get(accelerator, False):
+        is_known = accelerator in available
+        raise InputError(
+            f"{key} is {accelerator}" + (", and torch finds no such device on this machine" if is_known else ""),
+            expected=" or ".join(name for name, is_there in available.items() if is_there),
+            do=f"set {key}=auto" + (", or hardware=auto" if key.startswith("hardware.") else ""),
+        )
+
+
 def select_device(accelerator: str) -> torch.device:
-    """Return the device that `accelerator` (auto, cpu, gpu) means on this machine."""
+    """Return the device that `accelerator` (auto, cpu, gpu) means on this machine.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    check_accelerator(accelerator, key="accelerator")
     use_gpu = torch.cuda.is_available() if accelerator == "auto" else accelerator in ("gpu", "cuda")
     return torch.device("cuda" if use_gpu else "cpu")
 
@@ -32,13 +55,14 @@ def apply_hardware_options(
     *,
     channels_last: bool,
     sync_batchnorm: bool,
+    batch_norm_groups: int,
     compile: str | None,
     graphs: bool,
     fused_optimizer: bool,
 ) -> None:
     """Prepare a new method and its views for the devices and processes that it is trained on.
 
-    The options are those of conf/hardware, and `sync_batchnorm`.
+    The options are those of conf/hardware, `sync_batchnorm` and `batch_norm_groups`.
 
     Raises:
         InputError: if `compile` is a mode of torch.compile that makes its own CUDA graphs.
@@ -47,6 +71,8 @@ def apply_hardware_options(
         method.to(memory_format=torch.channels_last)
     if sync_batchnorm:
         distributed.synchronise_batch_norm(method)
+    if batch_norm_groups > 1:
+        method.batch_norm_groups = group_batch_norm(method, batch_norm_groups)
     if compile in ("reduce-overhead", "max-autotune"):
         raise InputError(
             f"hardware.compile={compile} makes its own CUDA graphs",

@@ -55,6 +55,17 @@ def all_gather(rows: Tensor) -> Tensor:
     return rows.detach() if world_size() == 1 else _all_gather_uneven(rows.detach(), all_row_counts(rows))
 
 
+def all_gather_views(rows: Tensor, num_views: int) -> Tensor:
+    """Return the rows (V * n_r, ...) of all processes as (V * N, ...), without gradient.
+
+    Rows are those of V views of a batch, one view after the other, in both; the images of a view are in rank order.
+    """
+    if world_size() == 1:
+        return rows.detach()
+    images_first = rows.unflatten(0, (num_views, -1)).transpose(0, 1)
+    return all_gather(images_first).transpose(0, 1).flatten(0, 1)
+
+
 def all_gather_with_gradient(rows: Tensor) -> Tensor:
     """Return the rows (n_r, ...) of all processes in rank order; their gradients are summed over the processes.
 
@@ -84,6 +95,15 @@ class _AllGatherWithGradient(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
         return gradient[ctx.own_rows], None
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Return the mean of `values` over all processes, without gradient; a single process gets them as they are."""
+    if world_size() == 1:
+        return values.detach()
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
 
 
 def broadcast_buffers(module: nn.Module) -> None:

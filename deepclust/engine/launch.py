@@ -6,16 +6,21 @@ finds a ready process group.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deepclust.errors import InputError
 from deepclust.exit_codes import exit_code_of_signal
 
+log = logging.getLogger(__name__)
+
+ELASTIC_LOGGERS = ("distributed.elastic.multiprocessing.api", "multiprocessing.spawn")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # options of glibc's mallopt, by their numbers in malloc.h
 
 
@@ -38,11 +43,13 @@ def run_on_devices(
             expected="hardware=ddp or hardware=slurm for several",
             do=f"set hardware=ddp hardware.devices={num_devices}, and other hardware options as needed",
         )
+    check_launcher(num_nodes)
     if processes_exist():
         check_processes(num_devices, num_nodes)
     if num_devices == 1 or processes_exist():
         return work(*arguments)
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from deepclust.engine.signals import STOP_SIGNALS, call_handler, restore_handlers
@@ -60,16 +67,57 @@ def run_on_devices(
         signals_to_handle=",".join(number.name for number in handlers),  # these are passed on to the processes
     )
     try:
-        results = elastic_launch(config, call_in_worker)(work, *arguments)
+        with stopped_processes_not_logged():
+            results = elastic_launch(config, call_in_worker)(work, *arguments)
     except SignalException as stopped:
         call_handler(handlers[stopped.sigval], signal.Signals(stopped.sigval))
         sys.exit(exit_code_of_signal(stopped.sigval))
+    except ChildFailedError as failed:
+        number = find_stopping_signal(failed.get_first_failure()[1].exitcode)
+        if number is None:
+            raise
+        log.warning("a process of the run was stopped by %s", number.name)
+        call_handler(handlers.get(number), number)
+        sys.exit(exit_code_of_signal(number))
     finally:
         restore_handlers(handlers)
     for result in results.values():
         if isinstance(result, InputError):
             raise result
     return results[0]
+
+
+def find_stopping_signal(exit_code: int) -> signal.Signals | None:
+    """Return the signal that ended a process with this exit code, at once (-number) or after its checkpoint; or None.
+
+    A process that asks all others to stop has `exit_code_of_signal`.
+    """
+    from deepclust.engine.signals import STOP_SIGNALS
+
+    if exit_code < 0:
+        return signal.Signals(-exit_code)
+    return next((number for number in STOP_SIGNALS if exit_code == exit_code_of_signal(number)), None)
+
+
+@contextmanager
+def stopped_processes_not_logged() -> Iterator[None]:
+    """Keep torch from logging a traceback for each process that a signal has stopped; other failures are logged."""
+    from torch.multiprocessing import ProcessExitedException
+
+    def is_news(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ProcessExitedException):
+            return find_stopping_signal(error.exit_code) is None
+        return not record.getMessage().startswith("Terminating process")
+
+    loggers = [logging.getLogger(f"torch.{name}") for name in ELASTIC_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 def call_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -90,6 +138,20 @@ def processes_exist() -> bool:
     has_several_tasks = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "TORCHELASTIC_RUN_ID" in os.environ or (is_srun and has_several_tasks and not is_interactive)
+
+
+def check_launcher(num_nodes: int) -> None:
+    """Check that something has started processes on all nodes, where there are several: a run cannot do that itself.
+
+    Raises:
+        InputError: if this process is alone; it would wait for the others for ever.
+    """
+    if num_nodes > 1 and not processes_exist():
+        raise InputError(
+            f"hardware.num_nodes is {num_nodes}, and neither torchrun nor srun has started this process",
+            expected="processes on every node",
+            do="start the command by srun or torchrun (docs/clusters.md), or set hardware.num_nodes=1",
+        )
 
 
 def check_processes(num_devices: int, num_nodes: int) -> None:

@@ -1,4 +1,4 @@
-"""A decorator that keeps losses, prototypes and assignments out of reduced precision."""
+"""Which precisions a run may have, and a decorator that keeps losses and assignments out of the reduced ones."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,6 +6,25 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from deepclust.errors import InputError
+
+# In these every method trains. With weights in 16 bits, as in bf16-true and 16-true, small steps of optimisers and of
+# target networks would be rounded away, and losses and assignments, which are computed in 32 bits, would not fit them.
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+SHORT_NAMES = ("32", "64", "bf16", "16")  # Lightning's; of 16 bits they mean the mixed ones
+
+
+def check_precision(precision: Any, *, key: str) -> None:
+    """Check that every method trains in this precision, the value of the key `key`; None is Lightning's default.
+
+    Raises:
+        InputError: if not; it names the key.
+    """
+    if precision is not None and str(precision) not in (*PRECISIONS, *SHORT_NAMES):
+        advice = next((name for name in PRECISIONS if name == str(precision).replace("true", "mixed")), "32-true")
+        raise InputError(f"{key} is {precision}", expected=f"one of {', '.join(PRECISIONS)}", do=f"set {key}={advice}")
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

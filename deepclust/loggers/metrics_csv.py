@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from deepclust.engine.output_files import replace_text_file
+
 
 class MetricsCsv(Logger):
     """Writes `folder`/metrics.csv; a resumed run drops the rows after its checkpoint and continues the file.
@@ -52,10 +54,8 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         columns = sorted({name for row in self.rows.values() for name in row} - {"step"})
-        temporary = self.path.with_suffix(".writing")
-        with temporary.open("w", newline="") as file:
+        with replace_text_file(self.path) as file:
             writer = csv.DictWriter(file, ["step", *columns])
             writer.writeheader()
             writer.writerows(self.rows.values())
-        temporary.replace(self.path)
         self.last_saved_at = time.monotonic()

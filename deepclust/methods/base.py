@@ -21,10 +21,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deepclust.batch import Draws, TrainBatch, split_to_cache_size
 from deepclust.engine import distributed
+from deepclust.engine.batch_norm_groups import RowGroups
 from deepclust.engine.cuda_graphs import ReplayedFunction, ReplayedParts
 from deepclust.engine.progress import track
+from deepclust.engine.training_length import count_steps_per_epoch
 from deepclust.errors import InputError
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import NonNegativeInt, PositiveInt
+
+LEARN_SLOWER = (
+    "lower the learning rate (method.optimizer.lr) or correct another number of the method, and train in a new folder "
+    "(hydra.run.dir=DIR)"
+)
 
 
 class ClusteringMethod(LightningModule):
@@ -50,10 +58,10 @@ class ClusteringMethod(LightningModule):
         self,
         *,
         backbone: nn.Module,
-        num_clusters: int,
+        num_clusters: PositiveInt,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
-        e_step_every_n_epochs: int,
+        e_step_every_n_epochs: NonNegativeInt,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,8 +72,12 @@ class ClusteringMethod(LightningModule):
         self.e_step_seconds = 0.0
         # CUDA graphs of the methods marked `@replayable`; None: they run as written.
         self.replayed_parts: ReplayedParts | None = None
+        # Which images share batch statistics, if not all images that a process holds do.
+        self.batch_norm_groups: RowGroups | None = None
         # Whether the optimiser steps after the current batch. It does not while gradients are still accumulated.
         self.is_optimizer_step = True
+        # For each batch since the last optimiser step that said so, the parameters that it does not train.
+        self.untrained_parameters: list[set[nn.Parameter]] = []
         # The first step (from 1) whose loss was not finite; 0 for none. A buffer, because a comparison on the host
         # would make every step wait for the device.
         self.register_buffer("first_bad_step", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -101,6 +113,10 @@ class ClusteringMethod(LightningModule):
         """
         return None
 
+    def uses_extra_images(self, epoch: int) -> bool:
+        """Return whether the images that only help the representation, if there are any, take part in this epoch."""
+        return True
+
     def companions(self, indices: Tensor, draws: Draws) -> Tensor | None:
         """Return the images (N, P) of the fit set to load with each image (N,) of a global batch; None: no others.
 
@@ -127,7 +143,15 @@ class ClusteringMethod(LightningModule):
         num_batches, num_accumulated = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         self.is_optimizer_step = (batch_idx + 1) % num_accumulated == 0 or batch_idx + 1 == num_batches
         batch.draws.seed_layers(self.device, distributed.rank())
-        terms = self.losses(batch)
+        if self.batch_norm_groups is not None:
+            first_image, size = batch.draws.first_row, batch.draws.global_batch_size
+            self.batch_norm_groups.set_batch(len(batch.indices), first_image, size)
+        try:
+            terms = self.losses(batch)
+        except (RuntimeError, ValueError) as error:
+            if bad := self.list_nonfinite_weights():  # functions of torch refuse NaN with words of their own
+                raise self.explain_nonfinite_weights(bad) from error
+            raise
         loss = torch.stack(list(terms.values())).sum()
         step = self.global_step + 1
         is_first_bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step == 0)
@@ -145,8 +169,11 @@ class ClusteringMethod(LightningModule):
         Other values are logged with `self.log` in the Lightning hook where they are known; for example the norm of the
         gradients in `on_before_optimizer_step`.
         """
-        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        names = [*terms, "loss"]
+        # What is minimised: DDP averages the gradients of the processes, whose terms may be those of their own images.
+        values = distributed.mean_over_processes(torch.stack([*terms.values(), loss]).detach())
+        self.log_dict({f"train/{name}": value for name, value in zip(names[:-1], values[:-1], strict=True)})
+        self.log("train/loss", values[-1], prog_bar=True)
 
     def check_losses_are_finite(self) -> None:
         """Raise InputError, on every process, if the loss of any process was not finite; called before every save."""
@@ -155,9 +182,45 @@ class ClusteringMethod(LightningModule):
             raise InputError(
                 f"the loss of step {min(bad_steps)} is not a finite number",
                 expected="finite losses",
-                do="lower the learning rate (method.optimizer.lr) or start again in this folder from the last good "
-                "checkpoint",
+                do=LEARN_SLOWER,
             )
+
+    def check_weights_are_finite(self) -> None:
+        """Raise InputError, on every process, if the weights of any process are not finite.
+
+        Called before every save, at the end of training, and where a checkpoint is read. It waits for the device.
+        """
+        bad = self.list_nonfinite_weights()
+        if bool(distributed.all_gather(torch.tensor([bool(bad)], device=self.device)).any()):
+            raise self.explain_nonfinite_weights(bad)
+
+    def list_nonfinite_weights(self) -> list[str]:
+        """Return the names of the parameters that are not finite and of the buffers that hold NaN.
+
+        Buffers may hold infinities, as a mask of attention does.
+        """
+        bad_parameters = [name for name, p in self.named_parameters() if not bool(p.isfinite().all())]
+        return bad_parameters + [name for name, buffer in self.named_buffers() if bool(buffer.isnan().any())]
+
+    def explain_nonfinite_weights(self, names: list[str]) -> InputError:
+        """Return the error that says so, and at which step it was found."""
+        step = "" if self._trainer is None else f" after step {self.global_step}"
+        listed = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+        return InputError(f"weights{step} are not finite numbers{listed}", expected="finite weights", do=LEARN_SLOWER)
+
+    def leave_untrained(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say that the current batch does not train these parameters, or none; called once in each `losses`.
+
+        Parameters that no batch of an optimiser step trains stay as they are. With a gradient of 0, which DDP needs,
+        momentum and weight decay would still move them, so their gradients become None before the step.
+        """
+        self.untrained_parameters.append(set(parameters))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.untrained_parameters:
+            for p in set.intersection(*self.untrained_parameters):
+                p.grad = None
+        self.untrained_parameters = []
 
     # The E-step, and the features of all images gathered for it -------------------------------------------------------
 
@@ -185,6 +248,9 @@ class ClusteringMethod(LightningModule):
         Each process encodes `batches`, its own clean images, and the results are gathered. The images of a process are
         a contiguous part of the data set, in order, and the parts follow each other by rank. All processes use the
         buffers of rank 0, such as the running statistics of batch normalisation, so that one network encodes all.
+
+        Raises:
+            InputError: if features are not finite; it says whether the weights are.
         """
         distributed.broadcast_buffers(self)
         was_training, encoded = self.training, []
@@ -200,6 +266,14 @@ class ClusteringMethod(LightningModule):
         encoded = [f.float() if f.dtype in (torch.float16, torch.bfloat16) else f for f in encoded]
         features = distributed.all_gather(torch.cat(encoded))
         assert len(features) == num_images, f"{len(features)} features of {num_images} images"
+        if num_bad := int((~features.isfinite().all(1)).sum()):
+            if bad := self.list_nonfinite_weights():
+                raise self.explain_nonfinite_weights(bad)
+            raise InputError(
+                f"the features of {num_bad} of {num_images} images are not finite numbers",
+                expected="finite features",
+                do=f"look at these images and at {type(self).__name__}.encode; if it was just trained, {LEARN_SLOWER}",
+            )
         return features
 
     # Networks: loading, compilation, CUDA graphs ----------------------------------------------------------------------
@@ -251,10 +325,13 @@ class ClusteringMethod(LightningModule):
     # The optimiser ----------------------------------------------------------------------------------------------------
 
     @property
-    def steps_per_epoch(self) -> int:
-        """The number of optimiser steps in an epoch."""
-        batches = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
-        return -(-batches // self.trainer.accumulate_grad_batches)
+    def steps_per_epoch(self) -> float:
+        """The number of optimiser steps in a pass of the data; a step that two passes share counts in parts."""
+        return count_steps_per_epoch(self.trainer, self.trainer.datamodule.batches_per_epoch)  # type: ignore[attr-defined]
+
+    def locate_step(self, step: int) -> tuple[float, float]:
+        """Return what schedules are given for an optimiser step (from 1): a step and the number of steps per epoch."""
+        return step, self.steps_per_epoch
 
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
@@ -269,4 +346,4 @@ class ClusteringMethod(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _learning_rate_factor(self, schedule: Schedule, steps_done: int) -> float:
-        return schedule(steps_done + 1, self.steps_per_epoch)
+        return schedule(*self.locate_step(steps_done + 1))

@@ -21,6 +21,7 @@ Images that only help the representation, such as the unlabelled ones of STL-10,
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from deepclust.losses.balance import cluster_size_entropy_deficit
 from deepclust.losses.contrastive import nt_xent
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 PAPER_BATCH_SIZE = 256
@@ -52,10 +54,10 @@ class CC(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_clusters: int,
-        embedding_size: int,
-        instance_temperature: float,
-        cluster_temperature: float,
+        num_clusters: PositiveInt,
+        embedding_size: PositiveInt,
+        instance_temperature: PositiveFloat,
+        cluster_temperature: PositiveFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
@@ -75,6 +77,7 @@ class CC(ClusteringMethod):
         # Each view goes through the backbone by itself, so that batch normalisation sees one view at a time.
         (u_a, logits_a), (u_b, logits_b) = (self.apply_heads_and_gather(self.backbone(view)) for view in batch.views)
         instance, cluster, balance = self.compute_terms(u_a, u_b, logits_a, logits_b)
+        self.leave_untrained(self.cluster_head.parameters() if batch.extra else ())
         cluster_weight = 0.0 if batch.extra else 1.0
         return {"instance": instance, "cluster": cluster_weight * cluster, "balance": cluster_weight * balance}
 
@@ -88,6 +91,13 @@ class CC(ClusteringMethod):
         """Return the three unweighted terms from the embeddings (N, D) and cluster logits (N, K) of both views."""
         instance = instance_loss(u_a, u_b, temperature=self.instance_temperature)
         return instance, *cluster_losses(logits_a, logits_b, temperature=self.cluster_temperature)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        cluster_head = list(self.cluster_head.parameters())
+        cluster_head_ids = {id(p) for p in cluster_head}
+        # The cluster head is a group of its own because extra images, if there are any, come before its first step.
+        # torch's fused SGD initialises the momentum of all weights of a group in the same step.
+        return [{"params": [p for p in self.parameters() if id(p) not in cluster_head_ids]}, {"params": cluster_head}]
 
     def cluster_logits(self, features: Tensor) -> Tensor:
         return self.cluster_head(features)

@@ -18,6 +18,7 @@ Differs from the authors' code in:
   they equal the frozen ones.
 - Several processes. Losses are means over the global batch, even if the processes hold unequal parts of it.
 - Images without an earlier pseudo-label (`drop_last` leaves some out). They learn their new one.
+- Initialisation. A replaced ResNet stem starts as torch does it (SeCu's code: He-normal, about half as large).
 - Precision. Products of embeddings and centroids, and losses, are float32 under mixed precision (theirs: float16).
 
 Logged:
@@ -27,10 +28,11 @@ Logged:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +47,7 @@ from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.heads import three_layer_mlp, two_layer_mlp
 from deepclust.nn.one_hot import one_hot_mask
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class CentroidHead(nn.Module):
@@ -193,25 +196,25 @@ class CoKe(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_images: int,
-        num_clusters: int,
-        head_multiples: Sequence[int],
-        embedding_size: int,
-        hidden_size: int,
+        num_images: PositiveInt,
+        num_clusters: PositiveInt,
+        head_multiples: Annotated[Sequence[PositiveInt], MinLen(1)],
+        embedding_size: PositiveInt,
+        hidden_size: PositiveInt,
         projector_layers: Literal[2, 3],
-        predictor_weight: float,
-        small_crops_weight: float,
-        temperature: float,
-        label_weight: float,
-        dual_step: float,
-        min_share: float,
-        epochs: int,
-        averaging_epochs: int,
-        num_slots: int,
-        label_temperature: float,
+        predictor_weight: Fraction,
+        small_crops_weight: Fraction,
+        temperature: PositiveFloat,
+        label_weight: Fraction,
+        dual_step: NonNegativeFloat,
+        min_share: Fraction,
+        epochs: NonNegativeInt,
+        averaging_epochs: NonNegativeInt,
+        num_slots: PositiveInt,
+        label_temperature: PositiveFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
-        e_step_every_n_epochs: int,
+        e_step_every_n_epochs: NonNegativeInt,
     ) -> None:
         super().__init__(
             backbone=backbone,

@@ -8,7 +8,8 @@ clusters). The sum of the squared cluster sizes keeps the clusters balanced. The
 the layer.
 
 Differs from the authors' code in: no code was published. What the abstract does not state is taken from third-party
-code of the two losses and from the settings of PICA and GCC; DRC shares PICA's protocol and GCC's authors. Own choices:
+code of the two losses, from PICA (optimiser, epochs, batch size, depth of the network), whose protocol DRC shares, and
+from GCC (views, stems), whose authors it shares. Nothing else of PICA is here (see conf/method/drc.yaml). Own choices:
 - Similarities are cosines. The formula as printed has inner products; `normalize_features: false` and
   `normalize_probabilities: false` give those.
 - `balance_weight` is the weight for a batch of `balance_batch_size` images. It is rescaled for other batch sizes, since
@@ -36,6 +37,7 @@ from deepclust.losses.balance import squared_cluster_sizes
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class DRC(ClusteringMethod):
@@ -54,13 +56,13 @@ class DRC(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_clusters: int,
-        feature_temperature: float,
-        probability_temperature: float,
+        num_clusters: PositiveInt,
+        feature_temperature: PositiveFloat,
+        probability_temperature: PositiveFloat,
         normalize_features: bool,
         normalize_probabilities: bool,
-        balance_weight: float,
-        balance_batch_size: int,
+        balance_weight: NonNegativeFloat,
+        balance_batch_size: PositiveInt,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:

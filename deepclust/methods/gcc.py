@@ -14,16 +14,18 @@ Differs from the paper or its code in:
   position stands for an unlabelled image at one time and for a test image at another.
 - Images without a remembered feature when the graph is built. The feature of their clean view is used.
 - Clusters without any mass. 0 log 0 is 0 and their cosines are 0. In the authors' code the loss is NaN.
-- Images that only help the representation. Each epoch begins with a pass over them. The authors mix them with the other
-  images and leave them out once there is a graph.
+- Images that only help the representation. Each epoch without a graph begins with a pass over them. The authors mix
+  them with the other images in these epochs, and leave them out after, too.
+- Order. A batch passes the backbone before its neighbours (theirs: after), which running statistics notice.
 - Several processes. Features and assignments are gathered with their gradients, so that N is the global batch.
 - Small last batches. A batch below an eighth of the batch size is joined to the batch before it.
-- Initialisation. A ResNet stem that replaces torchvision's is initialised as torch does it (theirs: He-normal).
+- Initialisation. A ResNet stem that replaces torchvision's is initialised as torch does it (theirs: He-normal,
+  about half as large).
 - The result. It is that of the last epoch. The authors keep the epoch that is best by the ground truth.
 
 Logged, all of them weighted:
 - `train/representation`: the contrast of images. With a graph it can be negative. Images that only help the
-  representation, such as the unlabelled ones of STL-10, contribute to this term only, and without a graph.
+  representation, such as the unlabelled ones of STL-10, contribute to this term only, until there is a graph.
 - `train/assignment`: the contrast of clusters, at least log(1 + (K - 1) / e). 0 before there is a graph.
 - `train/balance`: log K minus the entropy of the mean assignment. 0 before there is a graph.
 """
@@ -46,6 +48,7 @@ from deepclust.losses.balance import cluster_size_entropy_deficit
 from deepclust.losses.contrastive import info_nce
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class FeatureBank(nn.Module):
@@ -104,17 +107,17 @@ class GCC(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_images: int,
-        num_clusters: int,
-        embedding_size: int,
-        bank_size: int,
-        num_neighbors: int,
-        num_positives: int,
-        warmup_epochs: int,
-        graph_every_n_epochs: int,
-        temperature: float,
-        representation_weight: float,
-        balance_weight: float,
+        num_images: PositiveInt,
+        num_clusters: PositiveInt,
+        embedding_size: PositiveInt,
+        bank_size: PositiveInt,
+        num_neighbors: PositiveInt,
+        num_positives: PositiveInt,
+        warmup_epochs: NonNegativeInt,
+        graph_every_n_epochs: PositiveInt,
+        temperature: PositiveFloat,
+        representation_weight: NonNegativeFloat,
+        balance_weight: NonNegativeFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
@@ -151,7 +154,9 @@ class GCC(ClusteringMethod):
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         # As in the authors' code, both views share batch statistics, and each view of neighbours has its own.
         h_0, h_1 = self.backbone(torch.cat(batch.views)).chunk(2)
-        if not self.is_warming_up and not batch.extra:
+        has_graph = not self.is_warming_up and not batch.extra
+        self.leave_untrained(() if has_graph else self.cluster_head.parameters())
+        if has_graph:
             assert batch.companions is not None
             *positives, partner = (self.backbone(view) for view in batch.companion_views)
             return self.compute_terms_and_update_bank(batch.indices, batch.companions, partner, h_0, h_1, *positives)
@@ -208,10 +213,19 @@ class GCC(ClusteringMethod):
         # momentum of all weights of a group in the same step.
         return [{"params": [p for p in self.parameters() if id(p) not in cluster_head_ids]}, {"params": cluster_head}]
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.is_warming_up:  # with a gradient of 0, weight decay would still move the cluster head
-            for p in self.cluster_head.parameters():
-                p.grad = None
+    # Extra images, which take part until there is a graph
+
+    def uses_extra_images(self, epoch: int) -> bool:
+        return epoch < self.warmup_epochs
+
+    def locate_step(self, step: int) -> tuple[float, float]:
+        datamodule, num_accumulated = self.trainer.datamodule, self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        if datamodule.extra is None:
+            return super().locate_step(step)
+        fit, extra = (datamodule.count_batches(s) / num_accumulated for s in (datamodule.fit, datamodule.extra))
+        if step <= self.warmup_epochs * (fit + extra):
+            return step, fit + extra
+        return step - self.warmup_epochs * extra, fit  # as if the epochs before had been as short
 
     # The graph
 

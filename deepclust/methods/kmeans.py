@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 
 from deepclust.batch import TrainBatch
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
-from deepclust.clustering.kmeans_distances import Metric
+from deepclust.clustering.kmeans_distances import Metric, centroid_logits, squared_distances
+from deepclust.engine import distributed
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import NonNegativeFloat, PositiveInt
 
 
 class KMeans(ClusteringMethod):
@@ -36,11 +38,11 @@ class KMeans(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_clusters: int,
+        num_clusters: PositiveInt,
         metric: Metric,
-        restarts: int,
-        max_iterations: int,
-        tolerance: float,
+        restarts: PositiveInt,
+        max_iterations: PositiveInt,
+        tolerance: NonNegativeFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
@@ -58,20 +60,22 @@ class KMeans(ClusteringMethod):
         self.centroids = nn.Parameter(torch.zeros(num_clusters, backbone.num_features))  # type: ignore[call-overload]
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        return {"inertia": self.distances_to_centroids(self.encode(batch.views[0])).amin(1).mean()}
+        features = self.encode(batch.views[0])
+        inertia = self.distances_to_centroids(features).amin(1).mean()
+        return {"inertia": distributed.global_mean_factor(features) * inertia}
 
     def encode(self, images: Tensor) -> Tensor:
         self.backbone.eval()
         return self.backbone(images)
 
     def cluster_logits(self, features: Tensor) -> Tensor:
-        return -self.distances_to_centroids(features)
+        return centroid_logits(features, self.centroids, metric=self.metric)
 
     def distances_to_centroids(self, features: Tensor) -> Tensor:
         """Return the squared Euclidean or the cosine distances (N, K) of features (N, D) to the centroids."""
         if self.metric == "cosine":
             return 1 - normalize(features, dim=1) @ normalize(self.centroids, dim=1).T
-        return torch.cdist(features, self.centroids).square()
+        return squared_distances(features, self.centroids)
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:

@@ -18,7 +18,6 @@ Differs from the authors' code in:
 - Neighbours. They are exact (theirs: approximate).
 - Dropout. There is none. The authors' training loop leaves training mode after the first step, so that their results
   are without dropout too.
-- Pairs whose embeddings coincide. Their gradient is 0 (theirs: NaN).
 - Several processes. Negative pairs, cluster sizes and shares are those of the global batch (theirs: one device).
 
 Logged:
@@ -38,6 +37,7 @@ from torch.optim import Optimizer
 
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.kmeans_distances import squared_distances
 from deepclust.clustering.neighbor_graph import PartnerSampler, build_neighbor_graph, compute_multiplicities
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
@@ -45,6 +45,7 @@ from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -84,21 +85,21 @@ class LNSCC(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_clusters: int,
-        num_neighbors: int,
-        max_multiplicity: int,
-        min_dist: float,
-        spread: float,
-        negatives: int,
-        negative_weight: float,
-        cluster_weight: float,
-        balance_weight: float,
-        cluster_shares: Sequence[float] | None,
-        centres_after_epochs: int,
-        clustering_after_epochs: int,
-        kmeans_runs: int,
-        kmeans_max_iterations: int,
-        kmeans_tolerance: float,
+        num_clusters: PositiveInt,
+        num_neighbors: PositiveInt,
+        max_multiplicity: PositiveInt,
+        min_dist: NonNegativeFloat,
+        spread: PositiveFloat,
+        negatives: PositiveInt,
+        negative_weight: NonNegativeFloat,
+        cluster_weight: NonNegativeFloat,
+        balance_weight: NonNegativeFloat,
+        cluster_shares: Sequence[PositiveFloat] | None,
+        centres_after_epochs: NonNegativeInt,
+        clustering_after_epochs: NonNegativeInt,
+        kmeans_runs: PositiveInt,
+        kmeans_max_iterations: PositiveInt,
+        kmeans_tolerance: NonNegativeFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
@@ -173,6 +174,8 @@ class LNSCC(ClusteringMethod):
                 expected="only images that are clustered",
                 do="set dataset.source.extra=[]",
             )
+        has_clusters = self.current_epoch >= self.clustering_after_epochs
+        self.leave_untrained(() if has_clusters else [self.centres])
         z = self.backbone(torch.cat([*batch.views, *batch.companion_views]))  # of images and their graph neighbours
         z_i, z_j = (distributed.all_gather_with_gradient(half) for half in z.chunk(2))
         generator = batch.draws.make_generator("negatives", z.device)
@@ -198,10 +201,6 @@ class LNSCC(ClusteringMethod):
             "cluster": self.cluster_weight * cluster_divergence(q),
             "balance": self.balance_weight * balance_loss(q, self.shares),
         }
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.current_epoch < self.clustering_after_epochs:
-            self.centres.grad = None  # so that Adam has no state of the centres before they are trained
 
     # The centres
 
@@ -266,11 +265,6 @@ def _dissimilarity(u: Tensor, v: Tensor, a: float, b: float) -> Tensor:
     squared = (u - v).square().sum(1)
     # The slope of the power is infinite at 0. The clamp makes the gradient 0 there.
     return a * squared.clamp(min=torch.finfo(squared.dtype).tiny) ** b
-
-
-def squared_distances(z: Tensor, centres: Tensor) -> Tensor:
-    """Return the squared Euclidean distances (N, K) of embeddings (N, D) to centres (K, D)."""
-    return torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 @full_precision

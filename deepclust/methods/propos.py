@@ -13,7 +13,12 @@ Differs from the authors' code in:
   and the gradient equals that of one process. The authors' code takes the absent clusters of each device, mixes up the
   views in `joint` mode, and divides the scattering term by the number of devices. Their published weight of 0.1 ran on
   4 devices and therefore acted as 0.025, which is what the published recipes here use.
+- Batch statistics. They are those of the whole batch that a process holds, and the target sees images in their order.
+  Theirs are those of each device, and the target's images are shuffled over the devices. The published recipes here
+  have both on any number of devices (`batch_norm_groups`, `shuffle_target`).
 - The k-means sees one network: all processes use the running statistics of rank 0. Theirs partly differ by device.
+- Accumulated gradients. An E-step comes after the optimiser step in which a pass over the data ends, while theirs can
+  fall into the middle of one.
 - Empty slots of the queue take no part. Theirs start as random rows that count as image 0.
 
 Logged terms:
@@ -22,6 +27,7 @@ Logged terms:
 Images that only help the representation, such as the unlabelled ones of STL-10, count in `train/alignment` only.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -41,6 +47,7 @@ from deepclust.nn.ema import TargetNetwork, compute_ema_decay
 from deepclust.nn.heads import init_linear_layers, two_layer_mlp
 from deepclust.nn.queue import Queue
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class ProPos(ClusteringMethod):
@@ -55,6 +62,8 @@ class ProPos(ClusteringMethod):
         hidden_size: the number of hidden units of projector and predictor.
         ema_decay: m, the target's EMA decay at the first step.
         ema_decay_end: the target's EMA decay at the last step; it changes by a cosine in between.
+        shuffle_target: whether images pass the target in random order, so that its batch statistics, where a batch has
+            several groups of them or several processes, are not those of the online network's images (MoCo).
 
         Objective
         step_order: `two_pass` sends each view through the networks by itself and moves the target afterwards;
@@ -75,33 +84,36 @@ class ProPos(ClusteringMethod):
 
         Optimisation
         predictor_lr_factor: the predictor's learning rate over that of backbone and projector.
-        decay_biases_and_norms: whether weight decay also acts on biases and batch normalisation.
+        decay_biases_and_norms: whether weight decay also acts on biases and batch normalisation; `by_name`: on those
+            whose name in the authors' networks tells neither, which are the weights of batch normalisation outside of
+            the main path of residual blocks: after the stem, in shortcuts, in the projector and in the predictor.
     """
 
     def __init__(
         self,
         *,
         backbone: nn.Module,
-        num_images: int,
-        num_clusters: int,
-        embedding_size: int,
-        hidden_size: int,
+        num_images: PositiveInt,
+        num_clusters: PositiveInt,
+        embedding_size: PositiveInt,
+        hidden_size: PositiveInt,
         step_order: Literal["two_pass", "joint"],
-        temperature: float,
-        noise_std: float,
-        scattering_weight: float,
-        warmup_epochs: int,
-        epochs: int,
-        ema_decay: float,
-        ema_decay_end: float,
-        queue_size: int,
+        temperature: PositiveFloat,
+        noise_std: NonNegativeFloat,
+        scattering_weight: NonNegativeFloat,
+        warmup_epochs: NonNegativeInt,
+        epochs: NonNegativeInt,
+        ema_decay: Fraction,
+        ema_decay_end: Fraction,
+        shuffle_target: bool,
+        queue_size: NonNegativeInt,
         balanced_sampling: bool,
-        predictor_lr_factor: float,
-        decay_biases_and_norms: bool,
-        kmeans_restarts: int,
-        kmeans_max_iterations: int,
-        kmeans_tolerance: float,
-        e_step_every_n_epochs: int,
+        predictor_lr_factor: NonNegativeFloat,
+        decay_biases_and_norms: bool | Literal["by_name"],
+        kmeans_restarts: PositiveInt,
+        kmeans_max_iterations: PositiveInt,
+        kmeans_tolerance: NonNegativeFloat,
+        e_step_every_n_epochs: NonNegativeInt,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
@@ -132,6 +144,7 @@ class ProPos(ClusteringMethod):
         self.epochs = epochs
         self.ema_decay = ema_decay
         self.ema_decay_end = ema_decay_end
+        self.shuffle_target = shuffle_target
         self.balanced_sampling = balanced_sampling
         self.predictor_lr_factor = predictor_lr_factor
         self.decay_biases_and_norms = decay_biases_and_norms
@@ -144,10 +157,10 @@ class ProPos(ClusteringMethod):
         a, b = batch.views
         if self.step_order == "joint":
             self.update_target()
-            q, k = self.online(torch.cat([a, b])), self.target(torch.cat([b, a]))
+            q, k = self.online(torch.cat([a, b])), self.project_target(torch.cat([b, a]), batch.draws, "b and a")
         else:
             q = torch.cat([self.online(a), self.online(b)])
-            k = torch.cat([self.target(b), self.target(a)])
+            k = torch.cat([self.project_target(b, batch.draws, "b"), self.project_target(a, batch.draws, "a")])
             self.update_target()
         noise = torch.zeros_like(q) if is_warmup else self.draw_noise(q, batch.draws)
         indices = None if batch.extra else batch.indices
@@ -162,6 +175,22 @@ class ProPos(ClusteringMethod):
     def online(self, images: Tensor) -> Tensor:
         """Return the online network's projections q (N, D), not normalised."""
         return self.projector(self.backbone(images))
+
+    def project_target(self, images: Tensor, draws: Draws, views: Literal["b and a", "b", "a"]) -> Tensor:
+        """Return the target's unit projections k (V * N, D) of images (V * N, ...), one view after the other.
+
+        With `shuffle_target`, they pass the target in random order over views and processes, and return to their own.
+        """
+        if not self.shuffle_target:
+            return self.target(images)
+        num_views = len(views.split(" and "))
+        own = draws.local_rows(len(images) // num_views)
+        all_images = distributed.all_gather_views(images, num_views)
+        generator = draws.make_generator(f"order in the target of {views}", images.device)
+        order = torch.randperm(len(all_images), generator=generator, device=images.device)
+        k = self.target(all_images[order.unflatten(0, (num_views, -1))[:, own].flatten()])
+        k = distributed.all_gather_views(k, num_views)[order.argsort()]
+        return k.unflatten(0, (num_views, -1))[:, own].flatten(0, 1)
 
     def update_target(self) -> None:
         """Move the target towards the online network by this step's EMA decay.
@@ -246,13 +275,26 @@ class ProPos(ClusteringMethod):
             (self.projector, 1.0),
             (self.predictor, self.predictor_lr_factor),
         ):
-            matrices = [p for p in network.parameters() if p.dim() > 1]
-            biases_and_norms = [p for p in network.parameters() if p.dim() <= 1]
-            groups.append({"params": matrices, "lr_factor": lr_factor})
-            groups.append({"params": biases_and_norms, "lr_factor": lr_factor})
-            if not self.decay_biases_and_norms:
+            named = list(network.named_parameters())
+            if self.decay_biases_and_norms == "by_name":
+                is_apart = [is_bias_or_norm_by_name(name) for name, _ in named]
+            else:
+                is_apart = [p.dim() <= 1 for _, p in named]
+            for apart in (False, True):
+                parameters = [p for (_, p), is_p_apart in zip(named, is_apart, strict=True) if is_p_apart == apart]
+                groups.append({"params": parameters, "lr_factor": lr_factor})
+            if self.decay_biases_and_norms is not True:
                 groups[-1]["weight_decay"] = 0.0
         return groups
+
+
+def is_bias_or_norm_by_name(name: str) -> bool:
+    """Return whether a parameter of the backbone, projector or predictor is a bias, or is called `bn...` in a block.
+
+    The authors exclude what has "bias" or "bn" in its name. In their backbone, a sequence of the parts of a ResNet, the
+    batch normalisation after the stem has a number as its name, as have those of shortcuts and heads.
+    """
+    return name.endswith("bias") or re.search(r"layer\d+\.\d+\.bn\d+\.", name) is not None
 
 
 def balanced_sampling_weights(assignments: Tensor, num_clusters: int) -> Tensor:

@@ -12,7 +12,11 @@ Differs from the authors' code in:
   selected as in their code.
 - The selection loss. It is computed on the training images and their mined neighbours. The authors compute it on the
   test images, each with its five nearest test images.
-- Several processes. The mean assignment is that of the global batch, with its gradient (theirs: of each device).
+- Several processes. Batch statistics are those of a process (theirs: of a device, too); nothing else differs, since
+  both take the mean assignment of the global batch.
+- Cutout on small digits. Its sides can be odd (theirs are even, as they are here on the images that they use).
+- Initialisation. A ResNet stem that replaces torchvision's is initialised as torch does it (theirs: He-normal, about
+  half as large).
 - Precision. The agreement is float32 and at most 1 under mixed precision.
 
 Logged:
@@ -39,6 +43,7 @@ from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 SMALLEST_SHARE = 1e-8  # the share at which the entropy clamps those of empty clusters
 MAX_ELEMENTS_PER_CHUNK = 2**24  # of the probabilities of neighbours that the selection loss gathers at once
@@ -61,9 +66,9 @@ class Pretext(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_clusters: int,
-        embedding_size: int,
-        temperature: float,
+        num_clusters: PositiveInt,
+        embedding_size: PositiveInt,
+        temperature: PositiveFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
@@ -137,17 +142,17 @@ class SCAN(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_images: int,
-        num_clusters: int,
-        num_heads: int,
-        num_neighbors: int,
+        num_images: PositiveInt,
+        num_clusters: PositiveInt,
+        num_heads: PositiveInt,
+        num_neighbors: PositiveInt,
         mine_on: Literal["projection", "backbone"],
-        embedding_size: int,
+        embedding_size: PositiveInt,
         train_backbone: bool,
-        entropy_weight: float,
+        entropy_weight: NonNegativeFloat,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
-        e_step_every_n_epochs: int,
+        e_step_every_n_epochs: NonNegativeInt,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -281,9 +286,11 @@ def scan_losses(anchors: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def disagreements(p: Tensor, q: Tensor) -> Tensor:
-    """Return -log <p, q> (...) of probabilities p and q (..., K); at most 100."""
+    """Return -log <p, q> (...) of probabilities p and q (..., K); at most 100, and nan where these are no numbers."""
     agreement = (p * q).sum(-1).clamp(max=1)
-    return F.binary_cross_entropy(agreement, torch.ones_like(agreement), reduction="none")
+    is_nan = agreement.isnan()  # torch's function stops the program there, before the loss can be checked
+    losses = F.binary_cross_entropy(agreement.masked_fill(is_nan, 1), torch.ones_like(agreement), reduction="none")
+    return losses.masked_fill(is_nan, torch.nan)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ Differs from the authors' code in:
 - Checkpoints. They hold the frozen prototypes, so that a run can be resumed in the middle of an epoch.
 - Images without an earlier pseudo-label (`drop_last` leaves some out). They learn their new one.
 - Precision. Products of embeddings and prototypes, and losses, are float32 under mixed precision (theirs: float16).
-- Initialisation. A ResNet stem that replaces torchvision's is initialised as torch does it (theirs: He-normal).
+- Initialisation. A ResNet stem that replaces torchvision's is initialised as torch does it (theirs: He-normal,
+  about half as large).
 
 Logged:
 - `train/representation`, `train/prototypes`: the cross-entropies of network and prototypes. For a network that knows
@@ -28,10 +29,11 @@ Logged:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -46,6 +48,7 @@ from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.heads import three_layer_mlp, two_layer_mlp
 from deepclust.nn.one_hot import one_hot_mask
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class PrototypeHead(nn.Module):
@@ -110,25 +113,25 @@ class SeCu(ClusteringMethod):
         self,
         *,
         backbone: nn.Module,
-        num_images: int,
-        num_clusters: int,
-        head_multiples: Sequence[int],
-        embedding_size: int,
-        hidden_size: int,
+        num_images: PositiveInt,
+        num_clusters: PositiveInt,
+        head_multiples: Annotated[Sequence[PositiveInt], MinLen(1)],
+        embedding_size: PositiveInt,
+        hidden_size: PositiveInt,
         projector_layers: Literal[2, 3],
         predictor: bool,
-        temperature: float,
-        prototype_temperature: float,
-        label_weight: float,
+        temperature: PositiveFloat,
+        prototype_temperature: PositiveFloat,
+        label_weight: Fraction,
         balance: Literal["size", "entropy"],
-        dual_step: float,
-        min_share: float,
-        entropy_weight: float,
-        prototype_lr: float,
+        dual_step: NonNegativeFloat,
+        min_share: Fraction,
+        entropy_weight: NonNegativeFloat,
+        prototype_lr: NonNegativeFloat,
         prototype_schedule: Schedule,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
-        e_step_every_n_epochs: int,
+        e_step_every_n_epochs: NonNegativeInt,
     ) -> None:
         super().__init__(
             backbone=backbone,

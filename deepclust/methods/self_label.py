@@ -12,7 +12,7 @@ Differs from the authors' code in:
 - Averaged weights. `ema_mode: shadow` uses an average of the weights for the final clustering and leaves the trained
   weights as they are. The authors' code is `replace`: it overwrites the trained weights with the average after every
   step, so that a step only counts (1 - decay)-fold, and keeps the running statistics at their initial values.
-- Several processes. Kept images and class weights are those of the global batch.
+- Cutout on small digits. Its sides can be odd (theirs are even, as they are here on the images that they use).
 
 Logged:
 - `train/self_label`: the weighted cross-entropy.
@@ -34,6 +34,7 @@ from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.ema import make_target, update_target
 from deepclust.nn.schedules import Schedule
+from deepclust.number_types import Fraction, FractionBelowOne, PositiveInt
 
 
 class SelfLabel(ClusteringMethod):
@@ -61,13 +62,13 @@ class SelfLabel(ClusteringMethod):
         self,
         *,
         model: ClusteringMethod | None,
-        num_clusters: int,
-        image_size: int,
-        channels: int,
-        threshold: float,
+        num_clusters: PositiveInt,
+        image_size: PositiveInt,
+        channels: PositiveInt,
+        threshold: FractionBelowOne,
         balanced: bool,
         ema_mode: Literal["shadow", "replace", "none"],
-        ema_decay: float,
+        ema_decay: Fraction,
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:

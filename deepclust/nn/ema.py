@@ -56,9 +56,11 @@ class TargetNetwork(nn.Module):
         update_target(self.projector, projector, decay)
 
 
-def compute_ema_decay(step: int, num_steps: int, *, start: float, end: float) -> float:
+def compute_ema_decay(step: int, num_steps: float, *, start: float, end: float) -> float:
     """Return the EMA decay at `step` (from 1) of `num_steps`: half a cosine from `start` to `end`.
 
     BYOL (Grill et al. 2020), section 3.2; ProPos uses the same.
     """
+    if num_steps == 0:
+        return end
     return end - (end - start) * (math.cos(math.pi * step / num_steps) + 1) / 2

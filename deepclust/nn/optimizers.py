@@ -1,4 +1,4 @@
-"""Optimisers that torch does not have: LARS."""
+"""Optimisers that torch does not have: LARS in two forms."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,16 +6,26 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from deepclust.number_types import Fraction, NonNegativeFloat
+
 
 class Lars(Optimizer):
     """LARS: SGD with momentum whose steps are scaled to the norm of each weight tensor (You et al., arXiv 1708.03888).
 
     For a tensor p of more than one dimension, d = g + `weight_decay` p. The gradient g becomes `trust` |p| / |d| d,
     or d where a norm is 0. Other tensors keep g and have no weight decay. Then m <- `momentum` m + g and p <- p - lr m.
-    (timm's LARS divides by |g| + weight_decay |p| instead of |d|.)
+    (timm's LARS divides by |g| + weight_decay |p| instead of |d|, and so does `ScaledStepLars`.)
     """
 
-    def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: NonNegativeFloat,
+        momentum: Fraction,
+        weight_decay: NonNegativeFloat,
+        trust: NonNegativeFloat,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
@@ -40,4 +50,38 @@ class Lars(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
                 p.sub_(state["momentum_buffer"], alpha=group["lr"])
+        return loss
+
+
+class ScaledStepLars(Optimizer):
+    """LARS whose momentum averages whole steps, learning rates included (OpenMMLab's LARS, which ProPos uses).
+
+    For a tensor p with gradient g, the rate is r = lr `trust` |p| / (|g| + `weight_decay` |p| + 1e-8), or lr where a
+    norm is 0 or the group has no weight decay. Then m <- `momentum` m + r (g + `weight_decay` p) and p <- p - m. Unlike
+    in `Lars`, a change of lr does not change the steps that m already holds.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one step; return the loss of `closure`, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                change = p.grad.add(p, alpha=decay) * group["lr"]
+                if decay != 0:
+                    weight_norm, gradient_norm = p.norm(), p.grad.norm()
+                    factor = group["trust"] * weight_norm / (gradient_norm + decay * weight_norm + 1e-8)
+                    change = change * torch.where((weight_norm > 0) & (gradient_norm > 0), factor, 1.0)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(change)
+                p.sub_(state["momentum_buffer"])
         return loss

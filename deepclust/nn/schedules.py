@@ -2,14 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
+
+from deepclust.number_types import Fraction, NonNegativeFloat, NonNegativeInt
 
 
+@runtime_checkable  # so that a configuration can be checked
 class Schedule(Protocol):
     """Maps an optimiser step to a factor of the base rate."""
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float:
-        """Return the factor at `step`, counted from 1 over the whole run; an epoch has `steps_per_epoch` steps."""
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
+        """Return the factor at `step`, counted from 1 over the whole run; an epoch has `steps_per_epoch` steps.
+
+        Neither is whole where gradients are accumulated over the end of an epoch.
+        """
         ...
 
 
@@ -17,7 +23,7 @@ class Schedule(Protocol):
 class Constant:
     """The base rate, always."""
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float:
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
         return 1.0
 
 
@@ -30,20 +36,20 @@ class WarmupCosine:
     after `warmup_epochs`. Both variants are those of ProPos's code.
     """
 
-    warmup_epochs: float
-    epochs: float
+    warmup_epochs: NonNegativeFloat
+    epochs: NonNegativeFloat
     variant: Literal["fractional", "stepwise"]
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float:
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
         if self.variant == "fractional":
             epoch = step / steps_per_epoch
             if epoch < self.warmup_epochs:
                 return epoch / self.warmup_epochs
-            return _half_cosine((epoch - self.warmup_epochs) / self.epochs)
+            return _half_cosine(_share(epoch - self.warmup_epochs, self.epochs))
         epoch_number = (step - 1) // steps_per_epoch
         if epoch_number < self.warmup_epochs:
-            return step / (self.warmup_epochs * steps_per_epoch) * _half_cosine(self.warmup_epochs / self.epochs)
-        return _half_cosine(epoch_number / self.epochs)
+            return step / (self.warmup_epochs * steps_per_epoch) * _half_cosine(_share(self.warmup_epochs, self.epochs))
+        return _half_cosine(_share(epoch_number, self.epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +59,10 @@ class DelayedWarmupCosine:
     `warmup_epochs` counts the first epoch, `epochs` is the length of the whole run.
     """
 
-    warmup_epochs: int
-    epochs: int
+    warmup_epochs: NonNegativeInt
+    epochs: NonNegativeInt
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float:
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
         steps_done, warmup_steps = step - 1, self.warmup_epochs * steps_per_epoch
         if steps_done < steps_per_epoch:
             return 0.0
@@ -72,22 +78,27 @@ class EpochCosine:
     It would reach `floor` in the epoch after the last of `epochs`.
     """
 
-    epochs: int
-    floor: float
+    epochs: NonNegativeInt
+    floor: Fraction
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float:
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
         epoch = (step - 1) // steps_per_epoch
-        return self.floor + (1 - self.floor) * _half_cosine(epoch / self.epochs)
+        return self.floor + (1 - self.floor) * _half_cosine(_share(epoch, self.epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RisingCosine:
     """Half a cosine from 0 to 1 over the run: for SeCu's prototypes on ImageNet under the entropy constraint."""
 
-    epochs: int
+    epochs: NonNegativeInt
 
-    def __call__(self, step: int, steps_per_epoch: int) -> float:
-        return 1 - _half_cosine((step - 1) / (self.epochs * steps_per_epoch))
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
+        return 1 - _half_cosine(_share(step - 1, self.epochs * steps_per_epoch))
+
+
+def _share(done: float, total: float) -> float:
+    """Return which share is done; of nothing, all is."""
+    return done / total if total else 1.0
 
 
 def _half_cosine(progress: float) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepclust.engine.output_files import write_bytes
 from deepclust.report.cluster_pictures import ClusterPictures, render_clusters
 from deepclust.report.curves import render_curves, render_number_of_clusters
 from deepclust.report.embedding_map import EmbeddingMap
@@ -93,7 +94,7 @@ def write_report(
         ),
         script=f"<script>{script}</script>" if script else "",
     )
-    path.write_text(page, encoding="utf-8", errors="replace")  # a file name may not be valid text
+    write_bytes(path, page.encode("utf-8", errors="replace"))  # a file name may not be valid text
 
 
 def _make_security_policy(script: str) -> str:

@@ -13,6 +13,7 @@ from deepclust.config.build import build, build_each
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.batch_norm_groups import check_groups
 from deepclust.engine.devices import apply_hardware_options
 from deepclust.engine.lightning_settings import disable_lightning_requeue
 from deepclust.methods.base import ClusteringMethod
@@ -26,7 +27,7 @@ def build_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
         views=build(cfg.multi_view),
         batch_size=cfg.batch_size,
         clean_batch_size=cfg.clean_batch_size,
-        drop_last=cfg.drop_last,
+        drop_last=cfg.drop_last and cfg.trainer.max_epochs > 0,  # without a training, no batch has to be full
         resident_bytes=cfg.hardware.resident_bytes,
         seed=cfg.seed,
     )
@@ -39,12 +40,23 @@ def build_method(cfg: DictConfig) -> ClusteringMethod:
 
 
 def prepare_for_hardware(cfg: DictConfig, method: ClusteringMethod, datamodule: ImageDataModule) -> None:
-    """Apply the options of `cfg.hardware` to a method and to the views of its data."""
+    """Apply the options of `cfg.hardware`, and those of batch normalisation, to a method and to the views of its data.
+
+    Raises:
+        InputError: if options do not fit each other, the batch size or the number of processes.
+    """
+    check_groups(
+        cfg.batch_norm_groups,
+        batch_size=cfg.batch_size,
+        drop_last=cfg.drop_last,
+        sync_batchnorm=cfg.sync_batchnorm,
+    )
     apply_hardware_options(
         method,
         datamodule.views,
         channels_last=cfg.hardware.channels_last,
         sync_batchnorm=cfg.sync_batchnorm,
+        batch_norm_groups=cfg.batch_norm_groups,
         compile=cfg.hardware.compile,
         graphs=cfg.hardware.graphs,
         fused_optimizer=cfg.hardware.fused_optimizer,

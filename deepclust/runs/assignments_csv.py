@@ -1,13 +1,14 @@
 """assignments.csv: the cluster of every image, written and read."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from deepclust.engine.csv_cells import path_cell
+from deepclust.engine.output_files import replace_text_file
 from deepclust.runs.folder import ASSIGNMENTS
 
 
@@ -31,13 +32,11 @@ def write_assignments(
     if labels is not None:
         columns["label"] = labels.tolist()
     if paths is not None:
-        columns["path"] = paths
-    temporary = folder / f"{ASSIGNMENTS}.writing"
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        columns["path"] = [path_cell(path) for path in paths]
+    with replace_text_file(folder / ASSIGNMENTS) as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-    os.replace(temporary, folder / ASSIGNMENTS)
 
 
 def read_clusters(folder: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,49 @@ from deepclust.config.build import build
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.folder import CHECKPOINT
+from deepclust.runs.trusted_targets import malformed_config_error, open_run_config, shorten, without_weight_sources
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
-    """Load the last checkpoint of a run folder on the CPU.
+    """Load the last checkpoint of a run folder on the CPU: tensors, numbers and text, and never an object.
 
     Raises:
         InputError: if there is none, it is damaged, or another version of deepclust wrote it.
     """
     path = run / CHECKPOINT
-    if not path.exists():
-        raise InputError(f"{run} holds no {CHECKPOINT}", expected="the folder of a run", do="check run=DIR")
+    if not path.is_file():
+        raise InputError(
+            f"{run} holds no {CHECKPOINT}" if not path.exists() else f"{path} is no file",
+            expected="the folder of a run",
+            do="check run=DIR",
+        )
     try:
         with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
             is_damaged = file.testzip() is not None
-    except (zipfile.BadZipFile, OSError, EOFError):
-        is_damaged = True
-    if is_damaged:
+        checkpoint = None if is_damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # both readers raise many kinds of exceptions
+        raise damaged_checkpoint_error(path) from error
+    if not isinstance(checkpoint, dict):
+        raise damaged_checkpoint_error(path)
+    version = checkpoint.get("format", 1)
+    if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path} is damaged",
-            expected="the checkpoint as it was written",
-            do="delete it, and the run starts anew, or bring back a copy",
-        )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(
-            f"{path} was written by another version of deepclust (format {checkpoint.get('format', 1)})",
+            f"{path} was written by another version of deepclust (format {shorten(str(version))})",
             expected=f"a checkpoint of format {CHECKPOINT_FORMAT}",
             do="use the version that wrote it, or train again in another folder (hydra.run.dir=DIR)",
         )
     return checkpoint
+
+
+def damaged_checkpoint_error(path: Path) -> InputError:
+    """Return the error for a file that cannot be read as a checkpoint."""
+    return InputError(
+        f"{path} is damaged",
+        expected="the checkpoint as it was written",
+        do="delete it, and the run starts anew, or bring back a copy",
+    )
 
 
 def load_finished_checkpoint(run: Path) -> dict[str, Any]:
@@ -55,15 +69,41 @@ def load_finished_checkpoint(run: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(run)
     if "kmeans_centroids" not in checkpoint:
         raise InputError(f"{run} is not a finished run", expected="one that has ended", do="let it go on to its end")
+    shapes = {name: tuple(getattr(checkpoint.get(name), "shape", ())) for name in ("kmeans_centroids", "cluster_means")}
+    scale = checkpoint.get("kmeans_scale")
+    is_scale = isinstance(scale, Tensor) and scale.numel() == 1
+    if not is_scale or len(shapes["kmeans_centroids"]) != 2 or len({*shapes.values()}) != 1:
+        raise damaged_checkpoint_error(run / CHECKPOINT)
     return checkpoint
 
 
-def load_method(checkpoint: dict[str, Any]) -> tuple[DictConfig, ClusteringMethod]:
-    """Return the configuration and the trained method of a checkpoint, in evaluation mode."""
-    cfg = OmegaConf.create(checkpoint["config"])
-    assert isinstance(cfg, DictConfig)
-    method = build(cfg.method)
-    method.load_state_dict(checkpoint["state_dict"])
+def load_method(checkpoint: dict[str, Any], *, trust: Iterable[str] = ()) -> tuple[DictConfig, ClusteringMethod]:
+    """Return the configuration and the trained method of a checkpoint, in evaluation mode.
+
+    This is the only way from a run to objects. `trust` names packages besides our own whose code may be run
+    (`open_run_config`).
+
+    Raises:
+        InputError: if the configuration names code that is not trusted, or the weights are not those of the method
+            or not finite.
+    """
+    cfg = open_run_config(checkpoint, trust=trust)
+    section = OmegaConf.create({"method": without_weight_sources(checkpoint["config"]["method"])})
+    try:
+        method = build(section.method)
+        if not isinstance(method, ClusteringMethod):
+            raise malformed_config_error(f"method describes no method, but a {type(method).__name__}")
+        method.load_state_dict(checkpoint["state_dict"])
+        method.check_weights_are_finite()
+    except InputError:
+        raise
+    except Exception as error:  # what constructors and torch say of arguments and weights that do not fit
+        reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise InputError(
+            f"the method and the weights in the checkpoint do not fit: {reason}",
+            expected="a checkpoint as deepclust wrote it",
+            do="use the version that wrote it, or bring back a copy",
+        ) from error
     return cfg, method.eval()
 
 

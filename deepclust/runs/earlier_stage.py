@@ -2,16 +2,21 @@
 
 import copy
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from deepclust.config.keys import iterate_entries
 from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint
+from deepclust.runs.folder import check_run_files
 from deepclust.runs.results import read_results
+from deepclust.runs.trusted_targets import list_targets, open_run_config, split_trust
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +32,26 @@ def find_earlier_run(
         InputError: if `cfg.start` is no finished run.
     """
     if cfg.start is not None:
-        return describe_earlier_run(Path(cfg.start))
+        return describe_earlier_run(Path(cfg.start), trust=list_trusted(cfg))
     if cfg.before is None:
         return None
     stage_folder = folder / "before"
     if read_results(stage_folder) is None:
         stage_folder.mkdir(exist_ok=True)
+        check_run_files(stage_folder)
         stage_cfg = configure_earlier_stage(cfg)
         log.info("first the stage before: %s in %s", stage_cfg.names.method, stage_folder)
-        run_stage(stage_cfg, stage_folder)
+        with earlier_stage_keys_named(cfg):
+            run_stage(stage_cfg, stage_folder)
         distributed.barrier()  # until the first process has written what is read next
-    return describe_earlier_run(stage_folder)
+    return describe_earlier_run(stage_folder, trust=list_trusted(cfg))
+
+
+def list_trusted(cfg: DictConfig) -> list[str]:
+    """Return what the run that this one starts from may name: what `trust` says, and what this configuration names."""
+    values: Any = OmegaConf.to_container(cfg)
+    del values["earlier"]  # it comes from that run
+    return [*split_trust(cfg.trust), *list_targets(values)]
 
 
 def configure_earlier_stage(cfg: DictConfig) -> DictConfig:
@@ -51,11 +65,36 @@ def configure_earlier_stage(cfg: DictConfig) -> DictConfig:
     return earlier
 
 
-def describe_earlier_run(folder: Path) -> dict[str, Any]:
+@contextmanager
+def earlier_stage_keys_named(cfg: DictConfig) -> Iterator[None]:
+    """Let errors of the stage before a run name the keys as they stand in the configuration of the run.
+
+    What stands at `before.batch_size` there is `batch_size` for the stage itself.
+
+    Raises:
+        InputError: in place of another one.
+    """
+    try:
+        yield
+    except InputError as error:
+        entries = iterate_entries(OmegaConf.to_container(cfg.before))
+        keys = sorted((key for key, value in entries if not isinstance(value, dict)), key=len, reverse=True)
+        # A key that is an English word, too, is only one where a value follows.
+        names = [re.escape(key) if "." in key or "_" in key else rf"{re.escape(key)}(?==| is )" for key in keys]
+        pattern = re.compile(rf"(?<![\w.])({'|'.join(names)})(?![\w])") if names else None
+        parts = [error.what, error.expected, error.do]
+        what, expected, do = [pattern.sub(r"before.\1", part) if pattern else part for part in parts]
+        renamed = InputError(what, expected=expected, do=do)
+        renamed.is_printed = error.is_printed
+        raise renamed from error
+
+
+def describe_earlier_run(folder: Path, *, trust: Iterable[str] = ()) -> dict[str, Any]:
     """Return the section `earlier` of a run that starts from the finished run in `folder`.
 
     Raises:
-        InputError: if `folder` holds no finished run.
+        InputError: if `folder` holds no finished run, or one that names code that is not trusted (`open_run_config`):
+            the method that starts from it may build that run's method as a part of its own.
     """
     results = read_results(folder)
     if results is None:
@@ -63,7 +102,7 @@ def describe_earlier_run(folder: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(folder)
     return {
         "run": str(folder),
-        "method": checkpoint["config"]["method"],
+        "method": OmegaConf.to_container(open_run_config(checkpoint, trust=trust).method),
         "sha256": compute_checksum(checkpoint["state_dict"]),
         "train_seconds": results["timing"]["train_seconds"] + results["timing"].get("earlier_seconds", 0.0),
     }

@@ -16,19 +16,39 @@ REPORT = "report.html"
 ERROR = "error.txt"
 
 
+def check_run_files(folder: Path) -> None:
+    """Refuse a run folder in which something else has the name of a file that the run writes: it would fail at its end.
+
+    Raises:
+        InputError: naming what is in the way.
+    """
+    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS, REPORT):
+        file = folder / name
+        if file.exists() and not file.is_file():
+            raise InputError(
+                f"{file} is a folder" if file.is_dir() else f"{file} is no regular file",
+                expected=f"nothing, or the {name} of a run",
+                do="remove or rename it, or set hydra.run.dir=DIR",
+            )
+
+
+class RunFolderInUse(InputError):
+    """Another process trains in a run folder: nothing may be written there, not even this error."""
+
+
 @contextmanager
 def acquire_run_lock(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run folder inside the `with` block: two would overwrite each other's files.
 
     Raises:
-        InputError: if another process holds the lock.
+        RunFolderInUse: if another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
+            raise RunFolderInUse(
                 f"another process trains in {folder}",
                 expected="one at a time",
                 do="wait for it, or start in another folder (hydra.run.dir=DIR)",

@@ -38,5 +38,12 @@ def read_commit() -> str | None:
 
 
 def read_command_line() -> str:
-    """Return the command as it was typed."""
-    return shlex.join([*Path(sys.argv[0]).name.split(), *sys.argv[1:]])  # argv[0] is "deepclust VERB"
+    """Return the command as it was typed, but for the values of environment variables that it sets."""
+    arguments = [hide_environment_values(argument) for argument in sys.argv[1:]]
+    return shlex.join([*Path(sys.argv[0]).name.split(), *arguments])  # argv[0] is "deepclust VERB"
+
+
+def hide_environment_values(argument: str) -> str:
+    """Return an argument without the values of `hydra.job.env_set`, which may be keys and passwords."""
+    key, _, value = argument.partition("=")
+    return f"{key}=..." if value and key.lstrip("+~").startswith("hydra.job.env_set") else argument

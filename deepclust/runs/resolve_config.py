@@ -8,9 +8,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
-from deepclust.datasets.dataset_checks import check_num_clusters, estimate_num_clusters, infer_dataset_values
+from deepclust.datasets.dataset_checks import (
+    check_num_clusters,
+    estimate_num_clusters,
+    infer_dataset_values,
+    warn_of_offset,
+)
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import count_devices
+from deepclust.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +47,29 @@ def resolve_config(
         cfg.earlier = earlier
     cfg.hardware.devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
     cfg.dataset.update(infer_dataset_values(cfg.dataset, images))
+    if cfg.trainer.max_epochs:
+        warn_of_offset(cfg.dataset, images)
     estimate = None
     if cfg.dataset.num_clusters == "auto":
         estimate = estimate_num_clusters(images, seed=cfg.seed)
         log.info(estimate.summarize())
         cfg.dataset.num_clusters = estimate.require_several_clusters("dataset.num_clusters")
     check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
+    check_processes_have_images(cfg, images)
     return cfg, estimate
+
+
+def check_processes_have_images(cfg: DictConfig, images: ImageSet) -> None:
+    """Check that every process has an image to train on and one to evaluate.
+
+    Raises:
+        InputError: if there are fewer images than processes.
+    """
+    num_processes = cfg.hardware.devices * cfg.hardware.num_nodes
+    num_images = min(len(images.fit), len(images.evaluation))
+    if num_images < num_processes:
+        raise InputError(
+            f"there are {num_images} images for {num_processes} processes",
+            expected="an image for each process at least",
+            do=f"set hardware.devices to {max(1, num_images // cfg.hardware.num_nodes)} or fewer",
+        )

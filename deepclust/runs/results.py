@@ -15,8 +15,22 @@ from omegaconf import DictConfig
 from deepclust.callbacks.evaluation import EvaluationResult
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.output_files import write_text
+from deepclust.errors import InputError
 from deepclust.runs.folder import ERROR, RESULTS
+from deepclust.runs.objective import compute_objective
 from deepclust.runs.provenance import read_command_line, read_commit, read_versions
+
+MAX_BYTES = 2**26  # of a results.json that is read; a real one has a few thousand
+METRICS = ("acc", "nmi", "ari")
+# What commands read of a results.json, and its type.
+REQUIRED_RESULTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("method", "dataset"), str),
+    **dict.fromkeys(("seed", "num_images", "num_clusters", "steps"), int),
+    **dict.fromkeys(("scores", "health", "timing"), dict),
+    **dict.fromkeys(("timing.train_seconds", "timing.images_per_second"), (int, float)),
+    **dict.fromkeys(("health.empty_clusters", "health.cluster_size_entropy"), (int, float)),
+}
 
 
 def compose_results(
@@ -45,6 +59,7 @@ def compose_results(
         "num_clusters": cfg.dataset.num_clusters,
         "num_classes": cfg.dataset.num_classes if images.labels is not None else None,
         "scores": evaluation.scores,
+        "ami": evaluation.ami,
         "health": evaluation.health,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -57,17 +72,26 @@ def compose_results(
         "timing": {
             "train_seconds": train_seconds,
             "earlier_seconds": cfg.earlier.train_seconds,
-            "images_per_second": trainer.global_step * cfg.batch_size / train_seconds,
+            "images_per_second": count_batches_done(trainer) * cfg.batch_size / train_seconds,
             "e_step_seconds": e_step_seconds,
             "evaluate_seconds": evaluate_seconds,
         },
         "peak_memory_bytes": measure_peak_memory(),
     }
+    if cfg.get("objective") is not None:
+        results["objective"] = compute_objective(
+            cfg.objective, evaluation.features, evaluation.assignments, seed=cfg.seed
+        )
     if pixel_scores is not None:
         results["baseline"] = {"kmeans_on_pixels": pixel_scores}
     if estimate is not None:
         results["number"] = describe_estimate(estimate)
     return results
+
+
+def count_batches_done(trainer: Trainer) -> int:
+    """Return how many batches were trained on, of which a step accumulates several if it is told to."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
 
 def describe_estimate(estimate: ClusterNumberEstimate) -> dict[str, Any]:
@@ -77,16 +101,70 @@ def describe_estimate(estimate: ClusterNumberEstimate) -> dict[str, Any]:
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write results.json atomically: its presence means that the run is complete."""
-    temporary = folder / f"{RESULTS}.writing"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, folder / RESULTS)
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     (folder / ERROR).unlink(missing_ok=True)  # of an earlier start
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
-    """Read results.json of a finished run; None if there is none."""
+    """Read results.json of a finished run; None if there is none.
+
+    Raises:
+        InputError: if something else is in its place.
+    """
     path = folder / RESULTS
-    return json.loads(path.read_text()) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    results: Any = None
+    try:
+        results = json.loads(read_small_file(path))
+        reason = check_results(results)
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
+        reason = " ".join(str(error).split())
+    if reason is not None:
+        raise InputError(
+            f"{path} is not as deepclust wrote it: {reason}",
+            expected="the results of a finished run",
+            do="remove it and start the same command again, which computes it anew, or bring back a copy",
+        )
+    return results
+
+
+def read_small_file(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        ValueError: if it is no regular file, no text, or larger than any results.json.
+    """
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError("it is no regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def check_results(results: Any) -> str | None:
+    """Return what is wrong with the content of a results.json as far as commands read it; None if nothing is."""
+    if not isinstance(results, dict):
+        return f"it holds a {type(results).__name__}, no object"
+    if results.get("format") != 1:
+        return f"its format is {str(results.get('format'))[:40]}, not 1"
+    for key, kind in REQUIRED_RESULTS.items():
+        value: Any = results
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{key} is {str(value)[:40]}"
+    rules = [*results["scores"].items(), *dict_or_empty(results.get("baseline")).items()]
+    for rule, scores in rules:
+        is_complete = isinstance(scores, dict) and all(isinstance(scores.get(name), int | float) for name in METRICS)
+        if scores is not None and not is_complete:
+            return f"scores.{rule} is {str(scores)[:40]}"
+    return None
+
+
+def dict_or_empty(value: Any) -> dict[str, Any]:
+    """Return a dictionary as it is, and an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def measure_peak_memory() -> int:

@@ -1,52 +1,111 @@
 """The recipe of a run, what decides on what is learned: a run goes on only with the recipe that it began with."""
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
-from deepclust.errors import InputError
+from omegaconf import DictConfig, open_dict
 
+from deepclust.config.override_values import format_override, format_value
+from deepclust.errors import InputError
+from deepclust.runs.trusted_targets import read_run_config, shorten
+
+MAX_LENGTH_OF_ADVICE = 120  # characters; the value of a longer one is not spelt out
 RECIPE_KEYS = (
-    *("backbone", "method", "dataset", "views", "view_names", "multi_view"),
-    *("seed", "batch_size", "drop_last", "sync_batchnorm"),
+    *("seed", "dataset", "backbone", "batch_size", "views", "view_names", "multi_view"),
+    *("drop_last", "sync_batchnorm", "batch_norm_groups", "method"),
 )
+# Where decoded images are kept, and the largest file that is read: num_images tells whether one was left out.
+FILE_KEYS = ("data_dir", "max_megapixels")
 # Arguments of the trainer that change nothing in what is learned, or are meant to change: a run may go on for longer.
 NOT_LEARNED = (
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "benchmark", "deterministic"),
     *("max_epochs", "max_steps", "max_time", "num_sanity_val_steps", "use_distributed_sampler", "log_every_n_steps"),
     *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger", "callbacks", "profiler"),
 )
+# Keys of `dataset` that may be left open (null or auto): they are filled in once the images are known.
+OPEN_DATASET_KEYS = ("name", "num_images", "channels", "image_size", "num_classes", "num_clusters", "value_ranges")
 
 
-def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any], *, allow_open_values: bool = False) -> None:
+def fill_open_values(cfg: DictConfig, checkpoint: dict[str, Any]) -> DictConfig:
+    """Return the configuration of a run with what it leaves open filled in from the finished run that it may be.
+
+    Raises:
+        InputError: if the checkpoint holds no configuration.
+    """
+    saved, cfg = read_run_config(checkpoint), copy.deepcopy(cfg)
+    with open_dict(cfg):
+        for key in OPEN_DATASET_KEYS:
+            if key in saved["dataset"] and cfg.dataset.get(key) in (None, "auto"):
+                cfg.dataset[key] = saved["dataset"][key]
+        if cfg.trainer.get("max_steps") is not None:  # it has lowered max_epochs, over which schedules are stretched
+            cfg.trainer.max_epochs = saved["trainer"]["max_epochs"]
+        if cfg.earlier.sha256 is None:
+            cfg.earlier.sha256 = saved["earlier"].get("sha256")
+    return cfg
+
+
+def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse to go on from a checkpoint that another recipe made.
-
-    With `allow_open_values`, keys of `config` that are filled in once the images are known may still be null or auto.
 
     Raises:
         InputError: naming the first key that differs.
     """
-    saved, current = extract_recipe(checkpoint["config"]), extract_recipe(config)
-    for key in sorted({*saved, *current}):
-        if allow_open_values and current.get(key) in (None, "auto"):
-            continue
-        if saved.get(key) != current.get(key):
-            cure = "give the same start=DIR" if key.startswith("earlier") else f"set {key}={saved.get(key)}"
-            raise InputError(
-                f"the checkpoint in this folder was made with {key}={saved.get(key)}, this run has {current.get(key)}",
-                expected="the same recipe when a run goes on",
-                do=f"{cure}, or start in another folder (hydra.run.dir=DIR)",
-            )
+    saved_config = read_run_config(checkpoint)
+    saved, current = nest_recipe(saved_config), nest_recipe(config)
+    for key, then, now in find_differences(saved, current):
+        cure = f"set {format_override(key, then)}"
+        if key.startswith("earlier"):
+            cure = "give the same start=DIR"
+        elif len(cure) > MAX_LENGTH_OF_ADVICE:
+            cure = f"give the same {key}"
+        was, has = (shorten(format_value(value)) for value in (then, now))
+        raise InputError(
+            f"the checkpoint in this folder was made with {key}={was}, this run has {has}",
+            expected="the same recipe when a run goes on",
+            do=f"{cure}, or start in another folder (hydra.run.dir=DIR)",
+        )
+
+
+def find_differences(saved: Any, current: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, saved value, current value) where two nested sections differ; a missing key counts as null.
+
+    Lists of one length are compared entry by entry, others as a whole.
+    """
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for name in [*saved, *(name for name in current if name not in saved)]:
+            key = f"{prefix}.{name}" if prefix else str(name)
+            yield from find_differences(saved.get(name), current.get(name), key)
+    elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+        for index, (then, now) in enumerate(zip(saved, current, strict=True)):
+            yield from find_differences(then, now, f"{prefix}.{index}")
+    elif saved != current and not (saved != saved and current != current):  # two nan are the same setting
+        yield prefix, saved, current
+
+
+def nest_recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that decides on what is learned, as nested sections."""
+    recipe = {name: config.get(name) for name in RECIPE_KEYS}
+    recipe["earlier"] = {"sha256": config["earlier"].get("sha256")}  # wherever that run's folder lies by now
+    recipe["trainer"] = {name: value for name, value in config["trainer"].items() if name not in NOT_LEARNED}
+    recipe["hardware"] = {"precision": config["hardware"].get("precision")}
+    dataset = without_file_keys(recipe["dataset"] or {})
+    if isinstance(dataset.get("source"), dict):
+        dataset["source"] = without_file_keys(dataset["source"])
+    recipe["dataset"] = dataset or recipe["dataset"]
+    return recipe
+
+
+def without_file_keys(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section without the keys of FILE_KEYS, which say how files are kept and read."""
+    return {key: value for key, value in section.items() if key not in FILE_KEYS}
 
 
 def extract_recipe(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a configuration that decides on what is learned, by dotted key."""
-    sections = {name: config.get(name) for name in RECIPE_KEYS}
-    sections["earlier"] = {"sha256": config["earlier"]["sha256"]}  # wherever that run's folder lies by now
-    trainer = config["trainer"]
-    sections["trainer"] = {name: trainer[name] for name in trainer if name not in NOT_LEARNED}
-    sections["hardware"] = {"precision": config["hardware"]["precision"]}
-    values = {key: value for name, node in sections.items() for key, value in flatten_section(node, name).items()}
-    values.pop("dataset.source.data_dir", None)  # where decoded images are kept
-    return values
+    """Return the part of a configuration that decides on what is learned, by dotted key; lists are values."""
+    return {
+        key: value for name, node in nest_recipe(config).items() for key, value in flatten_section(node, name).items()
+    }
 
 
 def flatten_section(node: Any, prefix: str) -> dict[str, Any]:

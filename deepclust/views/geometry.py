@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.errors import InputError
+from deepclust.number_types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFraction,
+    PositiveInt,
+    PositiveInterval,
+)
 from deepclust.views.random_draws import apply_to_chosen, draw_bernoulli, draw_uniform, make_constants
 from deepclust.views.separable_filters import apply_separable, cropping_matrices, resampling_matrices
 
@@ -22,7 +30,7 @@ class RandomResizedCrop:
 
     tries_per_image = 10  # if none of these boxes fits, the largest central one of an allowed ratio is taken
 
-    def __init__(self, *, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    def __init__(self, *, size: PositiveInt, scale: PositiveInterval, ratio: PositiveInterval) -> None:
         self.size, self.scale, self.ratio = size, scale, ratio
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -59,7 +67,7 @@ class RandomResizedCrop:
 class RandomCrop:
     """A random box of `size` x `size` pixels of every image, which is first padded with `padding` black pixels."""
 
-    def __init__(self, *, size: int, padding: int) -> None:
+    def __init__(self, *, size: PositiveInt, padding: NonNegativeInt) -> None:
         self.size, self.padding = size, padding
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -85,7 +93,7 @@ class RandomCrop:
 class HorizontalFlip:
     """The mirror image, left and right exchanged, with probability `p`."""
 
-    def __init__(self, *, p: float) -> None:
+    def __init__(self, *, p: Fraction) -> None:
         self.p = p
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -107,7 +115,9 @@ class Affine:
         shear: largest horizontal shear to either side, in degrees.
     """
 
-    def __init__(self, *, rotate: float, translate: float, scale: tuple[float, float], shear: float) -> None:
+    def __init__(
+        self, *, rotate: NonNegativeFloat, translate: Fraction, scale: PositiveInterval, shear: NonNegativeFloat
+    ) -> None:
         self.rotate, self.translate, self.scale, self.shear = rotate, translate, scale, shear
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -129,7 +139,7 @@ class Affine:
 class Resize:
     """The whole image resized to `size` x `size` pixels, whatever its shape; bilinear with antialiasing."""
 
-    def __init__(self, *, size: int) -> None:
+    def __init__(self, *, size: PositiveInt) -> None:
         self.size = size
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -142,7 +152,7 @@ class Resize:
 class ResizeShortSide:
     """The image resized so that `size` pixels are the share `crop_fraction` of its short side; its proportions stay."""
 
-    def __init__(self, *, size: int, crop_fraction: float) -> None:
+    def __init__(self, *, size: PositiveInt, crop_fraction: PositiveFraction) -> None:
         self.short_side = round(size / crop_fraction)
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -158,7 +168,7 @@ class ResizeShortSide:
 class CenterCrop:
     """The central `size` x `size` pixels."""
 
-    def __init__(self, *, size: int) -> None:
+    def __init__(self, *, size: PositiveInt) -> None:
         self.size = size
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -6,18 +6,21 @@ Every view is drawn for the whole global batch and applied to the images that th
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from deepclust.errors import InputError
+from deepclust.number_types import FiniteFloat, PositiveFloat
 from deepclust.views.random_draws import Layout, add_pixel_dimensions, pack_tensors, select_rows, unpack_tensors
 
 ViewDraws = list[tuple[str, dict[str, Tensor]]]  # for every view, the name of its pipeline and its draw
 Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # makes views of images and packed draws
 
 
+@runtime_checkable  # so that a configuration can be checked
 class Transform(Protocol):
     """A random change of images in two steps: `draw` draws all random numbers, `apply` uses them."""
 
@@ -84,9 +87,9 @@ class MultiView:
         self,
         *,
         pipelines: Mapping[str, Sequence[Transform]],
-        names: Sequence[str],
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        names: Annotated[Sequence[str], MinLen(1)],
+        mean: Annotated[Sequence[FiniteFloat], MinLen(1)] | None,
+        std: Annotated[Sequence[PositiveFloat], MinLen(1)] | None,
     ) -> None:
         for name in ("clean", *names):
             if name not in pipelines:

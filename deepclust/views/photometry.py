@@ -1,10 +1,19 @@
 """Photometric transforms of batches of images: colour, greyscale, blur, solarising, intensity, erased squares."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
+from deepclust.number_types import (
+    FiniteFloat,
+    Fraction,
+    NonNegativeFloat,
+    PositiveInt,
+    PositiveInterval,
+)
 from deepclust.views.random_draws import (
     add_pixel_dimensions,
     apply_to_chosen,
@@ -26,7 +35,15 @@ class ColorJitter:
     saturation nor hue; these two changes leave them as they are.
     """
 
-    def __init__(self, *, brightness: float, contrast: float, saturation: float, hue: float, p: float) -> None:
+    def __init__(
+        self,
+        *,
+        brightness: NonNegativeFloat,
+        contrast: NonNegativeFloat,
+        saturation: NonNegativeFloat,
+        hue: Annotated[float, Ge(0), Le(0.5)],
+        p: Fraction,
+    ) -> None:
         factors = [(max(0.0, 1 - x), 1 + x) for x in (brightness, contrast, saturation)]
         self.bounds, self.p = [*factors, (-hue, hue)], p
 
@@ -60,7 +77,7 @@ class ColorJitter:
 class Grayscale:
     """With probability `p`, the greyscale of the image in all channels."""
 
-    def __init__(self, *, p: float) -> None:
+    def __init__(self, *, p: Fraction) -> None:
         self.p = p
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -73,7 +90,7 @@ class Grayscale:
 class GaussianBlur:
     """With probability `p`, a Gaussian filter of `kernel_size` pixels; its deviation is drawn from `sigma` (pixels)."""
 
-    def __init__(self, *, p: float, kernel_size: int, sigma: tuple[float, float]) -> None:
+    def __init__(self, *, p: Fraction, kernel_size: PositiveInt, sigma: PositiveInterval) -> None:
         self.p, self.kernel_size, self.sigma = p, kernel_size, sigma
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -96,7 +113,7 @@ class PillowBlur:
     the result is far from that of a sampled Gaussian.
     """
 
-    def __init__(self, *, p: float, sigma: tuple[float, float]) -> None:
+    def __init__(self, *, p: Fraction, sigma: PositiveInterval) -> None:
         self.p, self.sigma = p, sigma
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -126,7 +143,7 @@ class PillowBlur:
 class Solarize:
     """With probability `p`, values of at least `threshold` inverted to 1 - value."""
 
-    def __init__(self, *, p: float, threshold: float) -> None:
+    def __init__(self, *, p: Fraction, threshold: FiniteFloat) -> None:
         self.p, self.threshold = p, threshold
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -144,7 +161,15 @@ class Intensity:
     `noise`. `size` is the side of the square images in pixels.
     """
 
-    def __init__(self, *, brightness: float, contrast: float, gamma: float, noise: float, size: int) -> None:
+    def __init__(
+        self,
+        *,
+        brightness: NonNegativeFloat,
+        contrast: NonNegativeFloat,
+        gamma: NonNegativeFloat,
+        noise: NonNegativeFloat,
+        size: PositiveInt,
+    ) -> None:
         self.brightness, self.contrast, self.gamma = brightness, contrast, gamma
         self.noise, self.size = noise, size
 
@@ -167,12 +192,16 @@ class Intensity:
 class Cutout:
     """With probability `p`, a square set to `fill` (DeVries and Taylor 2017).
 
-    The side of the square is drawn from 1 pixel to `max_side` (share of the height). Its centre is uniform over the
-    image, so that part of it may lie outside. `fill` has one value per channel, in [0, 1]; None is black.
+    The side of the square is drawn from 1 pixel to `max_side` (share of the height). With `even_sides` an odd side is
+    one pixel shorter, as in SCAN's code, so that a side of 1 leaves the image as it is. The centre of the square is
+    uniform over the image, so that part of it may lie outside. `fill` has one value per channel, in [0, 1]; None is
+    black.
     """
 
-    def __init__(self, *, p: float, max_side: float, fill: Sequence[float] | None) -> None:
-        self.p, self.max_side = p, max_side
+    def __init__(
+        self, *, p: Fraction, max_side: Fraction, even_sides: bool, fill: Sequence[FiniteFloat] | None
+    ) -> None:
+        self.p, self.max_side, self.even_sides = p, max_side, even_sides
         self.fill = [0.0] if fill is None else list(fill)
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -195,6 +224,8 @@ class Cutout:
         """
         height, width = images.shape[-2:]
         pixels = 1 + (side * max(1, round(self.max_side * height))).floor()
+        if self.even_sides:
+            pixels = 2 * (pixels / 2).floor()
         start = (centre * make_constants([height, width], images.device)).floor() - (pixels / 2).floor()[:, None]
         top, left = add_pixel_dimensions(start).split(1, dim=1)
         rows = torch.arange(height, device=images.device)[:, None] - top

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclust.number_types import NonNegativeInt
 from deepclust.views import photometry
 from deepclust.views.geometry import warp
 from deepclust.views.photometry import blend, mean_over_pixels, to_grey
@@ -33,7 +34,7 @@ class RandomOperations:
     def __init__(
         self,
         *,
-        count: int,
+        count: NonNegativeInt,
         rotate: Bounds,
         shear: Bounds,
         translate: Bounds,

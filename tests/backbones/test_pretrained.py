@@ -116,6 +116,39 @@ def test_timm_network_with_weights_of_a_file(tmp_path):
         torch.testing.assert_close(network.eval()(images), expected)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet10t"])
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_timm_networks_take_the_size_of_the_images(name, image_size):
+    network = timm_model(model_name=name, pretrained=False, weights=None, image_size=image_size, num_classes=0)
+    assert network(torch.zeros(2, 3, image_size, image_size)).shape == (2, network.num_features)
+
+
+def test_a_timm_network_of_its_own_size_is_built_as_before():
+    torch.manual_seed(0)
+    expected = timm.create_model("test_vit", num_classes=0).state_dict()
+    size = timm.get_pretrained_cfg("test_vit").input_size[-1]
+    torch.manual_seed(0)
+    given = timm_model(model_name="test_vit", pretrained=False, weights=None, image_size=size, num_classes=0)
+    assert all(torch.equal(value, expected[name]) for name, value in given.state_dict().items())
+
+
+def test_a_size_that_a_timm_network_does_not_take_is_refused():
+    with pytest.raises(InputError, match=r"no images of 8 x 8 pixels; expected 224 x 224.*set dataset\.image_size=224"):
+        timm_model(model_name="vit_tiny_patch16_224", pretrained=False, weights=None, image_size=8, num_classes=0)
+
+
+def test_weights_of_a_file_are_resampled_for_another_size(tmp_path):
+    original = timm.create_model("test_vit")
+    torch.save(original.state_dict(), tmp_path / "w.pth")
+    arguments = {"pretrained": False, "weights": str(tmp_path / "w.pth"), "num_classes": 0}
+    network = timm_model(model_name="test_vit", image_size=96, **arguments).eval()
+    original.set_input_size(img_size=96)
+    images = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = original.eval().forward_head(original.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(network(images), expected)
+
+
 def test_stacked_trains_the_second_network_only():
     class Mean(torch.nn.Module):
         num_features = 4

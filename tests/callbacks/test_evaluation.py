@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_mutual_info_score
 
 from deepclust.callbacks.evaluation import Evaluator
 from deepclust.clustering.assignment_rules import assign_to_centroids, cluster_means, mean_squared_distance
@@ -49,3 +50,10 @@ def test_scores_count_known_labels_only():
     evaluator = make_evaluator(np.array([1, 1, 0, -1]))
     assert evaluator.score(ASSIGNMENTS) == {"acc": 1.0, "nmi": 1.0, "ari": 1.0}
     assert evaluator.compute_contingency_table(ASSIGNMENTS).tolist() == [[0, 1], [2, 0]]
+
+
+def test_results_have_the_ami_of_the_clusters(train_small):
+    results, folder = train_small("trainer.max_epochs=1")
+    rows = np.loadtxt(folder / "assignments.csv", delimiter=",", skiprows=1, usecols=(1, 3), dtype=int)
+    assert results["ami"] == pytest.approx(adjusted_mutual_info_score(rows[:, 1], rows[:, 0]), abs=1e-9)
+    assert set(results["scores"]["method"]) == {"acc", "nmi", "ari"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from deepclust.clustering.kmeans_distances import nearest_centroids
+from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.kmeans_distances import centroid_logits, nearest_centroids, squared_distances
 from tests.clustering.kmeans_reference import METRICS, make_blobs, normalize_row
 
 
@@ -34,3 +35,28 @@ def test_of_equal_centroids_the_lowest_id_wins(metric, dtype, num_clusters):
     assert assignments.eq(0).all()
     assignments, _ = nearest_centroids(rows, torch.cat([rows[1:2], rows[:1], rows[1:2], rows[:1]]), metric=metric)
     assert assignments.max() == 1
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset, spread", [(0, 1), (1e5, 1), (5e6, 20), (5e6, 150), (-3e4, 0.01)])
+def test_the_largest_logit_is_where_k_means_has_put_a_row(metric, dtype, offset, spread):
+    """Also where the coordinates of rows and centroids have few digits left for what tells them apart."""
+    rows = (make_blobs(3000, 4, 5, dtype=torch.float64) * spread + offset).to(dtype)
+    result = kmeans(
+        rows, num_clusters=5, metric=metric, restarts=[0, 1], max_iterations=100, tolerance=1e-4, key=("test",)
+    )
+    logits = centroid_logits(rows, result.centroids, metric=metric)
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert torch.equal(logits.argmax(1), result.assignments)
+    if metric == "euclidean":
+        exact = squared_distances(rows.double(), result.centroids.double())
+        torch.testing.assert_close(logits, (exact.amin(1, keepdim=True) - exact).to(dtype))
+
+
+def test_distances_keep_their_digits_where_some_centroids_are_close_and_others_far():
+    """A common origin does not help here; a product of float32 rows would see one centroid instead of two."""
+    centroids = torch.tensor([[1e5, 0.0], [1e5, 1.0], [-1e5, 0.0]])
+    rows = centroids.repeat(20, 1)
+    assert torch.equal(squared_distances(rows, centroids)[:2, :2], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert torch.equal(centroid_logits(rows, centroids, metric="euclidean").argmax(1), torch.arange(3).repeat(20))

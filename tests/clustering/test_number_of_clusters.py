@@ -52,6 +52,16 @@ def test_too_few_rows_and_identical_rows():
     assert estimate_number_of_clusters(torch.ones(40, 3), seed=0).named["silhouette"] == 1
 
 
+@pytest.mark.parametrize(("number", "copies"), [(1, 60), (2, 60), (3, 60), (5, 40), (12, 25)])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_copies_are_no_more_clusters_than_there_are_distinct_rows(number: int, copies: int, noise: float):
+    generator = torch.Generator().manual_seed(number)
+    rows = torch.randn(number, 16, generator=generator).repeat(copies, 1)
+    rows += noise * torch.randn(rows.shape, generator=generator)
+    estimate = estimate_number_of_clusters(rows, seed=0)
+    assert estimate.num_clusters <= number and (number < 3 or estimate.num_clusters == number)
+
+
 def test_numbers_to_try_and_the_sample_of_rows():
     assert numbers_to_try(2) == [2] and numbers_to_try(1) == [2]
     assert numbers_to_try(20) == [*range(2, 17), 18, 20]

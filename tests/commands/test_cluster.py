@@ -194,3 +194,16 @@ def test_agreement_that_cannot_fail_is_no_reason_to_trust(photos, tmp_path, numb
     trust = call(tmp_path / "run", few, *SMALL, f"num_clusters={number}", "rule=kmeans")["trust"]
     assert why in trust["message"] and "repeatable" not in trust["message"] and "agree" not in trust["message"]
     assert "ari_between_seeds" not in trust and trust["seeds"] == [0, 1]
+
+
+def test_copies_of_one_image_are_nothing_to_tell_by(tmp_path):
+    """Whatever number of clusters is asked for, one of them holds every image, and the seeds agree."""
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for index in range(24):
+        Image.new("RGB", (12, 12), (90, 120, 30)).save(copies / f"{index}.png")
+    trust = call(tmp_path / "run", copies, *SMALL, "num_clusters=3", "rule=kmeans")["trust"]
+    assert "nothing to tell by, for one cluster holds every image" in trust["message"]
+    assert "repeatable" not in trust["message"] and "agree" not in trust["message"]
+    with pytest.raises(InputError, match="no number of clusters stands out"):
+        call(tmp_path / "auto", copies, *SMALL, "num_clusters=auto", "rule=kmeans")

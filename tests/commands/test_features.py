@@ -9,10 +9,13 @@ from hydra import compose, initialize_config_module
 
 from deepclust.commands.features import MADE_BY, main
 from deepclust.commands.train import run
+from deepclust.config.build import build
 from deepclust.datasets.features import load_features
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.views.multiview import MultiView
 from tests.conftest import compose_train
+from tests.test_configurations import list_options
 
 
 def make(*overrides):
@@ -75,6 +78,23 @@ def test_head_methods_run_on_vectors(pixels, tmp_path, method):
         stage.trainer.max_epochs = 1
         stage = stage.get("before")
     assert run(cfg, tmp_path)["scores"]["method"] is not None
+
+
+@pytest.mark.parametrize("dataset", list_options("dataset"))
+def test_every_data_set_has_a_clean_view(dataset):
+    path = ["dataset.path=DIR"] if dataset in ("arrays", "features", "folder") else []
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        cfg = compose("features", overrides=[f"dataset={dataset}", "backbone=identity", *path])
+    cfg.dataset.image_size = cfg.dataset.image_size or 8
+    views = MultiView(pipelines=build(cfg.views), names=[], mean=None, std=None)
+    size = cfg.dataset.image_size
+    assert views.clean(torch.zeros(1, 1, size, size)).shape == (1, 1, size, size)
+
+
+def test_of_an_array_file_and_a_network(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((20, 8, 8), np.uint8))
+    folder = make("dataset=arrays", f"dataset.path={tmp_path}/a.npy", "backbone=conv_small", f"output={tmp_path}/kept")
+    assert len(np.load(folder / "train_features.npy")) == 20
 
 
 def test_says_what_is_missing():

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from deepclust.config.build import build
+from deepclust.config.call_checks import check_calls
 from deepclust.errors import InputError
 
 MODULE_NAME = "tests_of_config"
@@ -142,6 +143,10 @@ PART_CONFIG = "a: {_target_: here.Whole, part: {_target_: here.Part, %s}}"
         ("size: '???'", "a.part.size has no value", None, "add a.part.size=VALUE"),
         ("size: 1.5", "a.part.size is 1.5", "a whole number", "set a.part.size to that"),
         ("size: null", "a.part.size is None", "a whole number", None),
+        ("size: true", "a.part.size is True", "a whole number", None),
+        ("size: [1]", "a.part.size is [1]", "a whole number", None),
+        ("size: 1, rate: .nan", "a.part.rate is nan", "a number or null", None),
+        ("size: 1, rate: -.inf", "a.part.rate is -inf", "a number or null", None),
         ("size: 1, rate: fast", "a.part.rate is 'fast'", "a number or null", None),
         ("size: 1, kind: c", "a.part.kind is 'c'", "a or b", None),
         ("size: 1, step: sgd", "a.part.step is 'sgd'", "a section with _target_", None),
@@ -153,7 +158,7 @@ def test_argument_that_does_not_fit_is_named_by_its_key(arguments, what, expecte
     assert what in (None, error.what) and expected in (None, error.expected) and do in (None, error.do)
 
 
-@pytest.mark.parametrize("arguments", ["size: 1, rate: 2", "size: 1, rate: null", "size: true", "size: 1, kind: b"])
+@pytest.mark.parametrize("arguments", ["size: 1, rate: 2", "size: 1, rate: null", "size: 1, kind: b"])
 def test_argument_that_fits_is_accepted(arguments):
     assert build(make_config(PART_CONFIG % arguments).a).part.size == 1
 
@@ -209,6 +214,28 @@ def test_package_that_is_not_installed_is_a_user_error():
         "no tensorboard here"
         in catch_input_error(lambda: build(make_config("a: {_target_: here.raise_error, reason: package}").a)).what
     )
+
+
+def test_what_hydra_never_calls_is_said_in_whole():
+    error = catch_input_error(lambda: build({"_target_": "os.system", "command": "true"}))
+    assert error.what.startswith("Target 'os.system' is blocklisted because it allows config data to control")
+    assert error.what.endswith("HYDRA_INSTANTIATE_ALLOWLIST_OVERRIDE.")
+
+
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_refusals_of_other_packages_are_user_errors_that_name_the_section(is_nested):
+    text = "{_target_: torch.nn.Conv2d, in_channels: 3, out_channels: 4, kernel_size: 1, groups: 2}"
+    cfg = make_config(f"a: {{_target_: here.Whole, part: {text}}}" if is_nested else f"a: {text}")
+    error = catch_input_error(lambda: build(cfg.a))
+    assert f"Conv2d refuses the section {'a.part' if is_nested else 'a'}: in_channels" in error.what
+
+
+def test_lists_and_items_beside_sections_are_checked():
+    text = "a: {_target_: deepclust.views.multiview.MultiView, names: [x], mean: null, std: null, pipelines: {x: [%s]}}"
+    resize = "{_target_: deepclust.views.geometry.Resize, size: 8}"
+    cfg = make_config(text % f"{resize}, 3")
+    assert catch_input_error(lambda: check_calls(cfg.a)).what == "a.pipelines.x.1 is 3"
+    check_calls(make_config(text % resize).a)
 
 
 def test_function_without_a_signature_is_called_unchecked():

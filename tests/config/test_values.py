@@ -1,4 +1,4 @@
-"""Values of a configuration: they are resolved and checked, and missing ones are named."""
+"""Values of a configuration: they are resolved, and missing ones are named."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from deepclust.config.values import check_whole_numbers, resolve_to_dict
+from deepclust.config.values import resolve_to_dict
 from deepclust.errors import InputError
 
 
@@ -61,11 +61,3 @@ def test_resolve_to_dict_of_a_section_names_the_whole_key():
 def test_resolve_to_dict_names_a_reference_that_leads_nowhere(text, what, do):
     error = catch_input_error(lambda: resolve_to_dict(make_config(text)))
     assert (error.what, error.do) == (what, do)
-
-
-def test_whole_numbers_may_be_null_or_zero_epochs():
-    check_whole_numbers(
-        {"seed": -1, "batch_size": 1, "trainer": {"max_epochs": 0}, "network": {"trainer": {"max_epochs": None}}}
-    )
-    error = catch_input_error(lambda: check_whole_numbers({"network": {"batch_size": True}}))
-    assert error.what == "network.batch_size is True"

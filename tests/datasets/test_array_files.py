@@ -43,6 +43,33 @@ def test_floats_from_0_to_1_are_scaled(tmp_path: Path, dtype: type):
     assert images.dtype == np.uint8 and (images == COLOUR).all()
 
 
+@pytest.mark.parametrize(
+    ("array", "ranges"),
+    [
+        (COLOUR.astype(np.int64), {"integer": (0, 255)}),
+        (COLOUR.astype(np.float32), {"float": (0, 255)}),
+        (COLOUR.astype(np.float64) * 16, {"float": (0, 4080)}),
+        (COLOUR.astype(np.uint16) * 16, {"integer": (0, 4080)}),
+        (COLOUR.astype(np.uint16) * 257, {"integer": (0, 65535)}),
+        (COLOUR / 127.5 - 1, {"float": (-1, 1)}),
+        (COLOUR.astype(np.float16) / 255, {"float": (0, 1)}),
+    ],
+)
+def test_other_numbers_are_scaled_by_the_rule_of_files(tmp_path: Path, array: np.ndarray, ranges: dict):
+    assert COLOUR.min() == 0 and COLOUR.max() == 255
+    np.save(tmp_path / "a.npy", array)
+    data = load_array_file(path=str(tmp_path / "a.npy"), channels=None, num_classes=None)
+    assert data.value_ranges == ranges and (data.fit.joined.arrays[0] == COLOUR).all()
+    new, _ = open_array_file(str(tmp_path / "a.npy"), {kind: (low, 2 * high) for kind, (low, high) in ranges.items()})
+    assert new.max() < 255, "given ranges are used"
+
+
+def test_images_of_one_pixel_are_a_table(tmp_path: Path):
+    np.save(tmp_path / "a.npy", COLOUR[:, :1, :1])
+    with pytest.raises(InputError, match=r"holds images of 1 x 1 x 3; .*dataset=features"):
+        load_array_file(path=str(tmp_path / "a.npy"), channels=None, num_classes=None)
+
+
 def test_an_array_file_as_a_data_set(tmp_path: Path):
     np.savez(tmp_path / "a.npz", images=GREY, labels=LABELS)
     data = load_array_file(path=str(tmp_path / "a.npz"), channels=None, num_classes=None)
@@ -58,9 +85,9 @@ NAN_IMAGES = np.full((2, 4, 4), np.nan)
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (COLOUR.astype(np.int64), "holds int64 values; expected uint8 from 0 to 255, or floats from 0 to 1"),
-        (COLOUR.astype(np.float32), "holds float32 values below 0 or above 1"),
-        (NAN_IMAGES, "holds float64 values below 0 or above 1"),
+        (NAN_IMAGES, "holds float64 values that are not finite in 2 of 2 images, such as image 0"),
+        (np.where(np.arange(6)[:, None, None] == 4, np.inf, GREY), "not finite in 1 of 6 images, such as image 4"),
+        (COLOUR.astype(complex), "holds complex128 values; expected numbers"),
         (COLOUR.transpose(0, 3, 1, 2), r"holds an array of shape \(6, 3, 5, 4\); .*transpose\(0, 2, 3, 1\)"),
         (GREY.reshape(6, -1), r"shape \(6, 20\); expected \(images, height, width\) or"),
         (COLOUR[:0], r"shape \(0, 5, 4, 3\)"),

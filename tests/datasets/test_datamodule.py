@@ -94,3 +94,44 @@ def test_a_method_without_companions():
     data.trainer = SimpleNamespace(lightning_module=method)
     batch = data.on_after_batch_transfer(data.read_batch(np.arange(8), 0, 0), 0)
     assert batch.companion_views == () and batch.companions.shape == (8, 0)
+
+
+class MethodWithExtraImagesUntil:
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def uses_extra_images(self, epoch):
+        return epoch < self.epoch
+
+
+def test_epochs_without_extra_images_are_shorter():
+    data = make_datamodule(20, 8, drop_last=True, extra=24)
+    data.trainer = SimpleNamespace(lightning_module=MethodWithExtraImagesUntil(2), accumulate_grad_batches=1)
+    assert [data.count_batches_of_epoch(epoch) for epoch in range(4)] == [5, 5, 2, 2]
+    for epoch in range(4):
+        batches = list(data.list_epoch_batches(epoch, None))
+        assert [number for *_, number in batches] == list(range(data.count_batches_of_epoch(epoch)))
+        assert all(e == epoch for _, e, _ in batches)
+        assert sum(int(indices[0] >= 20) for indices, *_ in batches) == (3 if epoch < 2 else 0)
+
+
+@pytest.mark.parametrize("extra", [0, 24])
+@pytest.mark.parametrize("num_accumulated", [1, 2, 3, 5, 16])
+def test_accumulation_runs_over_the_end_of_a_pass(num_accumulated, extra):
+    data = make_datamodule(60, 8, drop_last=True, extra=extra)  # passes of 7 batches, those with extra images of 10
+    data.trainer = SimpleNamespace(
+        lightning_module=MethodWithExtraImagesUntil(2), accumulate_grad_batches=num_accumulated
+    )
+    passes = [data.draw_epoch_batches(epoch, None) for epoch in range(7)]
+    whole = [(epoch, number, b.tolist()) for epoch, batches in enumerate(passes) for number, b in enumerate(batches)]
+    epochs = [[(e, n, b.tolist()) for b, e, n in data.list_epoch_batches(epoch, None)] for epoch in range(6)]
+    assert [len(batches) for batches in epochs] == [data.count_batches_of_epoch(e) for e in range(6)]
+    joined = [batch for batches in epochs for batch in batches]
+    assert joined == whole[: len(joined)], "the same batches in the same order"
+    ends = np.cumsum([len(batches) for batches in epochs])
+    ends_of_passes = np.cumsum([len(batches) for batches in passes[:6]])
+    if num_accumulated <= 7:
+        assert not any(ends % num_accumulated), "only whole optimiser steps"
+        assert ((ends >= ends_of_passes) & (ends < ends_of_passes + num_accumulated)).all()
+    else:
+        assert (ends == ends_of_passes).all(), "a pass that is shorter than a step is a step of its own"

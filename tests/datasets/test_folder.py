@@ -160,8 +160,8 @@ def test_folders_without_images_are_refused(tmp_path: Path):
     (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match=r"holds no image file; expected files ending in \.bmp"):
         load_images(tmp_path)
-    (tmp_path / "images" / "IMG_1.HEIC").write_bytes(b"1")
-    with pytest.raises(InputError, match=r"holds no image file \(but 1 .heic\)"):
+    (tmp_path / "images" / "IMG_1.CR2").write_bytes(b"1")
+    with pytest.raises(InputError, match=r"holds no image file \(but 1 .cr2\)"):
         load_images(tmp_path)
     (tmp_path / "images" / "1.jpg").write_bytes(b"1")
     with pytest.raises(InputError, match=r"none of the 1 image files in .* can be read"):

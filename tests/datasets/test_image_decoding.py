@@ -219,7 +219,7 @@ def test_image_files_are_found_in_order(tmp_path: Path):
         "notes.txt",
         "b/.hidden.jpg",
         ".git/x.png",
-        "c/IMG.heic",
+        "c/IMG.cr2",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"12345")
@@ -227,7 +227,7 @@ def test_image_files_are_found_in_order(tmp_path: Path):
     files, other_counts = find_image_files(tmp_path)
     assert [name for name, _, _ in files] == ["a.jpg", "b.webp", "b/c/deep.PNG", "b/x y é 日.jpeg"]
     assert files[0] == ("a.jpg", 5, 7_000_000_123)
-    assert other_counts == {".txt": 1, ".heic": 1}
+    assert other_counts == {".txt": 1, ".cr2": 1}
 
 
 def test_links_are_followed_but_not_in_a_loop(tmp_path: Path):

@@ -328,7 +328,15 @@ KEYS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_configurations_have_the_same_keys(name: str, tmp_path: Path):
     dataset = dataset_config(name, tmp_path).dataset
-    assert set(dataset) >= KEYS and set(dataset) - KEYS <= {"root", "download", "path", "labelled"}
+    assert set(dataset) >= KEYS and set(dataset) - KEYS <= {
+        "root",
+        "download",
+        "path",
+        "labelled",
+        "value_ranges",
+        "max_megapixels",
+        "standardize",
+    }
     assert dataset.num_images is None
     if name != "features":
         assert dataset.name == name and len(dataset.mean) == len(dataset.std) == (dataset.channels or 1)

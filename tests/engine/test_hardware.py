@@ -37,7 +37,12 @@ def test_images_that_do_not_fit_are_not_resident():
         images = build(cfg.dataset.source)
         cfg, _ = resolve_config(cfg, images, None)
         datamodule = build_datamodule(cfg, images)
-        datamodule.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+        datamodule.trainer = SimpleNamespace(
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            accumulate_grad_batches=1,
+            current_epoch=0,
+            max_epochs=0,
+        )
         datamodule.setup("fit")
         return len(datamodule.resident_sources)
 

@@ -1,5 +1,6 @@
 """A run that a signal asks to stop writes a checkpoint and can be resumed; real processes get real signals."""
 
+import os
 import signal
 import subprocess
 import time
@@ -32,7 +33,7 @@ class Pause(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 10:
-            (self.folder / f"paused{trainer.global_rank}").touch()
+            (self.folder / f"paused{trainer.global_rank}").write_text(str(os.getpid()))
             wait_for(self.folder / "go")
 
 
@@ -139,6 +140,21 @@ def test_a_signal_is_passed_on_to_the_processes_that_the_command_started(tmp_pat
     assert process.returncode == 128 + signal.SIGTERM
     assert read_saved_step(tmp_path) >= 10  # it takes a while until the signal reaches them
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+def test_a_signal_to_one_of_the_processes_that_the_command_started_ends_it_as_if_it_had_got_it(tmp_path, name):
+    process = start_training(tmp_path, "hardware=ddp", "hardware.accelerator=cpu", *NO_PERIODIC_CHECKPOINT, *PAUSE)
+    wait_for(tmp_path / "paused0", tmp_path / "paused1")
+    time.sleep(0.2)  # until the number of the process is written
+    os.kill(int((tmp_path / "paused1").read_text()), signal.Signals[name])
+    (tmp_path / "go").touch()
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.Signals[name]
+    assert "Traceback" not in error
+    if name == "SIGTERM":
+        assert read_saved_step(tmp_path) == 10
+        assert not error
 
 
 def test_in_a_long_e_step_the_signal_takes_effect_without_a_checkpoint(tmp_path):

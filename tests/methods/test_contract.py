@@ -1,5 +1,6 @@
 """The contract that every method of conf/method fulfils, without special cases, on real digits."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,13 @@ def compose_small_run(name: str, *overrides: str):
 def load_last_state(folder: Path) -> dict[str, torch.Tensor]:
     """Return the state_dict of the last checkpoint of a run."""
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def read_logged_terms(folder: Path) -> list[dict[str, float]]:
+    """Return the values below train/ of each step of a run."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return [{k: float(v) for k, v in row.items() if k.startswith("train/") and v} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +178,7 @@ def test_two_processes_learn_what_one_learns(name, train_once, tmp_path):
     start = [f"start={expected_folder / 'before'}"] if (expected_folder / "before").exists() else []
     overrides = [f"method={name}", *SMALL_RUN, *FREQUENT_CALLBACKS, *start, "trainer.max_epochs=2"]
     overrides += ["hardware.precision=64-true", "sync_batchnorm=true", "batch_size=600", "drop_last=false"]
+    overrides += ["trainer.log_every_n_steps=1"]
     run_deepclust("train", *overrides, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
     run_deepclust("train", *overrides, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'two'}")
     for key, value in load_last_state(tmp_path / "one").items():
@@ -177,6 +186,10 @@ def test_two_processes_learn_what_one_learns(name, train_once, tmp_path):
         torch.testing.assert_close(value_of_two, value, rtol=1e-6, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")
     one, two = (tmp_path / n / "assignments.csv" for n in ("one", "two"))
     assert one.read_text() == two.read_text()
+    logged_by_one, logged_by_two = (read_logged_terms(tmp_path / n) for n in ("one", "two"))
+    assert len(logged_by_one) == 6 and "train/loss" in logged_by_one[0]
+    for values_of_one, values_of_two in zip(logged_by_one, logged_by_two, strict=True):
+        assert values_of_two == pytest.approx(values_of_one, rel=1e-5, abs=1e-9)
 
 
 def test_permuted_labels_change_nothing_that_is_learned(name, train_once, tmp_path, monkeypatch):

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from deepclust.batch import Draws, TrainBatch
+from deepclust.config.build import build
 from deepclust.losses.alignment import alignment_loss
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
 from deepclust.nn.ema import compute_ema_decay
+from deepclust.nn.optimizers import ScaledStepLars
 from deepclust.nn.queue import Queue
 from deepclust.nn.schedules import WarmupCosine
+from tests.conftest import compose_train
 
 
 def slow_scattering(q, k, labels, num_clusters, temperature):
@@ -115,3 +118,22 @@ def test_schedules_at_their_first_and_last_steps():
     assert compute_ema_decay(10, 10, start=0.9, end=1.0) == 1.0
     assert compute_ema_decay(0, 10, start=0.9, end=1.0) == pytest.approx(0.9)
     assert compute_ema_decay(3, 10, start=0.99, end=0.99) == 0.99
+
+
+def test_optimiser_of_the_imagenet_experiment_excludes_what_the_authors_exclude():
+    cfg = compose_train("experiment=propos_imagenet", "dataset.num_images=8", "method.hidden_size=8")
+    method = build(cfg.method)
+    groups = method.parameter_groups()
+    excluded = {id(p) for group in groups if group.get("weight_decay") == 0 for p in group["params"]}
+    names = [name for name, p in method.named_parameters() if p.requires_grad]
+    parameters = dict(method.named_parameters())
+    assert len(names) == 171 and len(excluded) == 107
+    kept_norms = [n for n in names if parameters[n].dim() == 1 and id(parameters[n]) not in excluded]
+    assert kept_norms == [
+        "backbone.network.bn1.weight",
+        *(f"backbone.network.layer{stage}.0.downsample.1.weight" for stage in (1, 2, 3, 4)),
+        "projector.1.weight",
+        "predictor.1.weight",
+    ], "the five norms of ResNet-50 whose names tell nothing, and those of both heads"
+    assert sum(len(group["params"]) for group in groups) == 171
+    assert cfg.trainer.accumulate_grad_batches == 16 and method.make_optimizer.func is ScaledStepLars

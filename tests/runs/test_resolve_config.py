@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 from deepclust.config.build import build
+from deepclust.datasets.image_sources import ArraySource, ImageSet
 from deepclust.errors import InputError
-from deepclust.runs.resolve_config import resolve_config
+from deepclust.runs.resolve_config import check_processes_have_images, resolve_config
 from tests.conftest import compose_train
 
 
@@ -39,3 +41,15 @@ def test_what_contradicts_the_images_is_named(override, text):
     cfg = compose_train("dataset=digits", "hardware=cpu", override)
     with pytest.raises(InputError, match=text):
         resolve_config(cfg, build(cfg.dataset.source), None)
+
+
+@pytest.mark.parametrize(("num_images", "devices", "num_nodes"), [(3, 4, 1), (3, 2, 2), (1, 2, 1)])
+def test_processes_without_an_image_are_refused(num_images, devices, num_nodes):
+    cfg = compose_train(*("hardware=ddp", "hardware.accelerator=cpu"), f"hardware.devices={devices}")
+    cfg.hardware.num_nodes = num_nodes
+    source = ArraySource([np.zeros((num_images, 8, 8, 1), np.uint8)])
+    images = ImageSet(source, source)
+    with pytest.raises(InputError, match=f"{num_images} images for {devices * num_nodes} processes.*hardware.devices"):
+        check_processes_have_images(cfg, images)
+    cfg.hardware.devices = cfg.hardware.num_nodes = 1
+    check_processes_have_images(cfg, images)

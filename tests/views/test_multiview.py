@@ -52,7 +52,7 @@ PIPELINES = {
         ),
         Intensity(brightness=0.2, contrast=0.2, gamma=0.2, noise=0.05, size=SIZE),
         PillowBlur(p=0.5, sigma=(0.1, 2)),
-        Cutout(p=0.5, max_side=0.5, fill=None),
+        Cutout(p=0.5, max_side=0.5, even_sides=False, fill=None),
     ],
     "small": [crop(8)],
     "same": [],

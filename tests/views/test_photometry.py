@@ -169,7 +169,7 @@ def test_distribution_of_intensity_draws():
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 20)])
 def test_cutout_equals_a_loop_over_pixels(channels, height, width):
     n, fill = 40, [0.25, 0.5, 0.75][:channels]
-    images, cutout = make_images(n, channels, height, width), Cutout(p=0.9, max_side=0.5, fill=fill)
+    images, cutout = make_images(n, channels, height, width), Cutout(p=0.9, max_side=0.5, even_sides=False, fill=fill)
     draw = cutout.draw(n, seeded_generator())
     expected = images.clone()
     for i in draw["chosen"].nonzero().flatten().tolist():
@@ -182,8 +182,21 @@ def test_cutout_equals_a_loop_over_pixels(channels, height, width):
     assert torch.equal(cutout.apply(images, draw), expected)
 
 
+def test_even_sides_of_cutout_are_those_of_scan():
+    """Its code erases from length // 2 before the centre to length // 2 behind it, of a length from 1 on."""
+    n, size = 4000, 16
+    images = torch.ones(n, 1, size, size)
+    odd, even = (Cutout(p=1, max_side=0.5, even_sides=value, fill=None) for value in (False, True))
+    draw = odd.draw(n, seeded_generator())
+    draw["centre"][:] = 0.5
+    sides, even_sides = ((1 - c.apply(images, draw)).flatten(1).sum(1).sqrt() for c in (odd, even))
+    assert torch.equal(even_sides, 2 * (sides / 2).floor())
+    erased = 1 - even.apply(images, draw)[sides.argmax()][0]
+    assert erased.nonzero().unique().tolist() == list(range(size // 2 - 4, size // 2 + 4))
+
+
 def test_cutout_has_uniform_sides_and_is_black_without_a_fill():
-    n, cutout = 8000, Cutout(p=1, max_side=0.5, fill=None)
+    n, cutout = 8000, Cutout(p=1, max_side=0.5, even_sides=False, fill=None)
     draw = cutout.draw(n, seeded_generator())
     draw["centre"][:] = 0.5
     holes = 1 - cutout.apply(torch.ones(n, 1, 16, 16), draw)

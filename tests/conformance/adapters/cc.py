@@ -16,29 +16,38 @@ def copy_with_gradients(inputs, *names):
 
 
 def instance(params, inputs):
+    """Return the loss and its gradients from unit rows (z), from rows of any length (u), or from both."""
     temperature = params["instance_temperature"]
-    z_i, z_j, u_i, u_j = copy_with_gradients(inputs, "z_i", "z_j", "u_i", "u_j")
-    nt_xent(z_i, z_j, temperature=temperature).backward()
-    loss = instance_loss(u_i, u_j, temperature=temperature)
-    loss.backward()
-    grads = {"grad_z_i": z_i, "grad_z_j": z_j, "grad_u_i": u_i, "grad_u_j": u_j}
-    return {"loss": loss, **{name: variable.grad for name, variable in grads.items()}}
+    outputs = {}
+    for names, loss_function in ((("z_i", "z_j"), nt_xent), (("u_i", "u_j"), instance_loss)):
+        if names[0] in inputs:
+            leaves = copy_with_gradients(inputs, *names)
+            outputs["loss"] = loss_function(*leaves, temperature=temperature)
+            outputs["loss"].backward()
+            outputs |= {f"grad_{name}": leaf.grad for name, leaf in zip(names, leaves, strict=True)}
+    return outputs
+
+
+def cluster_losses_of_probabilities(c_i, c_j, *, temperature):
+    """Return the contrast of clusters and their imbalance, as `cluster_losses` does from logits."""
+    imbalance = cluster_size_entropy_deficit(c_i) + cluster_size_entropy_deficit(c_j)
+    return cluster_contrast(c_i, c_j, temperature=temperature), imbalance
 
 
 def cluster(params, inputs):
-    temperature = params["cluster_temperature"]
-    c_i, c_j, logits_i, logits_j = copy_with_gradients(inputs, "c_i", "c_j", "logits_i", "logits_j")
-    contrast = cluster_contrast(c_i, c_j, temperature=temperature)
-    (contrast + cluster_size_entropy_deficit(c_i) + cluster_size_entropy_deficit(c_j)).backward()
-    contrast, balance = cluster_losses(logits_i, logits_j, temperature=temperature)
-    (contrast + balance).backward()
-    grads = {"grad_c_i": c_i, "grad_c_j": c_j, "grad_logits_i": logits_i, "grad_logits_j": logits_j}
-    return {
-        "loss": contrast + balance,
-        "contrast_part": contrast,
-        "entropy_part": balance,
-        **{name: variable.grad for name, variable in grads.items()},
-    }
+    """Return the losses and their gradients from probabilities (c), from logits, or from both."""
+    outputs = {}
+    for names, loss_function in (
+        (("c_i", "c_j"), cluster_losses_of_probabilities),
+        (("logits_i", "logits_j"), cluster_losses),
+    ):
+        if names[0] in inputs:
+            leaves = copy_with_gradients(inputs, *names)
+            contrast, balance = loss_function(*leaves, temperature=params["cluster_temperature"])
+            (contrast + balance).backward()
+            outputs |= {"loss": contrast + balance, "contrast_part": contrast, "entropy_part": balance}
+            outputs |= {f"grad_{name}": leaf.grad for name, leaf in zip(names, leaves, strict=True)}
+    return outputs
 
 
 def total(params, inputs):

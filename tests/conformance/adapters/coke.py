@@ -131,7 +131,7 @@ def mini_training(params, inputs):
             weight_decay=params["weight_decay"],
             trust=params["trust"],
         ),
-        schedule=DelayedWarmupCosine(warmup_epochs=11, epochs=params["total_epochs"]),
+        schedule=DelayedWarmupCosine(warmup_epochs=params.get("warmup_epochs", 11), epochs=params["total_epochs"]),
     )
     method.projector = make_linear(inputs["enc_w"], inputs["enc_b"])
     method.predictor = make_linear(inputs["pred_w"], inputs["pred_b"])

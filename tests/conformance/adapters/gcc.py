@@ -36,28 +36,33 @@ def agc_loss(params, inputs):
 
 
 def rgc_pretext_loss(params, inputs):
-    projections, features = make_leaves(inputs, "projections", "features")
-    for rows in (F.normalize(projections, dim=2), features):
-        loss = pretext_contrast_loss(*rows.unbind(1), temperature=params["temperature"])
-        loss.backward()
-    return {"loss": loss} | read_gradients(projections=projections, features=features)
+    """Return the loss and its gradients from projections, from the features that they become as unit rows, or both."""
+    outputs = {}
+    for name in ("projections", "features"):
+        if name in inputs:
+            (leaf,) = make_leaves(inputs, name)
+            rows = F.normalize(leaf, dim=2) if name == "projections" else leaf
+            outputs["loss"] = pretext_contrast_loss(*rows.unbind(1), temperature=params["temperature"])
+            outputs["loss"].backward()
+            outputs |= read_gradients(**{name: leaf})
+    return outputs
 
 
 def rgc_graph_loss(params, inputs):
-    names = "projections", "features", "neighbor_projections"
-    projections, features, neighbor_projections = make_leaves(inputs, *names)
-    neighbor_features = F.normalize(neighbor_projections.detach(), dim=2).requires_grad_()
-    normalised = F.normalize(projections, dim=2), F.normalize(neighbor_projections, dim=2)
-    for rows, neighbors in (normalised, (features, neighbor_features)):
-        weights = inputs["neighbor_weights"].to(projections.dtype)
-        loss = graph_contrast_loss(*rows.unbind(1), neighbors, weights, temperature=params["temperature"])
-        loss.backward()
-    return {"loss": loss} | read_gradients(
-        projections=projections,
-        features=features,
-        neighbor_projections=neighbor_projections,
-        neighbor_features=neighbor_features,
-    )
+    """Return the loss and its gradients from projections, from features (unit rows), or from both."""
+    outputs = {}
+    if "neighbor_features" not in inputs:
+        inputs = {**inputs, "neighbor_features": F.normalize(inputs["neighbor_projections"], dim=2)}
+    for kind in ("projections", "features"):
+        names = kind, f"neighbor_{kind}"
+        if all(name in inputs for name in names):
+            leaves = make_leaves(inputs, *names)
+            rows, neighbors = (F.normalize(leaf, dim=2) for leaf in leaves) if kind == "projections" else leaves
+            weights, temperature = inputs["neighbor_weights"].to(rows.dtype), params["temperature"]
+            outputs["loss"] = graph_contrast_loss(*rows.unbind(1), neighbors, weights, temperature=temperature)
+            outputs["loss"].backward()
+            outputs |= read_gradients(**dict(zip(names, leaves, strict=True)))
+    return outputs
 
 
 def total_loss(params, inputs):

@@ -107,6 +107,7 @@ def make_method(params, inputs, *, step_order, num_images, **settings):
         temperature=params["temperature"],
         noise_std=params["sigma"],
         scattering_weight=params["lam"],
+        shuffle_target=False,
         queue_size=0,
         balanced_sampling=False,
         decay_biases_and_norms=True,

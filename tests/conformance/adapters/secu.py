@@ -185,7 +185,13 @@ def count_update(params, inputs):
 
 def make_optimizer(params, groups, lr):
     if params.get("optimiser", "SGD") == "LARS":
-        return Lars(groups, lr=lr, momentum=params["momentum"], weight_decay=params["weight_decay"], trust=0.001)
+        return Lars(
+            groups,
+            lr=lr,
+            momentum=params["momentum"],
+            weight_decay=params["weight_decay"],
+            trust=params.get("trust", 0.001),
+        )
     return torch.optim.SGD(groups, lr=lr, momentum=params["momentum"], weight_decay=params["weight_decay"])
 
 
@@ -276,7 +282,7 @@ def mini_training(params, inputs):
         dtype=inputs["views"].dtype,
         prototype_lr=params["clr"],
         optimizer=lambda groups: make_optimizer(params, groups, params["lr"]),
-        schedule=DelayedWarmupCosine(warmup_epochs=11, epochs=params["total_epochs"]),
+        schedule=DelayedWarmupCosine(warmup_epochs=params.get("warmup_epochs", 11), epochs=params["total_epochs"]),
     )
     load_state(method, inputs).projector = make_linear(inputs["enc_w"], inputs["enc_b"])
 
@@ -336,10 +342,12 @@ def network_forward(params, inputs):
     stem = {"cifar": "cifar", "stl": "cifar_pool"}[params["variant"]]
     backbone = ResNet(depth=18, stem=stem, in_channels=3)
     network = nn.Sequential(backbone, two_layer_mlp(backbone.num_features, 512, 128)).train(params["train_mode"])
+    first_salt = params.get("first_salt", 1)
     for number, parameter in enumerate(network.parameters()):
-        shape = [n for n in inputs["shapes"][number].tolist() if n]
-        assert list(parameter.shape) == shape, f"parameter {number}"
-        u = make_hashed_values(parameter.numel(), 1 + number).reshape(shape)
+        if "shapes" in inputs:
+            shape = [n for n in inputs["shapes"][number].tolist() if n]
+            assert list(parameter.shape) == shape, f"parameter {number}"
+        u = make_hashed_values(parameter.numel(), first_salt + number).reshape(parameter.shape)
         if parameter.dim() > 1:
             parameter.copy_(u * (24 / parameter[0].numel()) ** 0.5)
         else:

@@ -1,0 +1,54 @@
+"""Errors of the operating system, such as that of a full disk, as one line that says what to do."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepclust.engine.output_files import check_folder_is_there
+from deepclust.errors import InputError
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PERMISSION = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def storage_errors_explained(run_folder: Path | None) -> Iterator[None]:
+    """Turn what the system says of files and disks into errors that say what to do.
+
+    Raises:
+        InputError: in place of an OSError that names a file, or that only a disk can cause.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise explain_storage_error(error, run_folder) from error
+
+
+def explain_storage_error(error: OSError, run_folder: Path | None) -> Exception:
+    """Return the InputError for an error of a file or a disk; other errors, such as those of a network, as they are."""
+    is_of_storage = error.errno in NO_SPACE | NO_PERMISSION | {errno.EIO}
+    if isinstance(error, InputError) or error.errno is None or not (error.filename or is_of_storage):
+        return error
+    again = "start the same command again"
+    if run_folder is not None:
+        try:
+            check_folder_is_there(run_folder)
+        except InputError as gone:
+            return gone
+        again += " in the same folder: training goes on from the last checkpoint"
+    # A full disk is that of the file being written, which a copy names second.
+    place = (error.errno in NO_SPACE and error.filename2) or error.filename or run_folder or Path.cwd()
+    if isinstance(place, bytes):
+        place = place.decode(errors="surrogateescape")
+    if error.errno in NO_SPACE:
+        expected, cure = "room for what is written", "free space"
+    elif error.errno in NO_PERMISSION:
+        expected, cure = "permission to read and write there", "give it, or name another place,"
+    elif error.errno == errno.ENAMETOOLONG:
+        expected, cure = "a name that the file system takes", "choose a shorter one"
+    elif error.errno == errno.EPIPE:
+        expected, cure = "a reader that reads to the end", "let it read everything"
+    else:
+        expected, cure = "a file or folder that can be read and written there", "correct that, or name another place,"
+    return InputError(f"{error.strerror}: {place}", expected=expected, do=f"{cure} and {again}")

@@ -1,0 +1,71 @@
+"""Every numeric and boolean key of every configuration, at values that it should not have.
+
+The cases are generated from the configurations, so that a new file in conf/ is covered by being there. An argument that
+several files give to the same class, or a key of the same name, is tried once; `make test-all` tries it in each file.
+"""
+
+import functools
+
+import omegaconf.base
+import pytest
+from omegaconf import OmegaConf
+
+from tests.conftest import compose_train
+from tests.robustness.values import try_values
+from tests.test_configurations import list_options
+
+SMALL = ["method=cc", "dataset=digits", "backbone=conv_small", "views=digits"]
+SMALL_SIZES = {"hidden_size": 16, "embedding_size": 8, "bank_size": 64}
+REQUIRED = {
+    "timm": ["backbone.model_name=resnet18"],
+    "folder": ["dataset.path=x", "dataset.num_clusters=2"],
+    "arrays": ["dataset.path=x", "dataset.num_clusters=2"],
+    "features": ["dataset.path=x", "dataset.num_clusters=2"],
+}
+GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
+METHODS = list_options("method")
+
+
+@pytest.fixture(autouse=True)
+def quick_references(monkeypatch):
+    """Parse each reference once: most of the time would go into that."""
+    monkeypatch.setattr(omegaconf.base, "parse", functools.cache(omegaconf.base.parse))
+
+
+def check_options(group: str, options: list[str], seen: set[tuple[str, str]] | None = None) -> None:
+    """Try the keys of a group in each of its options; those in `seen` once, all without it."""
+    num_cases, bad = 0, []
+    for option in options:
+        others = [override for override in SMALL if not override.startswith(f"{group}=")]
+        accelerator = ["hardware.accelerator=auto"] if group == "hardware" else []
+        cfg = compose_train(*others, f"{group}={option}", *REQUIRED.get(option, []), *accelerator)
+        for method in (cfg.method, OmegaConf.select(cfg, "before.method") or {}):
+            method.update({key: size for key, size in SMALL_SIZES.items() if key in method})
+        cases, found = try_values(cfg, group, set() if seen is None else seen) if cfg.get(group) else (0, [])
+        num_cases += cases
+        bad += [f"{group}={option} {line}" for line in found]
+    print(f"\n{group}: {num_cases} cases in {', '.join(options)}")
+    assert not bad, "\n".join([f"{len(bad)} of {num_cases}", *bad])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_of_a_method(method):
+    check_options("method", [method], set())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_values_of_a_group(group):
+    check_options(group, list_options(group), set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["views", "dataset"])
+def test_values_of_each_file(group):
+    check_options(group, list_options(group))
+
+
+@pytest.mark.parametrize("section", ["trainer", "evaluation", "report", "multi_view", "earlier"])
+def test_values_of_a_section(section):
+    num_cases, bad = try_values(compose_train(*SMALL), section, set())
+    print(f"\n{section}: {num_cases} cases")
+    assert num_cases and not bad, "\n".join(bad)
