@@ -14,9 +14,9 @@ def limit_batches(num_batches: int, limit: float) -> int:
 def count_batches_taken(trainer: Any, num_batches: int) -> int:
     """Return how many of `num_batches` the trainer takes in an epoch.
 
-    What stands in for a trainer outside of training takes all.
+    What stands in for a trainer outside of training takes all, unless it has a limit too.
     """
-    return limit_batches(num_batches, trainer.limit_train_batches) if isinstance(trainer, Trainer) else num_batches
+    return limit_batches(num_batches, getattr(trainer, "limit_train_batches", 1.0))
 
 
 def count_steps_per_epoch(trainer: Any, num_batches: int) -> float:
