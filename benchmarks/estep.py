@@ -75,9 +75,9 @@ def kmeans_functions(
     def run_our_seeding() -> object:
         num_candidates = 2 + int(torch.tensor(num_clusters).log())
         generator = torch.Generator().manual_seed(0)
-        first = torch.randint(len(rows), (restarts,), generator=generator)
+        first_seeds = torch.randint(len(rows), (restarts,), generator=generator)
         uniforms = torch.rand(restarts, num_clusters - 1, num_candidates, generator=generator)
-        return seed_kmeans_plus_plus(rows, first, uniforms, metric=metric)  # type: ignore[arg-type]
+        return seed_kmeans_plus_plus(rows, first_seeds, uniforms, metric=metric)  # type: ignore[arg-type]
 
     def run_faiss() -> object:
         return faiss.Kmeans(

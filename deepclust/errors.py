@@ -5,6 +5,19 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the command line prints it as one line and exits with 2.
 
     Raised at the boundary (configuration, files, first batch), wherever the text can say what to do about it.
+
+    Args:
+        what: what is wrong, with the value that was given.
+        expected: what would have been right.
+        do: what to do about it.
+
+    Example:
+        >>> import deepclust
+        >>> try:
+        ...     deepclust.load_run("no-such-folder")
+        ... except deepclust.InputError as error:
+        ...     print(error.expected)
+        a folder with results.json
     """
 
     # Whether another process of the run has printed it. None: unknown; then the first process prints it.

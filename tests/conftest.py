@@ -37,6 +37,25 @@ def compose_train(*overrides: str) -> DictConfig:
     return cfg
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many bad inputs tests/robustness has tried; a test that tries several says so (`record_property`)."""
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.when == "call" and report.nodeid.startswith("tests/robustness/")
+    ]
+    if reports:
+        num_cases = sum(dict(report.user_properties).get("cases", 1) for report in reports)
+        terminalreporter.write_line(f"tests/robustness: {num_cases} cases in {len(reports)} tests")
+
+
+def compose_verb(verb: str, *overrides: str) -> DictConfig:
+    """Return the configuration of `deepclust VERB OVERRIDES`."""
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        return compose(verb, overrides=list(overrides))
+
+
 @pytest.fixture
 def train_small(tmp_path: Path):
     """A function that trains with SMALL_RUN and more overrides in the folder `name`, and returns (results, folder)."""

@@ -56,7 +56,9 @@ def build_with_stages(cfg):
 @pytest.mark.parametrize("name", list_options("recipe"))
 def test_recipe_builds_with_its_method_and_data_set(name):
     method = max((m for m in list_options("method") if name.startswith(f"{m}_")), key=len)
-    cfg = compose_train(f"method={method}", f"dataset={name.removeprefix(f'{method}_')}")
+    dataset = name.removeprefix(f"{method}_")
+    required = ["dataset.path=x", "dataset.num_clusters=2", "dataset.channels=3"] if dataset == "features" else []
+    cfg = compose_train(f"method={method}", f"dataset={dataset}", *required)
     cfg.dataset.num_images = 64
     build(cfg.multi_view)
     build_with_stages(cfg)

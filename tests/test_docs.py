@@ -1,6 +1,8 @@
 """The documentation holds: its example trains, its names exist, its commands compose and the site builds."""
 
 import importlib
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -67,17 +69,43 @@ def find_object(name: str) -> Any:
     raise ModuleNotFoundError(name)
 
 
+def paste_files(text: str, folder: Path) -> list[str]:
+    """Write the code blocks of a page where their first lines say, and return what is written."""
+    names = []
+    for code in (*read_code_blocks(text, "python"), *read_code_blocks(text, "yaml")):
+        named = re.search(r"\A(?:# @package .*\n)?# ([\w/]+\.(?:py|yaml))\n", code)
+        assert named, f"a block does not say which file it is: {code[:60]}"
+        path = folder / named[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+        names.append(named[1])
+    return names
+
+
 def test_the_smallest_method_trains(tmp_path, monkeypatch):
-    (code,), (config,) = read_code_blocks(EXTENDING, "python"), read_code_blocks(EXTENDING, "yaml")
-    (tmp_path / "mypkg").mkdir()
-    (tmp_path / "mypkg" / "entropy.py").write_text(code)
-    (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    (tmp_path / "my_conf" / "method" / "entropy.yaml").write_text(config)
+    paste_files(EXTENDING, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     searched = f"hydra.searchpath=[file://{tmp_path / 'my_conf'}]"
     cfg = compose_train("method=entropy", searched, "hardware=cpu", "trainer.max_epochs=2", "report.map_points=60")
     results = run(cfg, tmp_path)
     assert results["method"] == "entropy" and results["health"]["cluster_size_entropy"] > 0.5
+
+
+@pytest.mark.slow
+def test_extending_runs_as_written(tmp_path):
+    assert len(paste_files(EXTENDING, tmp_path)) == 7
+    blocks = "\n".join(re.findall(r"^    (.*)$", re.sub(r"```.*?```", "", EXTENDING, flags=re.DOTALL), re.MULTILINE))
+    commands = re.findall(r"^((?:export|deepclust|python) (?:.*\\\n)*.*)$", blocks, re.MULTILINE)
+    assert len(commands) == 6
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = "\n".join(["set -e", *commands])
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(file.read_text()) for file in sorted(tmp_path.rglob("results.json"))]
+    assert len(results) == 4 and {one["method"] for one in results} == {"entropy", "Entropy"}
+    assert all(one["health"]["cluster_size_entropy"] > 0.5 for one in results)
+    assert sorted(one["dataset"] for one in results) == ["arrays", "digits", "shapes", "shapes"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,6 +1,7 @@
 """Networks without convolutions, for vectors and small images."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -23,46 +24,32 @@ class Mlp(nn.Module):
         num_features: PositiveInt,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        size = channels * image_size**2
-        for hidden in hidden_sizes:
-            layers += [nn.Linear(size, hidden), nn.ReLU(inplace=True)]
-            size = hidden
-        self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(size, num_features))
+        sizes = [channels * image_size**2, *hidden_sizes]
+        hidden_layers = [layer for pair in pairwise(sizes) for layer in self.make_hidden_layers(*pair)]
+        self.layers = nn.Sequential(nn.Flatten(), *hidden_layers, nn.Linear(sizes[-1], num_features))
         self.num_features = num_features
         initialize_he_normal(self)
+
+    @staticmethod
+    def make_hidden_layers(in_features: int, out_features: int) -> list[nn.Module]:
+        """Return what stands for one of the hidden sizes, `out_features`."""
+        return [nn.Linear(in_features, out_features), nn.ReLU(inplace=True)]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
 
 
-class ResidualMlp(nn.Module):
+class ResidualMlp(Mlp):
     """LNSCC's encoder (Ma and Kim 2022); (N, channels, image_size, image_size) -> (N, num_features).
 
     For each hidden size, there are a linear layer, a leaky ReLU of slope 0.1, layer normalisation and a residual block
     of twice the width. A linear layer follows at the end.
     """
 
-    def __init__(
-        self,
-        *,
-        channels: PositiveInt,
-        image_size: PositiveInt,
-        hidden_sizes: Sequence[PositiveInt],
-        num_features: PositiveInt,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        size = channels * image_size**2
-        for hidden in hidden_sizes:
-            layers += [nn.Linear(size, hidden), nn.LeakyReLU(0.1), nn.LayerNorm(hidden), ResidualBlock(hidden)]
-            size = hidden
-        self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(size, num_features))
-        self.num_features = num_features
-        initialize_he_normal(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+    @staticmethod
+    def make_hidden_layers(in_features: int, out_features: int) -> list[nn.Module]:
+        linear = nn.Linear(in_features, out_features)
+        return [linear, nn.LeakyReLU(0.1), nn.LayerNorm(out_features), ResidualBlock(out_features)]
 
 
 class ResidualBlock(nn.Module):

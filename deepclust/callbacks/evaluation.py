@@ -20,7 +20,7 @@ from deepclust.clustering.assignment_rules import (
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.kmeans import KMeansResult
 from deepclust.methods.base import ClusteringMethod
-from deepclust.metrics import ClusteringScores, cluster_health, compute_scores
+from deepclust.metrics import ContingencyTable, cluster_health, compute_scores
 from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
 
 
@@ -105,9 +105,12 @@ class Evaluator:
     def score_pixels(self, *, max_values: int) -> dict[str, float] | None:
         """Score k-means on the pixels of the evaluation images, a baseline for the features.
 
-        Returns None without labels, or if all images together have more than `max_values` values.
+        Returns None without labels, for images in their own shapes, whose pixels do not correspond, or if all images
+        together have more than `max_values` values.
         """
-        if self.labels is None or len(self.images) * int(np.prod(self.images.shape)) > max_values:
+        if self.labels is None or self.images.shape[0] is None:
+            return None
+        if len(self.images) * int(np.prod(self.images.shape)) > max_values:
             return None
         pixels = self.images.read(np.arange(len(self.images))).flatten(1).float() / 255
         return self.score(self.run_kmeans(pixels, purpose="k-means on pixels").assignments)
@@ -128,7 +131,7 @@ class Evaluator:
         """Return the counts (C, K) of images by class and by assignment (M,), or None without labels."""
         if self.labels is None:
             return None
-        metric = ClusteringScores(num_clusters=self.num_clusters, num_classes=self.num_classes)
+        metric = ContingencyTable(num_clusters=self.num_clusters, num_classes=self.num_classes)
         metric.update(assignments.cpu(), torch.from_numpy(self.labels))
         return metric.table[:-1]  # the last row counts the images of unknown class
 

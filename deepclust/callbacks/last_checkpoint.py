@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
-from deepclust.engine.output_files import check_folder_is_there, errors_naming, name_while_written
+from deepclust.engine.output_files import check_folder_is_there, name_file_in_errors, name_while_written
 from deepclust.engine.signals import StopSignals
 from deepclust.methods.base import ClusteringMethod
 from deepclust.number_types import NonNegativeFloat, NonNegativeInt
@@ -36,6 +36,7 @@ class LastCheckpoint(Checkpoint):
     Args:
         folder: the run folder.
         config: the resolved configuration, which is saved in the checkpoint.
+        going_on: what to type so that a stopped run goes on; None where nobody knows.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: NonNegativeInt,
         min_seconds: NonNegativeFloat,
         stop_patience: NonNegativeFloat,
+        going_on: str | None = None,
     ) -> None:
         self.path = Path(folder) / "checkpoints" / "last.ckpt"
         self.config = config
+        self.going_on = going_on or f"the same command with hydra.run.dir={folder}"
         self.every_n_steps = every_n_steps
         self.min_seconds = min_seconds
         self.stop_signals = StopSignals(patience=stop_patience)
@@ -97,12 +100,7 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer, pl_module)
         if trainer.is_global_zero:
             names = " and ".join(signal.Signals(number).name for number in numbers)
-            log.warning(
-                "%s: saved %s at step %d; run the same command again to resume",
-                names,
-                self.path,
-                trainer.global_step,
-            )
+            log.warning("%s: saved %s at step %d; to go on: %s", names, self.path, trainer.global_step, self.going_on)
         self.stop_signals.take_effect(numbers, pl_module.device)
 
     def save_if_due(self, trainer: Trainer, pl_module: ClusteringMethod) -> None:
@@ -129,7 +127,7 @@ class LastCheckpoint(Checkpoint):
             logger.save()  # a run that resumes from this checkpoint needs what was logged before it
         temporary = name_while_written(self.path)
         try:
-            with errors_naming(self.path):
+            with name_file_in_errors(self.path):
                 trainer.save_checkpoint(temporary)
                 if trainer.is_global_zero:
                     os.replace(temporary, self.path)

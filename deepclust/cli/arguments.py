@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deepclust.config.override_values import is_plain_text
+from deepclust.config.override_format import is_plain_text
 from deepclust.errors import InputError
 
 PATH_KEYS = {

@@ -6,10 +6,13 @@ A job's last error stays in its run folder as error.txt. In a sweep one bad job 
 import contextlib
 import importlib
 import os
+import shlex
+import shutil
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,19 @@ RUN_FOLDER_VERBS = ("train", "cluster")  # which keep what they do, and their co
 
 @dataclass
 class JobOutcomes:
-    """What became of the jobs that ran in this process."""
+    """What became of the jobs that ran in this process.
+
+    `failed_elsewhere` is the exit code of a job that failed in another process, None without one.
+    """
 
     folders: list[Path] = field(default_factory=list)
+    configs: list[Any] = field(default_factory=list)  # the composed configuration of each job
+    results: list[Any] = field(default_factory=list)  # what `main` of the verb returned, for each job that succeeded
     failures: list[tuple[Path, Exception]] = field(default_factory=list)
+    begun: list[Path] = field(default_factory=list)  # folders of the jobs whose values, paths and numbers were accepted
     is_sweep: bool = False
+    sweep_folder: Path | None = None  # of a sweep, with the folders of its jobs
+    failed_elsewhere: int | None = None
 
 
 class JobFailed(Exception):
@@ -44,6 +55,20 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         InputError: if the configuration cannot be composed, or the only job fails with one.
         Exception: what the only job raises.
     """
+    outcomes = run_jobs(verb, arguments)
+    if outcomes.is_sweep and len(outcomes.results) > 1 and verb in RUN_FOLDER_VERBS:
+        show_table(outcomes)
+    return end_jobs(outcomes)
+
+
+def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -> JobOutcomes:
+    """Run the jobs of a verb, for the command line and for Python alike, and return what became of them.
+
+    A message that tells how a stopped run goes on names a command, or with `is_from_python` a call.
+
+    Raises:
+        InputError: if the configuration cannot be composed.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -51,8 +76,11 @@ def run_verb(verb: str, arguments: list[str]) -> int:
 
     from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
     from deepclust.config.explain_errors import check_chosen_options, explain_composition_error
+    from deepclust.engine.launch import processes_exist
+    from deepclust.runs.folder import CHECKPOINT
+    from deepclust.runs.provenance import GOING_ON, describe_going_on
 
-    is_sweep = bool({"-m", "--multirun"} & {*arguments})
+    is_sweep, typed = bool({"-m", "--multirun"} & {*arguments}), arguments
     arguments = [quote_path(argument, is_sweep=is_sweep, verb=verb) for argument in arguments]
     flags = parse_arguments(verb, arguments)
     composed_from = {
@@ -61,20 +89,42 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         "overrides": flags.overrides,
     }
     check_flags(flags, **composed_from)
+    if flags.help and flags.config_name is None and (text := compose_own_help(verb, flags)) is not None:
+        with contextlib.suppress(BrokenPipeError):  # the reader, such as head, has seen enough
+            print(text, flush=True)
+            return JobOutcomes()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return JobOutcomes()
     check_chosen_options(command=f"deepclust {verb}", **composed_from)
     users_full_error = os.environ.get(FULL_ERROR)
     launching_process = os.getpid()
     outcomes = JobOutcomes()
+    keys = [override.lstrip("+").partition("=")[0] for override in flags.overrides]
+    has_named_folder = bool({"hydra.run.dir", "hydra.sweep.dir"} & {*keys})
 
     def run_one_job(cfg: DictConfig) -> Any:
         hydra_settings = HydraConfig.get()
         folder = Path(hydra_settings.runtime.output_dir)
         outcomes.is_sweep = hydra_settings.mode == RunMode.MULTIRUN
         outcomes.folders.append(folder)
+        outcomes.configs.append(cfg)
         keeps_run_folder = verb in RUN_FOLDER_VERBS or hydra_settings.output_subdir is not None
-        with environment_variable(FULL_ERROR, users_full_error), warnings_in_log(held_warnings):
+        all_runs = Path(os.path.abspath(hydra_settings.sweep.dir)) if outcomes.is_sweep else folder
+        outcomes.sweep_folder = all_runs if outcomes.is_sweep else None
+        going_on = describe_going_on(verb, typed, all_runs, is_sweep=outcomes.is_sweep, is_from_python=is_from_python)
+        with (
+            environment_variable(FULL_ERROR, users_full_error),
+            environment_variable(GOING_ON, going_on),
+            warnings_in_log(held_warnings),
+        ):
             try:
-                return pick_objective(run_job(verb, cfg, folder if keeps_run_folder else None))
+                run_folder = folder if keeps_run_folder else None
+                outcomes.results.append(run_job(verb, cfg, run_folder, on_begin=lambda: outcomes.begun.append(folder)))
+                return pick_objective(outcomes.results[-1])
+            except KeyboardInterrupt:
+                if verb in RUN_FOLDER_VERBS and any(folder.rglob(Path(CHECKPOINT).name)):
+                    raise KeyboardInterrupt(going_on) from None
+                raise
             except Exception as error:
                 outcomes.failures.append((folder, error))
                 if not outcomes.is_sweep:
@@ -111,7 +161,7 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         if not outcomes.failures:  # the job ran in another process
             sys.stderr.write(trace)
             print_message(f"error: {text}")
-            return code
+            outcomes.failed_elsewhere = code
     except BrokenPipeError:  # the reader of --help, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except COMPOSITION_ERRORS as error:
@@ -119,9 +169,62 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         if not outcomes.failures:
             raise explained from error
         print_message(f"error: {explained}")
-    code = end_jobs(outcomes)
-    show_warnings(held_warnings)  # those for which there was no log
-    return code
+    was_refused = outcomes.failures and not outcomes.begun
+    if verb in RUN_FOLDER_VERBS and was_refused and not has_named_folder and not processes_exist():
+        remove_new_folders(outcomes)
+    if outcomes.is_sweep or not outcomes.failures:
+        show_warnings(held_warnings)  # those for which there was no log
+    return outcomes
+
+
+def remove_new_folders(outcomes: JobOutcomes) -> None:
+    """Remove what jobs that were refused before they began have left in folders that nobody has named.
+
+    That is the log, the configuration and the error, which is printed. A folder with anything else in it stays.
+    """
+    folders = [*outcomes.folders, *([outcomes.sweep_folder] if outcomes.sweep_folder else [])]
+    if any(Path.cwd().is_relative_to(folder.absolute()) for folder in folders):
+        return
+    own = {"error.txt", "multirun.yaml", "config.yaml", "hydra.yaml", "overrides.yaml"}
+    for folder in folders:
+        entries = [entry for entry in folder.rglob("*") if entry != folder / ".hydra"]
+        if not all(entry.is_file() and (entry.name in own or entry.suffix == ".log") for entry in entries):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        above = folder.parent  # of the day, and `outputs`
+        while above != Path.cwd() and above.is_relative_to(Path.cwd()):
+            try:
+                above.rmdir()
+            except OSError:  # it holds other runs
+                break
+            above = above.parent
+
+
+def show_table(outcomes: JobOutcomes) -> None:
+    """End a sweep with the table over its finished runs, and the command that shows it again."""
+    from deepclust.commands.compare import print_table
+
+    folder = outcomes.sweep_folder
+    if folder is None or not folder.is_dir():
+        return
+    place = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    with contextlib.suppress(InputError):  # no run to show: the errors are told
+        print_table(folder)
+    print(f"the same table: {shlex.join(['deepclust', 'compare', f'runs={place}'])}")
+
+
+def compose_own_help(verb: str, flags: Any) -> str | None:
+    """Return the help of a verb; None where it has no configuration of ours, and Hydra knows more."""
+    from deepclust.cli.main import VERBS
+    from deepclust.cli.verb_help import compose_help, list_groups_of
+    from deepclust.config.composition import CONFIG_PACKAGE, list_options
+
+    groups = list_groups_of(verb, CONFIG_PACKAGE)
+    options = {group: list_options(group, verb, None, []) for group in groups}
+    for group, names in options.items():
+        own = [] if flags.config_dir is None else Path(flags.config_dir, group).glob("*.yaml")
+        names[:] = sorted({*names, *(file.stem for file in own)})
+    return compose_help(verb, VERBS[verb], config_package=CONFIG_PACKAGE, options=options)
 
 
 def pick_objective(result: Any) -> Any:
@@ -130,16 +233,21 @@ def pick_objective(result: Any) -> Any:
     return objective["minimised"] if isinstance(objective, dict) else result
 
 
-def run_job(verb: str, cfg: Any, run_folder: Path | None) -> Any:
-    """Run one job: `main(cfg)` of the verb's module. An error is also written to error.txt in the run folder."""
+def run_job(verb: str, cfg: Any, run_folder: Path | None, *, on_begin: Callable[[], None]) -> Any:
+    """Run one job: `main(cfg)` of the verb's module. An error is also written to error.txt in the run folder.
+
+    `on_begin` is called once values, paths and numbers are accepted.
+    """
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from deepclust.config.explain_errors import explain_value_error
+    from deepclust.config.input_checks import check_inputs
     from deepclust.config.schema import check_plain_values
     from deepclust.config.values import resolve_to_dict
     from deepclust.engine.launch import keep_freed_memory, launched_rank, processes_exist
     from deepclust.runs.folder import RunFolderInUse
-    from deepclust.runs.hydra_files import write_hydra_files
+    from deepclust.runs.hydra_files import hide_environment_of_sweep, write_hydra_files
 
     keep_freed_memory()
     error_file = None if run_folder is None else run_folder / "error.txt"
@@ -148,11 +256,19 @@ def run_job(verb: str, cfg: Any, run_folder: Path | None) -> Any:
             error_file.unlink(missing_ok=True)
     try:
         try:
-            # Values that are missing or impossible are reported before torch is imported.
+            if launched_rank() == 0:
+                hide_environment_of_sweep()
+            # Values that are missing or impossible, and paths with nothing there, are told before torch is imported.
             if run_folder is not None and verb in RUN_FOLDER_VERBS and launched_rank() == 0:
                 with storage_errors_explained(run_folder):
                     write_hydra_files(run_folder, cfg, replace=False)
-            check_plain_values(resolve_to_dict(cfg))
+            values = resolve_to_dict(cfg)
+            check_plain_values(values)
+            check_inputs(verb, values, list(HydraConfig.get().overrides.task))
+            on_begin()
+            # Threads that wait sleep, instead of taking their CPU from other work, as OpenMP would let them. It reads
+            # this once, when torch is imported. The results are the same.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             with notice_on_terminal(f"deepclust {verb}: loading ..."):
                 module = importlib.import_module(f"deepclust.commands.{verb}")
             with storage_errors_explained(run_folder):
@@ -187,15 +303,18 @@ def write_error_once(error_file: Path, text: str) -> bool:
 
 def end_jobs(outcomes: JobOutcomes) -> int:
     """Raise the error of a single job, or sum up a sweep; return the exit code."""
+    if outcomes.failed_elsewhere is not None:
+        return outcomes.failed_elsewhere
     if not outcomes.failures:
         return DONE
     if not outcomes.is_sweep:
         raise outcomes.failures[0][1]
     parent = os.path.relpath(os.path.commonpath([folder for folder, _ in outcomes.failures]))
+    files = f"; run folders have them as error.txt, below {parent}" if os.path.exists(parent) else ""
     summary = InputError(
         f"{len(outcomes.failures)} of {len(outcomes.folders)} jobs failed",
         expected="none",
-        do=f"read the lines above; run folders have them as error.txt, below {parent}",
+        do=f"read the lines above{files}",
     )
     print_message(f"error: {summary}")
     return min(exit_code_of_error(error) for _, error in outcomes.failures)

@@ -53,8 +53,9 @@ def main() -> int:
         if not is_printed:
             print_message(f"error: {error}")
         return exit_code_of_error(error)
-    except KeyboardInterrupt:
-        print_message("interrupted")
+    except KeyboardInterrupt as interruption:
+        going_on = f"; to go on: {interruption.args[0]}" if interruption.args else ""
+        print_message(f"interrupted{going_on}")
         return INTERRUPTED
 
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepclust.clustering.exact_products import exact_products
 from deepclust.clustering.kmeans_distances import KMeansData, Metric, assign_rows, float64_chunk_size, restart_row_pairs
 from deepclust.clustering.kmeans_empty_clusters import relocate_empty_clusters
 from deepclust.clustering.kmeans_seeding import choose_seeds
-from deepclust.clustering.numerics import exact_products
 from deepclust.engine.progress import track
 from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
@@ -73,15 +73,15 @@ def kmeans(
             expected="at least 1 cluster and a row for each",
             do="change the number of clusters",
         )
-    first, uniforms = [], []
+    first_seeds, uniforms = [], []
     for restart in restarts:
         generator = make_generator(*key, "restart", restart)
-        first.append(torch.randint(len(features), (), generator=generator))
+        first_seeds.append(torch.randint(len(features), (), generator=generator))
         shape = num_clusters - 1, 2 + int(math.log(num_clusters))
         uniforms.append(torch.rand(shape, dtype=torch.float64, generator=generator))
     with exact_products(features.device):
         data = KMeansData(features, metric)
-        seeds = choose_seeds(data, torch.stack(first), torch.stack(uniforms))
+        seeds = choose_seeds(data, torch.stack(first_seeds), torch.stack(uniforms))
         results = _run_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance)
         return _assign_to_rounded_centroids(data, best_result(results))
 
@@ -139,7 +139,7 @@ def _run_lloyd(
         old_weights, (weights, biases) = weights, data.linear_form(centroids)
         new_assignments = assign_rows(data, weights, biases)
         has_moved = new_assignments != assignments
-        if data.cosine:
+        if data.is_cosine:
             shift = (1 - (old_weights * weights).sum(2)).sum(1)
         else:
             shift = (old_weights - weights).square().sum((1, 2))

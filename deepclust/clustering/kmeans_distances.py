@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from deepclust.clustering.numerics import exact_products, require_finite
+from deepclust.clustering.exact_products import exact_products, require_finite
 from deepclust.errors import InputError
 
 Metric = Literal["cosine", "euclidean"]
@@ -64,19 +64,19 @@ class KMeansData:
         if metric not in get_args(Metric):
             raise InputError(f"k-means has no metric {metric!r}", expected=" or ".join(get_args(Metric)), do="name one")
         require_finite(features)
-        self.cosine = metric == "cosine"
-        self.slope = 1.0 if self.cosine else 2.0
+        self.is_cosine = metric == "cosine"
+        self.slope = 1.0 if self.is_cosine else 2.0
         rows = features if features.dtype in (torch.float32, torch.float64) else features.float()
         # Far from the origin |x|^2 - 2 x.c + |c|^2 would lose the digits that tell the clusters apart.
-        self.origin = rows.new_zeros(rows.shape[1]) if self.cosine else _compute_mean(rows).to(rows)
-        self.rows = normalize(rows, dim=1) if self.cosine else rows - self.origin
+        self.origin = rows.new_zeros(rows.shape[1]) if self.is_cosine else _compute_mean(rows).to(rows)
+        self.rows = normalize(rows, dim=1) if self.is_cosine else rows - self.origin
         chunks = self.rows.split(float64_chunk_size(rows.device))
         lengths = torch.cat([chunk.double().norm(dim=1) for chunk in chunks])
         squares = lengths.square()
         self.lengths = lengths.to(rows)
-        self.offsets = torch.ones_like(self.lengths) if self.cosine else squares.to(rows)
+        self.offsets = torch.ones_like(self.lengths) if self.is_cosine else squares.to(rows)
         # A normalised row has length 1 only up to rounding. Its actual length gives identical rows an inertia of zero.
-        self.offset_sum = torch.where(lengths > 0, lengths, 1).sum() if self.cosine else squares.sum()
+        self.offset_sum = torch.where(lengths > 0, lengths, 1).sum() if self.is_cosine else squares.sum()
         squared_deviations = squares.sum() - len(rows) * _compute_mean(self.rows).square().sum()
         self.mean_variance = float(squared_deviations) / (max(len(rows) - 1, 1) * rows.shape[1])
 
@@ -87,7 +87,7 @@ class KMeansData:
     def linear_form(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights (..., K, D) and biases (..., K, 1) of centroids (..., K, D), in float64."""
         weights = centroids.double()
-        if self.cosine:
+        if self.is_cosine:
             return normalize(weights, dim=-1), torch.zeros_like(weights[..., :1])
         return weights, weights.square().sum(-1, keepdim=True) / -2
 
@@ -180,7 +180,7 @@ def distances_to_own_centroids(data: KMeansData, centroids: Tensor, assignments:
     distances = []
     size = float64_chunk_size(data.rows.device)
     for rows, own in zip(data.rows.split(size), assignments.split(size), strict=True):
-        if data.cosine:
+        if data.is_cosine:
             distances.append((1 - (rows * weights[own]).sum(1)).clamp_(min=0))
         else:
             distances.append((rows - weights[own]).square().sum(1))

@@ -21,8 +21,8 @@ def relocate_empty_clusters(
     step. The means of empty clusters are ignored.
     """
     has_rows = (counts > 0)[..., None]
-    centroids = means.where(has_rows, 0 if data.cosine else old_centroids)
-    if not data.cosine:
+    centroids = means.where(has_rows, 0 if data.is_cosine else old_centroids)
+    if not data.is_cosine:
         for restart in (~has_rows).any(1)[:, 0].nonzero()[:, 0].tolist():
             distances = distances_to_own_centroids(data, centroids[restart], assignments[restart])
             empty = (counts[restart] == 0).nonzero()[:, 0]

@@ -9,29 +9,29 @@ import math
 import torch
 from torch import Tensor
 
+from deepclust.clustering.exact_products import exact_products
 from deepclust.clustering.kmeans_distances import KMeansData, Metric
-from deepclust.clustering.numerics import exact_products
 from deepclust.engine.progress import track
 
 
-def seed_kmeans_plus_plus(features: Tensor, first: Tensor, uniforms: Tensor, *, metric: Metric) -> Tensor:
+def seed_kmeans_plus_plus(features: Tensor, first_seeds: Tensor, uniforms: Tensor, *, metric: Metric) -> Tensor:
     """Return the rows of `features` (M, D) from which R restarts begin, indices (R, K), by greedy k-means++.
 
-    `first` (R,) is the first seed of each restart. `uniforms` (R, K-1, T) are random numbers in [0, 1), of which each
-    picks one of T candidates for a further seed: the first row at which the running sum of the distances from the
+    `first_seeds` (R,) are the first seed of each restart. `uniforms` (R, K-1, T) are random numbers in [0, 1), of which
+    each picks one of T candidates for a further seed: the first row at which the running sum of the distances from the
     nearest seed so far reaches the number times the total. So a row is picked with a probability in proportion to its
     distance. The candidate that leaves the smallest total distance is the next seed, on ties the first.
     """
     with exact_products(features.device):
-        return choose_seeds(KMeansData(features, metric), first, uniforms)
+        return choose_seeds(KMeansData(features, metric), first_seeds, uniforms)
 
 
-def choose_seeds(data: KMeansData, first: Tensor, uniforms: Tensor) -> Tensor:
+def choose_seeds(data: KMeansData, first_seeds: Tensor, uniforms: Tensor) -> Tensor:
     """Do what `seed_kmeans_plus_plus` does, on features that are prepared already."""
     uniforms = uniforms.to(data.rows.device, torch.float64)
     num_restarts, num_further_seeds, _ = uniforms.shape
     restarts = torch.arange(num_restarts, device=data.rows.device)
-    candidates = first.to(data.rows.device)[:, None]
+    candidates = first_seeds.to(data.rows.device)[:, None]
     seed_distances = data.rows.new_full((num_restarts, len(data.rows)), math.inf)  # from the nearest seed so far
     seeds: list[Tensor] = []
     relative_error = 8 * torch.finfo(data.rows.dtype).eps

@@ -3,9 +3,11 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.clustering.numerics import exact_products, require_finite
+from deepclust.clustering.exact_products import exact_products, require_finite
+from deepclust.engine import distributed
 from deepclust.engine.progress import track
 from deepclust.errors import InputError
 
@@ -66,3 +68,20 @@ def nearest_neighbors(
             values[chunk], order = pair_values.sort(dim=1, descending=not is_euclidean, stable=True)
             indices[chunk] = nearest.gather(1, order)
         return values, indices
+
+
+@torch.no_grad()
+def mine_neighbors(features: Tensor, k: int) -> Tensor:
+    """Return the indices (M, 1 + k) of each row of `features` (M, D) and its k nearest others by cosine, nearest first.
+
+    Each process searches for its own part of the rows; all of them return the whole table.
+
+    Raises:
+        InputError: for a `k` above M - 1, or features that are not finite.
+    """
+    rows = F.normalize(features, dim=1)
+    rank, processes = distributed.rank(), distributed.world_size()
+    first, stop = (len(rows) * r // processes for r in (rank, rank + 1))
+    own = torch.arange(first, stop, device=rows.device)
+    nearest = nearest_neighbors(rows[first:stop], rows, k, metric="inner_product", exclude=own)[1]
+    return distributed.all_gather(torch.cat([own[:, None], nearest], 1))

@@ -1,62 +1,64 @@
-"""An estimate of how many clusters features hold, from three measures that use no labels.
+"""An estimate of how many clusters features hold, by three measures that use no labels.
 
-Each measure looks at a number K of clusters in its own way and names the K that it prefers:
+communities       Into how many communities the graph of each row's NUM_NEIGHBORS nearest falls, by the method of
+                  Louvain (Blondel, Guillaume, Lambiotte, Lefebvre 2008) at the resolution COARSE (Reichardt, Bornholdt
+                  2006).
+fine communities  The same at the resolution FINE, that of modularity as such.
+separation        The K at which k-means has the lowest index of Davies and Bouldin (1979): how wide a cluster and the
+                  most similar other one are, as a share of the distance between their centroids, the mean over the
+                  clusters. Alone it is erratic, so what it names is moved to the nearer end of the range between the
+                  two numbers of communities.
 
-silhouette  How much nearer a row is to its own cluster of k-means than to the next one (Rousseeuw 1987), the mean.
-stability   How well two k-means agree whose centroids come from two random subsamples, in ARI over all rows, the mean
-            over the pairs of NUM_SUBSAMPLES subsamples (von Luxburg 2010, "Clustering stability: an overview",
-            section 2).
-eigengap    How far the K-th smallest eigenvalue of the neighbour graph's normalised Laplacian is from the next (von
-            Luxburg 2007, "A tutorial on spectral clustering", section 8.3). For K nearly separate parts, K eigenvalues
-            are near 0.
+The estimate is what separation names within that range. It is sure where all three are close together. On labelled data
+the silhouette, the stability of k-means, the gap statistic, the eigengap and merge ratios of a tree mislead more often;
+benchmarks/number_of_clusters.py compares them, and docs/photos.md has the table.
 
-Each measure prefers some K whatever the data. So its values are compared with those on a reference, one normal cloud
-with the covariance of the data, as the gap statistic does (Tibshirani, Walther, Hastie 2001):
+Any graph has communities. So the modularity is compared with that of a reference, one normal cloud with the covariance
+of the data, as the gap statistic does (Tibshirani, Walther, Hastie 2001): unless it closes MARGIN of the gap between
+the reference and 1, or the graph falls apart by itself, there is one cluster.
 
-silhouette  The K whose value is the furthest above the reference.
-stability   The K that closes the largest share of the gap between the reference and 1. Of nearly equal values the
-            largest K is taken, because two groups of groups are as stable as the groups themselves.
-eigengap    The largest gap after the first.
-
-Where the best value is not above the measure's margin, the measure names 1. The margin of the eigengap is one and a
-half times the largest gap of the reference.
-
-The estimate is the median of the three, hence what two of them agree on, if they do. All of it is computed on a sample
-of at most MAX_ROWS rows and their first MAX_COMPONENTS principal components. K is tried up to MAX_CLUSTERS, up to a
-tenth of the rows, so that a cluster has ten rows on average, and up to the number of distinct rows.
+All of it is computed on a sample of at most MAX_ROWS rows and their first MAX_COMPONENTS principal components. K is
+tried up to MAX_CLUSTERS, up to a tenth of the rows, so that a cluster has ten rows on average, and up to the number of
+distinct rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from statistics import mean, median
+from statistics import geometric_mean
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.kmeans_distances import nearest_centroids
 from deepclust.clustering.neighbor_graph import build_neighbor_graph
 from deepclust.engine.progress import track
 from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
 
 MAX_ROWS, MAX_COMPONENTS, MAX_CLUSTERS = 2000, 50, 50
-NUM_SUBSAMPLES, SUBSAMPLE_SHARE = 4, 0.7
 KMEANS_RESTARTS, KMEANS_MAX_ITERATIONS, KMEANS_TOLERANCE = 3, 50, 1e-4
 NUM_NEIGHBORS = 10
+COARSE, FINE = 0.5, 1.0
+RESOLUTIONS = (0.1, 0.2, COARSE, FINE, 2.0)  # the others are shown in the report
+MARGIN = 0.2
 ROUNDING_ERROR = 1e-6  # of features in float32, as a share of their length
-MARGINS = {"silhouette": 0.05, "stability": 0.3, "eigengap": 1.5}
-STABILITY_TIE = 0.02  # values of stability that differ by at most this count as equal
-# The gap between the reference's stability and 1 counts at least this much: where the reference is stable itself, a
-# small lead over it says little.
-MIN_STABILITY_GAP = 0.5
+MAX_CANDIDATES = 3
+COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A number of clusters, and the measures that name it or a number close by."""
+
+    num_clusters: int
+    named_by: list[str]
 
 
 @dataclass(frozen=True)
 class ClusterNumberEstimate:
-    """An estimated number of clusters, and how the three measures led to it."""
+    """An estimated number of clusters, and how the measures led to it."""
 
     num_clusters: int
     named: dict[str, int]  # the number that each measure names
@@ -64,18 +66,54 @@ class ClusterNumberEstimate:
 
     @property
     def num_agreeing(self) -> int:
-        """How many of the measures name the estimate or a number close by: at most 1, or a sixth of it, away."""
-        reach = max(1.0, self.num_clusters / 6)
-        return sum(abs(k - self.num_clusters) <= reach for k in self.named.values())
+        """How many of the measures name the estimate or a number close by: at most 1, or a fifth of it, away."""
+        return sum(is_close(k, self.num_clusters) for k in self.named.values())
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether all measures name the estimate or a number close by."""
+        return self.num_agreeing == len(self.named)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The estimate, then other numbers that measures name, those of more measures first: MAX_CANDIDATES at most.
+
+        Numbers that are close to each other are one candidate, the lower one of them. One cluster is none. Two have a
+        third one between them.
+        """
+        candidates: dict[int, list[str]] = {self.num_clusters: []}
+        for measure, k in sorted(self.named.items(), key=lambda item: item[1]):
+            if k == 1:
+                continue
+            close = [candidate for candidate in candidates if is_close(k, candidate)]
+            candidates.setdefault(min(close, key=lambda candidate: abs(candidate - k)) if close else k, []).append(
+                measure
+            )
+        first, *others = (Candidate(k, measures) for k, measures in candidates.items())
+        others.sort(key=lambda other: (-len(other.named_by), abs(other.num_clusters - self.num_clusters)))
+        if len(others) == 1:
+            middle = round(geometric_mean([first.num_clusters, others[0].num_clusters]))
+            if middle not in (first.num_clusters, others[0].num_clusters):
+                others.append(Candidate(middle, []))
+        return [first, *others][:MAX_CANDIDATES]
 
     def summarize(self) -> str:
         """Return the estimate and how sure it is, in one sentence."""
-        agreement = {
-            1: "they disagree: take it as a guess",
-            2: "two of three agree",
-            3: "all three agree",
-        }[self.num_agreeing]
+        number, all_of_them = COUNT_WORDS[self.num_agreeing], COUNT_WORDS[len(self.named)]
+        agreement = f"{number} of {all_of_them} agree"
+        if self.num_agreeing == len(self.named):
+            agreement = f"all {all_of_them} agree"
+        elif self.num_agreeing == 1:
+            agreement = "they disagree: take it as a guess"
         return f"{self.num_clusters} clusters by the features alone ({self._list_measures()}): {agreement}"
+
+    def describe_doubt(self) -> str | None:
+        """Return in a sentence which numbers to look at, where the measures disagree; None where they agree."""
+        if self.is_sure:
+            return None
+        others = [f"num_clusters={candidate.num_clusters}" for candidate in self.candidates[1:]]
+        doubt = f"the number of clusters is unsure: {self.num_clusters} is the likeliest by the features alone"
+        return f"{doubt}; look at {' and '.join(others)}, too" if others else doubt
 
     def require_several_clusters(self, key: str) -> int:
         """Return the estimate, which must be above 1; `key` is the setting that a user can give instead.
@@ -95,6 +133,11 @@ class ClusterNumberEstimate:
         return ", ".join(f"{measure} {k}" for measure, k in self.named.items())
 
 
+def is_close(k: int, estimate: int) -> bool:
+    """Return whether `k` is at most 1, or a fifth of `estimate`, away from it."""
+    return abs(k - estimate) <= max(1.0, estimate / 5)
+
+
 def sample_rows(num_rows: int, seed: int) -> np.ndarray:
     """Return the sorted indices of a random sample of `num_rows` rows: of all of them up to MAX_ROWS."""
     sample = torch.randperm(num_rows, generator=make_generator(seed, "rows to count clusters in"))[:MAX_ROWS]
@@ -107,6 +150,8 @@ def estimate_number_of_clusters(features: Tensor, *, seed: int) -> ClusterNumber
     Raises:
         InputError: for fewer than 20 rows.
     """
+    import networkx  # takes a moment, and few runs need it
+
     if len(features) < 20:
         raise InputError(
             f"{len(features)} images are too few to tell the number of clusters from",
@@ -116,30 +161,26 @@ def estimate_number_of_clusters(features: Tensor, *, seed: int) -> ClusterNumber
     rows = project_on_principal_components(features)
     num_distinct = count_distinct_rows(features)
     if num_distinct == 1:
-        return ClusterNumberEstimate(1, {"silhouette": 1, "stability": 1, "eigengap": 1}, {})
+        return ClusterNumberEstimate(1, {"communities": 1, "fine communities": 1, "separation": 1}, {})
     max_clusters = min(MAX_CLUSTERS, len(rows) // 10, num_distinct)
+    graph = build_graph(rows)
     reference = torch.randn(rows.shape, generator=make_generator(seed, "one cloud")).to(rows) * rows.std(0)
-    numbers = numbers_to_try(max_clusters)
-    silhouettes, stabilities = compute_silhouettes_and_stabilities(rows, numbers, seed)
-    reference_silhouettes, reference_stabilities = compute_silhouettes_and_stabilities(reference, numbers, seed)
-    eigengaps, reference_eigengaps = compute_eigengaps(rows, max_clusters), compute_eigengaps(reference, max_clusters)
+    communities = find_communities(graph, seed)
+    expected = find_communities(build_graph(reference), seed)[COARSE][1]
+    separations = compute_separations(rows, numbers_to_try(max_clusters), seed)
     curves = {
-        "silhouette": [
-            (k, value - expected)
-            for k, value, expected in zip(numbers, silhouettes, reference_silhouettes, strict=True)
-        ],
-        "stability": [
-            (k, (value - expected) / max(1 - expected, MIN_STABILITY_GAP))
-            for k, value, expected in zip(numbers, stabilities, reference_stabilities, strict=True)
-        ],
-        "eigengap": list(enumerate(eigengaps, start=1))[1:],
+        "communities": sorted({min(k, max_clusters): value for k, value in communities.values()}.items()),
+        "separation": separations,
     }
-    named = {
-        "silhouette": pick_number(curves["silhouette"], margin=MARGINS["silhouette"], tie=0),
-        "stability": pick_number(curves["stability"], margin=MARGINS["stability"], tie=STABILITY_TIE),
-        "eigengap": pick_number(curves["eigengap"], margin=MARGINS["eigengap"] * max(reference_eigengaps[1:]), tie=0),
-    }
-    return ClusterNumberEstimate(int(median(named.values())), named, curves)
+    is_one_cloud = communities[COARSE][1] - expected <= MARGIN * (1 - expected) and networkx.is_connected(graph)
+    if is_one_cloud or not separations:
+        return ClusterNumberEstimate(1, {"communities": 1, "fine communities": 1, "separation": 1}, curves)
+    coarse, fine = sorted(min(communities[resolution][0], max_clusters) for resolution in (COARSE, FINE))
+    best_separated, _ = min(separations, key=lambda point: point[1])
+    estimate = min(max(best_separated, coarse), fine)
+    return ClusterNumberEstimate(
+        estimate, {"communities": coarse, "fine communities": fine, "separation": estimate}, curves
+    )
 
 
 def numbers_to_try(max_clusters: int) -> list[int]:
@@ -173,32 +214,16 @@ def project_on_principal_components(features: Tensor) -> Tensor:
     return (rows @ components[:MAX_COMPONENTS].T).float()
 
 
-def compute_silhouettes_and_stabilities(
-    rows: Tensor, numbers: Sequence[int], seed: int
-) -> tuple[list[float], list[float]]:
-    """Return the silhouette and the stability of k-means on `rows` (M, D), for each number of clusters."""
-    from sklearn.metrics import adjusted_rand_score, silhouette_score  # takes half a second, and few runs need it
+def compute_separations(rows: Tensor, numbers: Sequence[int], seed: int) -> list[tuple[int, float]]:
+    """Return, for each number of clusters, the index of Davies and Bouldin of k-means on `rows` (M, D); low is good."""
+    from sklearn.metrics import davies_bouldin_score  # takes half a second, and few runs need it
 
-    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-    subsample_size = int(SUBSAMPLE_SHARE * len(rows))
-    subsamples = [
-        torch.randperm(len(rows), generator=make_generator(seed, "part of the rows", number))[:subsample_size]
-        for number in range(NUM_SUBSAMPLES)
-    ]
-    silhouettes, stabilities = [], []
+    separations = []
     for k in track(numbers, "trying numbers of clusters"):
         assignments = run_kmeans(rows, k, seed).assignments
-        if assignments.unique().numel() > 1:
-            silhouettes.append(float(silhouette_score(distances, assignments, metric="precomputed")))
-        else:
-            silhouettes.append(0.0)  # all rows are identical
-        assignments_by_subsample = [
-            nearest_centroids(rows, run_kmeans(rows[subsample], k, seed).centroids, metric="euclidean")[0]
-            for subsample in subsamples
-        ]
-        pairs = combinations(assignments_by_subsample, 2)
-        stabilities.append(mean(float(adjusted_rand_score(a, b)) for a, b in pairs))
-    return silhouettes, stabilities
+        if assignments.unique().numel() > 1:  # else all rows are nearly identical
+            separations.append((k, float(davies_bouldin_score(rows, assignments))))
+    return separations
 
 
 def run_kmeans(rows: Tensor, k: int, seed: int) -> KMeansResult:
@@ -213,18 +238,24 @@ def run_kmeans(rows: Tensor, k: int, seed: int) -> KMeansResult:
     )
 
 
-def compute_eigengaps(rows: Tensor, count: int) -> list[float]:
-    """Return the gap after each of the `count` smallest eigenvalues of the neighbour graph's normalised Laplacian."""
-    weights = build_neighbor_graph(rows, min(NUM_NEIGHBORS, len(rows) - 1)).dense()
-    scale = weights.sum(1).clamp(min=1e-12).rsqrt()
-    normalised = scale[:, None] * weights * scale
-    eigenvalues = 1 - torch.linalg.eigvalsh((normalised + normalised.T) / 2).flip(0)
-    return eigenvalues[: count + 1].diff().tolist()
+def build_graph(rows: Tensor) -> Any:
+    """Return networkx's graph in which each of `rows` (M, D) has edges to its nearest; all edges weigh the same."""
+    import networkx
+
+    neighbor_graph = build_neighbor_graph(rows, min(NUM_NEIGHBORS + 1, len(rows)))
+    sources = torch.arange(len(rows)).repeat_interleave(neighbor_graph.starts.diff())
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(rows)))
+    graph.add_edges_from(zip(sources.tolist(), neighbor_graph.neighbors.tolist(), strict=True))
+    return graph
 
 
-def pick_number(curve: list[tuple[int, float]], *, margin: float, tie: float) -> int:
-    """Return the largest K whose value is at most `tie` below the best one; 1 where no value is above `margin`."""
-    best = max(value for _, value in curve)
-    if best <= margin:
-        return 1
-    return max(k for k, value in curve if value >= best - tie)
+def find_communities(graph: Any, seed: int) -> dict[float, tuple[int, float]]:
+    """Return, for each of RESOLUTIONS, how many communities a graph has, and its modularity."""
+    from networkx import community
+
+    found = {}
+    for resolution in RESOLUTIONS:
+        parts = community.louvain_communities(graph, resolution=resolution, seed=seed)
+        found[resolution] = len(parts), float(community.modularity(graph, parts))
+    return found

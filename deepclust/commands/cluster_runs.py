@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from deepclust.commands.cluster_network import compose_for_cluster, make_key, read_features_key, run_or_resume
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
+from deepclust.engine.plurals import format_count
 from deepclust.runs.results import read_results
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def cluster_features(
         done, run_cfg.method.centres_after_epochs = run_cfg.method.centres_after_epochs, 0
         run_cfg.method.clustering_after_epochs -= done
         run_cfg.trainer.max_epochs = max(1, run_cfg.trainer.max_epochs - done)
-    log.info("%d clusters by %s, seed %d", num_clusters, rule, seed)
+    log.info("%s by %s, seed %d", format_count(num_clusters, "cluster"), rule, seed)
     run_or_resume(run_cfg, run_folder)
     return run_folder
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from sklearn.metrics import adjusted_rand_score
 
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
-from deepclust.datasets.image_sources import ImageSet
+from deepclust.datasets.image_sources import ImageSet, read_vectors
 from deepclust.runs.assignments_csv import read_clusters
 from deepclust.runs.results import read_results
 
@@ -48,7 +48,7 @@ def measure_trust(
         level = NEXT_LOWER_LEVEL[level] if is_giant or health["empty_clusters"] else level
         phrases.append(f"{len(clusters)} seeds agree to {trust['ari_between_seeds']:.2f} (ARI; 1 is the same)")
     if results["method"] != "kmeans" and trivial is None:
-        rows = vectors.fit.read(np.arange(len(vectors.fit))).flatten(1)
+        rows = read_vectors(vectors.fit, np.arange(len(vectors.fit)))
         kmeans = kmeans_on_all_ranks(
             rows,
             num_clusters=num_clusters,

@@ -8,6 +8,7 @@ sample standard deviation over seeds.
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -16,6 +17,7 @@ from deepclust.comparison.formats import FILE_WIDTH, print_comparison, to_csv, t
 from deepclust.comparison.html_page import to_html
 from deepclust.comparison.table import compare_runs
 from deepclust.engine.output_files import check_output_file, is_standard_output, write_text
+from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
 
 FORMAT_OF_SUFFIX = {".txt": "text", ".md": "markdown", ".csv": "csv", ".tex": "latex", ".html": "html"}
@@ -29,20 +31,38 @@ def read_published_figures() -> list[dict]:
     return content["published"]
 
 
+def print_table(runs: Path) -> None:
+    """Print the table over the runs below a folder, as the command without further keys does.
+
+    Raises:
+        InputError: if there is no finished run.
+    """
+    text = resources.files("deepclust.conf").joinpath("compare.yaml").read_text(encoding="utf-8")
+    defaults: Any = OmegaConf.to_container(OmegaConf.create(text))
+    comparison = compare_runs(runs, published=read_published_figures(), ignore=defaults["ignore"])
+    if comparison.rows:
+        print_comparison(comparison, Console())
+
+
 def main(cfg: DictConfig) -> None:
     """Print the table that the configuration asks for, or write it to a file."""
     output = None if cfg.output is None else Path(cfg.output)
-    output_format = str((cfg.format or "text") if output is None else FORMAT_OF_SUFFIX.get(output.suffix))
+    format_of_ending = None if output is None else FORMAT_OF_SUFFIX.get(output.suffix)
+    if output is not None and cfg.format is None and format_of_ending is None:
+        raise InputError(
+            f"output={output} ends in {output.suffix!r}",
+            expected=" or ".join(FORMAT_OF_SUFFIX),
+            do="choose one of these, or name the format with format=NAME",
+        )
+    output_format = str(cfg.format or format_of_ending or "text")
     if output_format not in FORMAT_OF_SUFFIX.values():
         raise InputError(
-            f"format={cfg.format}" if output is None else f"output={output} ends in {output.suffix!r}",
-            expected=" or ".join(FORMAT_OF_SUFFIX.values() if output is None else FORMAT_OF_SUFFIX),
-            do="choose one of these",
+            f"format={cfg.format}", expected=" or ".join(FORMAT_OF_SUFFIX.values()), do="choose one of these"
         )
-    if cfg.format not in (None, output_format):
+    if format_of_ending not in (None, output_format):
         raise InputError(
             f"format={cfg.format} and output={output} disagree",
-            expected=f"{output_format}, the format of files that end in {output.suffix if output else ''}",
+            expected=f"{format_of_ending}, the format of files with that ending",
             do="leave format out, or choose another ending",
         )
     if output is not None:
@@ -73,5 +93,6 @@ def main(cfg: DictConfig) -> None:
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, text)
-        message = f"{output}: {len(comparison.rows)} rows, {len(comparison.left_out)} runs not in the table"
+        rows, left_out = format_count(len(comparison.rows), "row"), format_count(len(comparison.left_out), "run")
+        message = f"{output}: {rows}, {left_out} not in the table"
         print(message, file=sys.stderr if is_standard_output(output) else sys.stdout)

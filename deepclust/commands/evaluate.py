@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -14,6 +13,7 @@ from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import select_device
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
+from deepclust.runs.locate_run import locate_run
 from deepclust.runs.results import read_results
 from deepclust.runs.trusted_targets import split_trust
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Print scores and health of the run `cfg.run` as JSON, and return them."""
-    run = Path(cfg.run)
+    run = locate_run(cfg.run)
     run_cfg, method = load_method(load_checkpoint(run), trust=split_trust(cfg.trust))
     if cfg.data_dir is not None:
         move_data_dir(run_cfg, cfg.data_dir)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -9,22 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
-from deepclust.batch import split_to_cache_size
+from deepclust.batch import PaddedImages, split_to_cache_size
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
-from deepclust.datasets.conversion import write_labels
 from deepclust.datasets.dataset_checks import infer_dataset_values
-from deepclust.datasets.image_sources import ImageSet, ImageSource
-from deepclust.engine.devices import select_device
+from deepclust.datasets.image_sources import ImageSet, ImageSource, read_pictures
+from deepclust.datasets.one_time_conversion import write_labels, write_whole_images
+from deepclust.engine.devices import select_network_device
 from deepclust.engine.output_files import check_output_file, write_array, write_text
+from deepclust.engine.plurals import format_count
 from deepclust.engine.progress import track
+from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint, load_method
+from deepclust.runs.locate_run import locate_run
 from deepclust.runs.trusted_targets import open_run_config, split_trust
 from deepclust.views.multiview import MultiView
+
+log = logging.getLogger(__name__)
 
 MADE_BY = "made_by.json"  # written last: where it is, the folder is complete
 
@@ -39,30 +45,56 @@ def main(cfg: DictConfig) -> Path:
         check_output_file(Path(cfg.output) / MADE_BY, key="output")
     source_cfg = select_source_config(cfg)
     images: ImageSet = build(source_cfg.dataset.source)
-    source_cfg.dataset.update(infer_dataset_values(source_cfg.dataset, images))
+    with open_dict(source_cfg.dataset):  # value_ranges need not be there
+        source_cfg.dataset.update(infer_dataset_values(source_cfg.dataset, images))
     network_name, network, encode = build_network(cfg, source_cfg)
     made_by = describe_features(source_cfg, images, network)
     key = sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
     default_folder = f"{cfg.data_dir}/features/{source_cfg.dataset.name}-{network_name}-{key[:8]}"
     folder = Path(cfg.output or default_folder)
-    if (folder / MADE_BY).is_file() and json.loads((folder / MADE_BY).read_text())["sha256"] == key:
+    if read_made_by(folder) == key:
         print(f"there already: {folder}")
         return folder
 
     prepare_folder(folder)
-    device = select_device(cfg.accelerator)
-    network.to(device).to(memory_format=torch.channels_last)
+    device = select_network_device(cfg.accelerator)
     scale = source_cfg.get("multi_view") or source_cfg.dataset  # a run may have been given other mean and std
     views = MultiView(pipelines=build(source_cfg.views), names=[], mean=scale.mean, std=scale.std)
 
-    def encode_images(pixels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode_images(pixels: Tensor | PaddedImages) -> Tensor:
         clean = views.clean(pixels.to(device))
         return torch.cat([encode(part) for part in split_to_cache_size(clean)]).float()
 
+    try:
+        network.to(device).to(memory_format=torch.channels_last)
+        if device.type == "mps":
+            encode_images(images.fit.read(np.arange(1)))
+    except (RuntimeError, TypeError, AssertionError) as error:  # in which ways torch says that it lacks an operation
+        if device.type != "mps":
+            raise
+        log.warning("the network runs on the CPU, for Apple's GPU cannot: %s", str(error).partition("\n")[0])
+        device = torch.device("cpu")
+        network.to(device).to(memory_format=torch.channels_last)
+
     write_data_set(folder, images, encode_images, batch_size=cfg.batch_size, max_pictures=cfg.max_pictures)
     write_text(folder / MADE_BY, json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
-    print(f"features of {len(images.fit)} images: {folder}")
+    print(f"features of {format_count(len(images.fit), 'image')}: {folder}")
     return folder
+
+
+def read_made_by(folder: Path) -> str | None:
+    """Return the checksum of what the features in a folder were made of; None if there are none, or not all.
+
+    Raises:
+        InputError: if the file that tells it is damaged or something else.
+    """
+
+    def check(content: Any) -> str | None:
+        return None if isinstance(content, dict) and isinstance(content.get("sha256"), str) else "it names no sha256"
+
+    content = read_state(folder / MADE_BY, check, expected="what the features beside it were made of")
+    return None if content is None else content["sha256"]
 
 
 def select_source_config(cfg: DictConfig) -> DictConfig:
@@ -81,7 +113,7 @@ def select_source_config(cfg: DictConfig) -> DictConfig:
                 do="add run=DIR, or dataset=NAME backbone=NAME",
             )
         return cfg
-    run_cfg = open_run_config(load_checkpoint(Path(cfg.run)), trust=split_trust(cfg.trust))
+    run_cfg = open_run_config(load_checkpoint(locate_run(cfg.run)), trust=split_trust(cfg.trust))
     if "source" in cfg.dataset:
         dataset = resolve_to_dict(cfg)["dataset"]
         if "value_ranges" in dataset and dataset["value_ranges"] is None:  # scaled as what the network has seen
@@ -94,7 +126,7 @@ def select_source_config(cfg: DictConfig) -> DictConfig:
 def build_network(cfg: DictConfig, source_cfg: DictConfig) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
     """Return a name, the network in evaluation mode, and the function from clean images to features (N, D)."""
     if cfg.run is not None:
-        run_cfg, method = load_method(load_checkpoint(Path(cfg.run)), trust=split_trust(cfg.trust))
+        run_cfg, method = load_method(load_checkpoint(locate_run(cfg.run)), trust=split_trust(cfg.trust))
         return run_cfg.names.method, method, method.encode
     torch.manual_seed(cfg.seed)
     backbone = build(source_cfg.backbone).eval()
@@ -120,7 +152,10 @@ def describe_features(source_cfg: DictConfig, images: ImageSet, network: nn.Modu
 def fingerprint(source: ImageSource, num_rows: int = 1000) -> str:
     """Return the SHA-256 of the number of images and of up to `num_rows` of them, evenly spread."""
     rows = np.unique(np.linspace(0, len(source) - 1, min(num_rows, len(source)), dtype=np.int64))
-    return compute_checksum({str(len(source)): source.read(rows)})
+    images = source.read(rows)
+    if isinstance(images, PaddedImages):
+        return compute_checksum({str(len(source)): images.pixels, "shapes": images.shapes})
+    return compute_checksum({str(len(source)): images})
 
 
 def prepare_folder(folder: Path) -> None:
@@ -135,7 +170,7 @@ def prepare_folder(folder: Path) -> None:
 def write_data_set(
     folder: Path,
     images: ImageSet,
-    encode_images: Callable[[Tensor], Tensor],
+    encode_images: Callable[[Tensor | PaddedImages], Tensor],
     *,
     batch_size: int,
     max_pictures: int,
@@ -155,18 +190,31 @@ def write_data_set(
         write_text(folder / "class_names.json", json.dumps(images.class_names))
     for split, source in splits.items():
         if len(source) <= max_pictures and source.shape[2] in (1, 3):
-            write_rows(folder / f"{split}_images.npy", source, channels_to_last, batch_size)
+            write_pictures(folder, split, source, batch_size)
     for split, source in reversed(splits.items()):
         write_rows(folder / f"{split}_features.npy", source, encode_images, batch_size)
 
 
-def channels_to_last(pixels: Tensor) -> Tensor:
+def write_pictures(folder: Path, split: str, source: ImageSource, batch_size: int) -> None:
+    """Write a copy of all images of `source`, in the form of `deepclust.datasets.named_datasets`."""
+    if source.shape[0] is not None:
+        write_rows(folder / f"{split}_images.npy", source, channels_to_last, batch_size)
+        return
+    starts = range(0, len(source), batch_size)
+    rows = (np.arange(start, min(start + batch_size, len(source))) for start in starts)
+    chunks = (read_pictures(source, indices) for indices in rows)
+    write_whole_images(folder, split, chunks, channels=source.shape[2], expected_area=0, total=len(source))
+
+
+def channels_to_last(pixels: Any) -> Tensor:
     """Return images (N, C, H, W) as (N, H, W, C)."""
     return pixels.permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
-def write_rows(file: Path, source: ImageSource, transform: Callable[[Tensor], Tensor], batch_size: int) -> None:
+def write_rows(
+    file: Path, source: ImageSource, transform: Callable[[Tensor | PaddedImages], Tensor], batch_size: int
+) -> None:
     """Write what `transform` makes of all images of `source`, in order, as the rows of a .npy file."""
 
     def transform_batches() -> Iterator[np.ndarray]:

@@ -11,10 +11,12 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 
 from deepclust.callbacks.last_checkpoint import LastCheckpoint
+from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.config.build import build
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine import cuda_graphs
+from deepclust.engine.cpu_threads import num_threads_set
 from deepclust.engine.devices import count_devices
 from deepclust.engine.launch import launched_rank, run_on_devices
 from deepclust.engine.lightning_settings import silence_lightning
@@ -31,7 +33,8 @@ from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.earlier_stage import find_earlier_run, list_trusted
 from deepclust.runs.folder import CHECKPOINT, acquire_run_lock, check_run_files
 from deepclust.runs.hydra_files import write_hydra_files
-from deepclust.runs.resolve_config import record_choices, resolve_config
+from deepclust.runs.memory_check import check_memory
+from deepclust.runs.resolve_config import record_choices, resolve_config, resolve_num_threads
 from deepclust.runs.results import compose_results, read_results
 from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
 from deepclust.runs.summary import print_summary
@@ -99,8 +102,22 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
     silence_lightning()
     images: ImageSet = build(cfg.dataset.source)
     cfg, estimate = resolve_config(cfg, images, earlier)
+    checkpoint = load_checkpoint(folder) if (folder / CHECKPOINT).exists() else None
+    with num_threads_set(resolve_num_threads(cfg, checkpoint)):
+        return train_on_images(cfg, images, folder, estimate)
+
+
+def train_on_images(
+    cfg: DictConfig, images: ImageSet, folder: Path, estimate: ClusterNumberEstimate | None
+) -> dict[str, Any]:
+    """Do what is left of `train` once the configuration is resolved; `estimate` is that of the number of clusters.
+
+    Raises:
+        InputError: if configuration and the checkpoint in the folder do not fit each other, or the memory is too small.
+    """
+    check_memory(cfg)
     datamodule = build_datamodule(cfg, images)
-    lower_max_epochs_to_max_steps(cfg, datamodule.batches_per_epoch)
+    cfg = lower_max_epochs_to_max_steps(cfg, datamodule.batches_per_epoch)
     method = build_method(cfg)
     checkpoint = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
     if checkpoint is not None:

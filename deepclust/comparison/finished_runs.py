@@ -1,6 +1,5 @@
 """Finished runs, read from their folders."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from deepclust.engine.small_files import read_json, read_small_text
 
 IDENTITY_KEYS = ("dataset", "method", "backbone", "num_clusters", "epochs")  # of results.json; runs of a group agree
 METRICS = ("acc", "nmi", "ari")
@@ -39,11 +40,11 @@ def find_run_folders(root: Path) -> Iterator[Path]:
 def read_finished_run(folder: Path, *, name: str) -> FinishedRun | str:
     """Return the finished run in `folder` or, if there is none, the reason as text."""
     file = folder / "results.json"
-    if not file.is_file():
+    if not file.exists():
         return "; ".join(["unfinished: no results.json", *_describe_end(folder)])
     try:
-        results = json.loads(file.read_text())
-    except (ValueError, OSError, RecursionError) as error:
+        results = read_json(file)
+    except (ValueError, OSError) as error:
         return f"results.json cannot be read: {error}"
     if not isinstance(results, dict) or results.get("format") != 1:
         return "results.json is not of format 1"
@@ -83,8 +84,11 @@ def _has_expected_type(key: str, value: Any) -> bool:
 def _describe_end(folder: Path) -> Iterator[str]:
     """Yield what an unfinished run has written about how it ended."""
     for name in ("status.json", "error.txt"):
-        if (folder / name).is_file():
-            text = " ".join((folder / name).read_text(errors="replace").split())
+        if (folder / name).exists():
+            try:
+                text = " ".join(read_small_text(folder / name, errors="replace").split())
+            except (ValueError, OSError) as error:
+                text = f"cannot be read: {error}"
             yield f"{name}: {text[-200:]}"  # the last lines of a traceback say the most
 
 
@@ -94,9 +98,12 @@ def read_overrides(file: Path) -> list:
     Raises:
         ValueError: if the file does not hold a list.
     """
-    if not file.is_file():
+    if not file.exists():
         return []
-    overrides = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        overrides = yaml.safe_load(read_small_text(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(overrides, list):
         raise ValueError("it does not hold a list")
     return overrides

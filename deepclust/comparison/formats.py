@@ -57,10 +57,16 @@ def to_text(comparison: Comparison) -> str:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the table, with scores in percent, and the notes below it."""
     header, lines = format_cells(comparison.rows)
-    table = Table()
-    for name in header:
-        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right")
     mark = "" if console.is_terminal else "*"  # in a file, bold is not seen
+    if measure_width(header, lines, mark) > console.width:
+        header, lines, shared = leave_out_shared_columns(header, lines)
+        if shared:
+            console.print(f"all rows: {', '.join(shared)}", markup=False, highlight=False)
+    is_narrow = measure_width(header, lines, mark) > console.width
+    table = Table(padding=(0, 0) if is_narrow else (0, 1))
+    for name in header:
+        # Where there is no room for all of it, text is broken between words and numbers stay whole.
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=name not in TEXT_COLUMNS)
     for number, line in enumerate(lines):
         if number and comparison.rows[number].dataset != comparison.rows[number - 1].dataset:
             table.add_section()
@@ -68,6 +74,27 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(table)
     for note in make_notes(comparison, best=mark or "bold"):
         console.print(note, markup=False, highlight=False)
+
+
+def measure_width(header: Sequence[str], lines: Sequence[Sequence[tuple[str, bool]]], mark: str) -> int:
+    """Return how many characters wide a table of these cells is, with its lines and a space on both sides of a cell."""
+    columns = zip(*[[(name, False) for name in header], *lines], strict=True)
+    return 1 + sum(3 + max(len(text) + is_best * len(mark) for text, is_best in column) for column in columns)
+
+
+def leave_out_shared_columns(
+    header: list[str], lines: list[list[tuple[str, bool]]]
+) -> tuple[list[str], list[list[tuple[str, bool]]], list[str]]:
+    """Return the table without the columns that say the same in all rows, and what these say.
+
+    Columns of scores stay, and so does that of the rules, without which a score has no meaning.
+    """
+    candidates = {"Data set", "Method", "Backbone", "K", "Epochs", "Seeds"}
+    texts = [{line[column][0] for line in lines} for column in range(len(header))]
+    is_shared = [name in candidates and len(known) == 1 for name, known in zip(header, texts, strict=True)]
+    shared = [f"{name} {min(texts[column])}" for column, name in enumerate(header) if is_shared[column]]
+    is_left = [not value for value in is_shared]
+    return list(compress(header, is_left)), [list(compress(line, is_left)) for line in lines], shared
 
 
 def format_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[tuple[str, bool]]]]:

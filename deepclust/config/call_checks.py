@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from deepclust.config.argument_types import check_value
 from deepclust.config.foreign_types import find_foreign_types
 from deepclust.config.suggestions import find_nearest_name
 from deepclust.config.targets import locate_target
+from deepclust.config.value_checks import check_value
 from deepclust.config.value_errors import missing_value_error
 from deepclust.errors import InputError
 
@@ -47,7 +47,11 @@ def check_calls(node: Any, given: Collection[str] = ()) -> None:
 
 
 def check_arguments(node: DictConfig, given: Collection[str]) -> None:
-    """Check the arguments of one section with `_target_` against the signature."""
+    """Check the arguments of one section with `_target_` against the signature.
+
+    Raises:
+        InputError: as `check_calls` does, for this section alone.
+    """
     for name, annotation in HYDRA_KEYS.items():
         if name in node:
             check_argument(node, name, None, annotation)

@@ -1,8 +1,10 @@
 """How configurations are composed: from which package, by which of Hydra's rules, and what can be overridden."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
@@ -10,9 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from deepclust.config.keys import list_keys
+from deepclust.engine.small_files import read_small_text
 
 CONFIG_PACKAGE = "deepclust.conf"
 VERSION_BASE = "1.3"  # the version of Hydra whose behaviour the configurations are written for
@@ -20,6 +23,27 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueEr
 
 # ${last_part:PATH}: the name of a file or folder, without those above it.
 OmegaConf.register_new_resolver("last_part", lambda path: Path(os.path.abspath(path)).name, replace=True)
+
+
+def name_job_folder(number: int, sweep_folder: str, sweeper: str, overrides: Sequence[str]) -> str:
+    """Return the name of the folder of a job: its number in the sweep.
+
+    A sweeper that searches begins again with 0 when it goes on with a study, and proposes other values. Its job has a
+    folder of its own where the one of its number holds other overrides.
+    """
+    if sweeper.endswith(".BasicSweeper"):  # the values are those on the command line: the numbers tell the jobs apart
+        return str(number)
+    try:
+        earlier = safe_load(read_small_text(Path(sweep_folder) / str(number) / ".hydra" / "overrides.yaml"))
+    except (OSError, ValueError, YAMLError, RecursionError):  # nothing has run there
+        return str(number)
+    if earlier == list(overrides):
+        return str(number)
+    return f"{number}-{sha256(json.dumps(list(overrides)).encode()).hexdigest()[:8]}"
+
+
+# ${job_folder:NUMBER,SWEEP_FOLDER,SWEEPER,OVERRIDES}
+OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
 
 
 def list_groups_and_keys(

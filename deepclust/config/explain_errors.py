@@ -4,11 +4,12 @@ Hydra's errors say in several lines what went wrong, and seldom what to do. `exp
 matcher in turn; the first that knows the error turns it into an `InputError`.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -18,6 +19,9 @@ from deepclust.config.keys import list_settable_keys
 from deepclust.config.suggestions import find_nearest_name, suggest_known_key
 from deepclust.config.value_errors import explain_value_error, quoted_name
 from deepclust.errors import InputError
+
+# Sweeps that list their values. An interval(...) of a sweeper that searches names no options, glob(...) existing ones.
+LISTS = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def check_chosen_options(*, command: str, config_name: str, config_dir: str | No
     except OverrideParseException:  # Hydra says so
         return
     for override in parsed:
-        if override.is_delete():
+        if override.is_delete() or (override.is_sweep_override() and override.value_type not in LISTS):
             continue
         key = override.key_or_group
         chosen = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
@@ -234,8 +238,9 @@ def explain_run_folder(error: Exception, composition: Composition) -> InputError
     if not (isinstance(system_error, OSError) and system_error.strerror):
         return None
     place = f": {system_error.filename}" if system_error.filename else ""
+    mode = "sweep" if {"-m", "--multirun"} & {*sys.argv} else "run"
     return InputError(
-        f"{system_error.strerror}{place}", expected="a place to write to", do="choose one with hydra.run.dir=DIR"
+        f"{system_error.strerror}{place}", expected="a place to write to", do=f"choose one with hydra.{mode}.dir=DIR"
     )
 
 

@@ -31,7 +31,7 @@ TRAINER_ARGUMENTS: dict[str, Any] = {
     "min_steps": NonNegativeInt | None,
     "devices": PositiveInt | Literal["auto"],
     "num_nodes": PositiveInt,
-    "log_every_n_steps": NonNegativeInt,
+    "log_every_n_steps": PositiveInt,  # ours; logger=none logs nothing
     "num_sanity_val_steps": NonNegativeInt,
     "accumulate_grad_batches": PositiveInt,
     "gradient_clip_val": NonNegativeFloat | None,

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from deepclust.config.argument_types import check_value, is_section
 from deepclust.config.keys import iterate_entries
+from deepclust.config.value_checks import check_value, is_section
 from deepclust.number_types import (
     AnyInt,
     FiniteFloat,
@@ -27,7 +27,8 @@ NotEmptyText = Annotated[str, MinLen(1)]
 
 TYPES: dict[str, Any] = {
     # sections
-    **dict.fromkeys(("dataset", "hardware", "evaluation", "report", "names", "earlier", "network"), Mapping[str, Any]),
+    **dict.fromkeys(("dataset", "hardware", "evaluation", "report", "names", "earlier"), Mapping[str, Any]),
+    "own_network": Mapping[str, Any],
     "before": Mapping[str, Any] | None,
     # conf/train.yaml
     "seed": AnyInt,
@@ -45,6 +46,7 @@ TYPES: dict[str, Any] = {
     "pixel_baseline_max_values": NonNegativeInt,
     "report.per_cluster": PositiveInt,
     "report.map_points": NonNegativeInt,
+    "report.paths": Literal["relative", "absolute"],
     "earlier.train_seconds": NonNegativeFloat,
     "dataset.num_classes": PositiveInt | None,
     "dataset.num_clusters": PositiveInt | Literal["auto"] | None,
@@ -57,7 +59,9 @@ TYPES: dict[str, Any] = {
     "dataset.download": bool,
     "dataset.standardize": bool,
     "dataset.max_megapixels": PositiveFloat,
-    "dataset.source.image_size": PositiveInt | None,
+    "dataset.keep": Literal["whole_images", "central_squares"],
+    "dataset.stored_size": PositiveInt | Literal["original"] | None,
+    "dataset.source.image_size": PositiveInt | Literal["original"] | None,
     "crop_area": PositiveInterval,
     "cutout_side": Fraction,
     # conf/hardware
@@ -70,22 +74,28 @@ TYPES: dict[str, Any] = {
     "hardware.graphs": bool,
     "hardware.fused_optimizer": bool,
     "hardware.resident_bytes": NonNegativeFloat,
+    "hardware.threads": PositiveInt | Literal["auto"],
     # conf/cluster.yaml
     "num_clusters": PositiveInt | Literal["auto"],
     "num_seeds": PositiveInt,
+    "network": NotEmptyText,
     "pretrained": bool,
     "download": bool,
     "rule": Literal["lnscc", "kmeans"] | None,
+    "duplicates": bool,
+    "outliers": bool,
     "images_seen": PositiveInt,
     "min_epochs": NonNegativeInt,
     "min_steps": NonNegativeInt,
     "max_steps": NonNegativeInt,
     # the other root configurations
-    "accelerator": Literal["auto", "cpu", "gpu", "cuda"],
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
     "link": bool,
     "max_megapixels": PositiveFloat,
     "max_pictures": NonNegativeInt,
     "ignore": Sequence[str],
+    "license": NotEmptyText | None,
+    "dataset_license": NotEmptyText | None,
 }
 
 
@@ -95,9 +105,10 @@ def check_plain_values(values: dict[str, Any]) -> None:
     Raises:
         InputError: if one is of another type; it names the key.
     """
-    for key, value in iterate_entries(values):
-        annotation = TYPES.get(re.sub(r"^((before|network)\.)+", "", key))
-        # In `network` of conf/cluster.yaml, null stands for a number that is worked out later.
-        if annotation is None or (value is None and key.startswith("network.")) or is_section(value):
+    # What a user sets lies further up than what refers to it, so its name is the one that an error tells.
+    for key, value in sorted(iterate_entries(values), key=lambda entry: entry[0].count(".")):
+        annotation = TYPES.get(re.sub(r"^((before|own_network)\.)+", "", key))
+        # In `own_network` of conf/cluster.yaml, null stands for a number that is worked out later.
+        if annotation is None or (value is None and key.startswith("own_network.")) or is_section(value):
             continue
         check_value(key, value, annotation)

@@ -1,13 +1,12 @@
 """Opening and checking images and labels in .npy and .npz files, and loading one such file as a data set."""
 
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from deepclust.datasets.image_sources import ArraySource, ImageSet
+from deepclust.datasets.image_sources import ArraySource, ImageSet, WholeImageSource
 from deepclust.datasets.labels import number_classes
 from deepclust.datasets.mapped_arrays import ZIP_STARTS, map_array, read_npz
 from deepclust.datasets.value_ranges import (
@@ -21,6 +20,7 @@ from deepclust.datasets.value_ranges import (
     list_some,
     scale_to_8_bit,
 )
+from deepclust.engine.small_files import read_json
 from deepclust.errors import InputError
 from deepclust.number_types import PositiveInt
 
@@ -69,12 +69,24 @@ def open_array_file(path: str, value_ranges: ValueRanges | None = None) -> tuple
     """
     file = Path(path).expanduser()
     array, labels = read_array_file(file)
-    images = to_uint8_images(file, array, find_array_ranges(file, array, value_ranges))
-    return images, None if labels is None else labels.astype(np.int64)
+    return scale_images(file, array, value_ranges), None if labels is None else labels.astype(np.int64)
 
 
 def read_array_file(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Return images (M, H, W, 1 or 3) of any type of number and, if the file holds any, labels (M,) of integers.
+
+    Raises:
+        InputError: if the file is missing or holds something else.
+    """
+    arrays = open_array(file)
+    images, labels = add_channel_axis(file, arrays["images"]), arrays.get("labels")
+    if labels is not None:
+        check_labels_shape(file, labels, len(images))
+    return images, labels
+
+
+def open_array(file: Path) -> dict[str, np.ndarray]:
+    """Return the array `images` of a .npy file, memory-mapped, or of a .npz file, which may also hold `labels`.
 
     Raises:
         InputError: if the file is missing or holds something else.
@@ -88,7 +100,7 @@ def read_array_file(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with open(file, "rb") as opened:
             is_npz = opened.read(4) in ZIP_STARTS
-        arrays = read_npz(file) if is_npz else {"images": map_array(file)}
+        return read_npz(file) if is_npz else {"images": map_array(file)}
     except InputError:
         raise
     except Exception as error:  # a broken archive can raise nearly any exception
@@ -97,7 +109,14 @@ def read_array_file(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
             expected="a .npy or .npz file of numbers",
             do="write it with numpy.save(FILE, images) or numpy.savez(FILE, images=images, labels=labels)",
         ) from error
-    array, labels = arrays["images"], arrays.get("labels")
+
+
+def add_channel_axis(file: Path, array: np.ndarray) -> np.ndarray:
+    """Return an array of images, (M, H, W) or (M, H, W, 1 or 3), as (M, H, W, channels); `file` is where it comes from.
+
+    Raises:
+        InputError: if it has another shape.
+    """
     images = array[..., None] if array.ndim == 3 else array
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         is_channels_first = images.ndim == 4 and images.shape[1] in (1, 3)
@@ -108,9 +127,19 @@ def read_array_file(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if is_channels_first
             else "write the images in one of these shapes",
         )
-    if labels is not None:
-        check_labels_shape(file, labels, len(images))
-    return images, labels
+    return images
+
+
+def scale_images(file: Path, array: np.ndarray, value_ranges: ValueRanges | None) -> np.ndarray:
+    """Return images (M, H, W[, channels]) of any type of number as uint8 (M, H, W, channels), as from a file.
+
+    `file` is what errors call them.
+
+    Raises:
+        InputError: if the array has another shape, or holds something else than finite numbers.
+    """
+    images = add_channel_axis(file, array)
+    return to_uint8_images(file, images, find_array_ranges(file, images, value_ranges))
 
 
 def measure_rows(file: Path, images: np.ndarray) -> list[MeasuredValues]:
@@ -213,6 +242,47 @@ def open_images(file: Path) -> np.ndarray:
     return array
 
 
+def open_stored_images(folder: Path, splits: Sequence[str], *, channels: int | None) -> ArraySource | WholeImageSource:
+    """Open the images of some splits in a folder of arrays, joined in order; see `deepclust.datasets.named_datasets`.
+
+    `channels` are those in which they are read; None: as they are stored.
+
+    Raises:
+        InputError: if a file holds something else, or does not fit the others.
+    """
+    files = [folder / f"{split}_images.npy" for split in splits]
+    shape_files = [folder / f"{split}_shapes.npy" for split in splits]
+    if not any(file.is_file() for file in shape_files):
+        arrays = [open_images(file) for file in files]
+        for file, array in zip(files, arrays, strict=True):
+            check_same_shape(file, array, arrays[0])
+            if channels is not None:
+                check_channels(file, array, channels)
+        return ArraySource(arrays, channels)
+    opened = [open_whole_images(*pair, channels) for pair in zip(files, shape_files, strict=True)]
+    pixels, shapes = zip(*opened, strict=True)
+    return WholeImageSource(pixels, shapes, pixels[0].shape[1] if channels is None else channels)
+
+
+def open_whole_images(file: Path, shape_file: Path, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels (P, 1 or 3), memory-mapped, and the shapes (M, 2) of whole images in two .npy files."""
+    expected = "integers (images, 2), the height and width of each image"
+    shapes = np.array(open_npy(shape_file, expected))
+    if shapes.dtype.kind not in "iu" or shapes.ndim != 2 or shapes.shape[1] != 2 or not (shapes > 0).all():
+        raise InputError(f"{shape_file} holds something else", expected=expected, do="write the file again")
+    num_pixels, expected = int(shapes.astype(np.int64).prod(1).sum()), "uint8 (pixels, 1 or 3)"
+    pixels = open_npy(file, expected)
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] not in (1, 3) or len(pixels) != num_pixels:
+        raise InputError(
+            f"{file} holds {pixels.dtype} {pixels.shape}",
+            expected=f"{expected}, {num_pixels} pixels as {shape_file.name} says",
+            do="write both files again",
+        )
+    if channels is not None and pixels.shape[1] > channels:
+        check_channels(file, pixels[:, None, None], channels)
+    return pixels, shapes
+
+
 def open_labels(file: Path, count: int) -> np.ndarray:
     """Return the labels (count,) of a .npy file, which are integers of any type."""
     labels = open_npy(file, f"int64 ({count},), one label an image")
@@ -225,7 +295,7 @@ def read_class_names(file: Path, num_classes: int | None) -> list[str] | None:
     if not file.exists():
         return None
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = read_json(file)
     except ValueError:
         names = None
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -2,10 +2,28 @@
 
 from collections.abc import Iterable
 
+import numpy as np
+import torch
 from torch import nn
 
-from deepclust.engine import distributed
+from deepclust.batch import PaddedImages
+from deepclust.datasets.image_sources import ImageSource, WholeImageSource
+from deepclust.engine.batch_norm import SyncBatchNorm
 from deepclust.errors import InputError
+from deepclust.views.multiview import MultiView
+
+
+def check_views_of_whole_images(views: MultiView, source: ImageSource) -> None:
+    """Make all views of one image once, if the images have shapes of their own: the smallest one, where it is known.
+
+    Raises:
+        InputError: if a pipeline does not bring such images to one size.
+    """
+    if source.shape[0] is None:
+        images = source.read(np.array([source.smallest() if isinstance(source, WholeImageSource) else 0]))
+        assert isinstance(images, PaddedImages)
+        views.clean(images)
+        views(images, torch.Generator(), rows=slice(0, 1), global_batch_size=1)
 
 
 def check_batch_statistics(
@@ -25,7 +43,7 @@ def check_batch_statistics(
         InputError: if a batch is too small.
     """
     layers = [layer for layer in method.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    are_synchronised = all(isinstance(layer, distributed.SyncBatchNorm) for layer in layers)
+    are_synchronised = all(isinstance(layer, SyncBatchNorm) for layer in layers)
     least = 2 if are_synchronised else 2 * num_processes
     smallest = min(batch_sizes, default=least)
     if not layers or smallest >= least:

@@ -16,12 +16,13 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from deepclust.batch import Draws, ImageBatch, TrainBatch
-from deepclust.datasets.batch_checks import check_batch_statistics
-from deepclust.datasets.image_sources import ImageSource, ResidentSource
+from deepclust.batch import Draws, ImageBatch, PaddedImages, TrainBatch
+from deepclust.datasets.batch_checks import check_batch_statistics, check_views_of_whole_images
+from deepclust.datasets.image_sources import ImageSource, count_bytes, keep_on_device
 from deepclust.engine import distributed
+from deepclust.engine.epoch_length import count_batches_taken
+from deepclust.engine.plurals import format_count
 from deepclust.engine.randomness import make_generator
-from deepclust.engine.training_length import count_batches_taken
 from deepclust.errors import InputError
 from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
 from deepclust.views.multiview import MultiView
@@ -37,7 +38,8 @@ class ImageDataModule(LightningDataModule):
 
     A pass of the data is one over `extra`, if the method uses it in this epoch, followed by one over `fit`. It takes
     every image once, in an order that depends on the seed and the epoch only. If the method gives `sampling_weights`,
-    the images of `fit` are drawn with these weights instead.
+    the images of `fit` are drawn with these weights instead. If its attribute `shuffle` is false, they come in the
+    order of the data set.
 
     An epoch is a pass of the data. Where gradients are accumulated over A batches, accumulation runs over the end of a
     pass: an epoch then ends with the optimiser step in which the pass ends, up to A - 1 batches later, and the next one
@@ -56,7 +58,8 @@ class ImageDataModule(LightningDataModule):
         seed: seed of the run.
 
     Raises:
-        InputError: if the batch is larger than the data set or does not divide among the processes.
+        InputError: if the batch is larger than the data set or does not divide among the processes, or the views do not
+            bring images in their own shapes to one size.
     """
 
     def __init__(
@@ -80,14 +83,17 @@ class ImageDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.resident_bytes = resident_bytes
         self.seed = seed
-        self.resident_sources: dict[ImageSource, ResidentSource] = {}
+        self.resident_sources: dict[ImageSource, ImageSource] = {}
         self.uses_pinned_memory = False  # page-locked memory, which a GPU reads by itself
         if batch_size > len(fit) and drop_last:
             raise InputError(
-                f"batch_size is {batch_size} and the data set holds {len(fit)} images",
+                f"batch_size is {batch_size} and the data set holds {format_count(len(fit), 'image')}",
                 expected="a batch no larger than the data set",
                 do=f"set batch_size={len(fit)} or less",
             )
+        for source in (fit, extra):
+            if source is not None:
+                check_views_of_whole_images(views, source)
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -161,14 +167,14 @@ class ImageDataModule(LightningDataModule):
         self.uses_pinned_memory = device.type == "cuda"
         bytes_left = self.resident_bytes
         for source in (self.fit, self.extra):
-            if source is not None and (size := source.read(np.arange(1)).nbytes * len(source)) <= bytes_left:
-                self.resident_sources[source] = ResidentSource(source, device)
+            if source is not None and (size := count_bytes(source)) <= bytes_left:
+                self.resident_sources[source] = keep_on_device(source, device)
                 bytes_left -= size
 
     def teardown(self, stage: str) -> None:
         self.resident_sources.clear()
 
-    def read(self, source: ImageSource, indices: np.ndarray) -> Tensor:
+    def read(self, source: ImageSource, indices: np.ndarray) -> Tensor | PaddedImages:
         """Return the images (N, channels, H, W) at `indices`; they are on the device if the source is kept there."""
         images = self.resident_sources.get(source, source).read(indices)
         return images.pin_memory() if self.uses_pinned_memory and images.is_cpu else images
@@ -176,29 +182,34 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> "TrainLoader":
         return TrainLoader(self)
 
-    def draw_epoch_batches(self, epoch: int, weights: Tensor | None) -> list[np.ndarray]:
+    def draw_epoch_batches(self, epoch: int, weights: Tensor | None, *, shuffle: bool = True) -> list[np.ndarray]:
         """Return the global batches of the pass that belongs to an epoch, as arrays of indices.
 
-        The batches of `extra` come first; the indices of its images begin at len(fit).
+        The batches of `extra` come first; the indices of its images begin at len(fit). Without `weights` and without
+        `shuffle`, the images of `fit` keep their order.
         """
         batches = []
         if self.extra is not None and self.uses_extra(epoch):
             order = torch.randperm(len(self.extra), generator=make_generator(self.seed, EXTRA_ORDER_KEY, epoch))
             batches += self.split_into_batches(order + len(self.fit), self.count_batches(self.extra))
         generator = make_generator(self.seed, FIT_ORDER_KEY, epoch)
-        if weights is None:
+        if weights is not None:
+            order = torch.multinomial(weights.cpu(), len(self.fit), replacement=True, generator=generator)
+        elif shuffle:
             order = torch.randperm(len(self.fit), generator=generator)
         else:
-            order = torch.multinomial(weights.cpu(), len(self.fit), replacement=True, generator=generator)
+            order = torch.arange(len(self.fit))
         return batches + self.split_into_batches(order, self.count_batches(self.fit))
 
-    def list_epoch_batches(self, epoch: int, weights: Tensor | None) -> Iterator[tuple[np.ndarray, int, int]]:
+    def list_epoch_batches(
+        self, epoch: int, weights: Tensor | None, *, shuffle: bool = True
+    ) -> Iterator[tuple[np.ndarray, int, int]]:
         """Yield the global batches of an epoch: indices, the epoch to whose pass they belong, and the number in it."""
         first, stop = self.first_batch_of_epoch(epoch), self.first_batch_of_epoch(epoch + 1)
         for pass_epoch in (epoch, epoch + 1):
             begin = self.count_batches_before(pass_epoch)
             if begin < stop:
-                for number, indices in enumerate(self.draw_epoch_batches(pass_epoch, weights)):
+                for number, indices in enumerate(self.draw_epoch_batches(pass_epoch, weights, shuffle=shuffle)):
                     if first <= begin + number < stop:
                         yield indices, pass_epoch, number
 
@@ -222,8 +233,13 @@ class ImageDataModule(LightningDataModule):
         if companions is None:
             companions = torch.empty(len(indices), 0, dtype=torch.int64)
         companions = companions[first:stop]
-        companion_images = self.read(source, companions.T.flatten().numpy())
-        companion_images = companion_images.unflatten(0, (companions.shape[1], len(own_indices)))
+        read_companions = self.read(source, companions.T.flatten().numpy())
+        companion_images: Tensor | list[PaddedImages]
+        if isinstance(read_companions, PaddedImages):
+            starts = range(0, len(read_companions), max(1, len(own_indices)))
+            companion_images = [read_companions[start : start + len(own_indices)] for start in starts]
+        else:
+            companion_images = read_companions.unflatten(0, (companions.shape[1], len(own_indices)))
         images = self.read(source, positions)
         return ImageBatch(images, torch.from_numpy(own_indices), draws, is_extra, companions, companion_images)
 
@@ -288,9 +304,10 @@ class TrainLoader:
         assert trainer is not None
         method = self.datamodule.method
         epoch, num_done = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        batches = self.datamodule.list_epoch_batches(epoch, method.sampling_weights())
+        batches = self.datamodule.list_epoch_batches(epoch, method.sampling_weights(), shuffle=method.shuffle)
         if trainer.overfit_batches:  # type: ignore[attr-defined]  # the same images in every epoch
-            batches = ((indices, epoch, number) for indices, _, number in self.datamodule.list_epoch_batches(0, None))
+            same = self.datamodule.list_epoch_batches(0, None, shuffle=method.shuffle)
+            batches = ((indices, epoch, number) for indices, _, number in same)
         yield from prefetch(partial(self.datamodule.read_batch, *batch) for batch in islice(batches, num_done, None))
 
     # With these two methods, Lightning takes the loader for one that can continue in the middle of an epoch. Their

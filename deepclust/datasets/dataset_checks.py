@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate, estimate_number_of_clusters, sample_rows
-from deepclust.datasets.image_sources import ImageSet, ImageSource
+from deepclust.datasets.image_sources import ImageSet, ImageSource, read_vectors
+from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def infer_dataset_values(declared: Mapping[str, Any], images: ImageSet) -> dict[
 
     `declared` is the section `dataset` as configured. The number of images and of channels are always inferred; name,
     image_size and num_classes only where the section leaves them open (None) and the images tell them, value_ranges
-    where it has this key and there are values of more than 8 bits.
+    where there are values of more than 8 bits.
 
     With `standardize`, mean and std are those of the vectors.
 
@@ -32,7 +33,7 @@ def infer_dataset_values(declared: Mapping[str, Any], images: ImageSet) -> dict[
     inferred: dict[str, Any] = {"num_images": len(images.fit), "channels": channels}
     if images.name is not None and declared["name"] is None:
         inferred["name"] = images.name
-    if declared["image_size"] is None:
+    if declared["image_size"] is None and height is not None:
         inferred["image_size"] = height
     if declared["num_classes"] is None and images.labels is not None:
         inferred["num_classes"] = len(images.class_names) if images.class_names else int(images.labels.max()) + 1
@@ -46,7 +47,7 @@ def infer_dataset_values(declared: Mapping[str, Any], images: ImageSet) -> dict[
             )
     if declared.get("standardize"):
         inferred |= standardization(images.fit)
-    if images.value_ranges and "value_ranges" in declared:  # kept with the run, so that new images are scaled alike
+    if images.value_ranges:  # kept with the run, so that new images are scaled alike
         inferred["value_ranges"] = {kind: list(pair) for kind, pair in images.value_ranges.items()}
     return inferred
 
@@ -54,7 +55,7 @@ def infer_dataset_values(declared: Mapping[str, Any], images: ImageSet) -> dict[
 def compute_mean_and_std(source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean (channels,) and the standard deviation (channels,) of all vectors of a source, in float64."""
     chunks = np.array_split(np.arange(len(source)), -(-len(source) * source.shape[2] // VALUES_PER_CHUNK))
-    vectors = [lambda rows=rows: source.read(rows).flatten(1).double().numpy() for rows in chunks]
+    vectors = [lambda rows=rows: read_vectors(source, rows).double().numpy() for rows in chunks]
     mean = np.sum([read().sum(0) for read in vectors], 0) / len(source)
     squares = np.sum([((read() - mean) ** 2).sum(0) for read in vectors], 0)
     return mean, np.sqrt(squares / len(source))
@@ -97,7 +98,7 @@ def check_num_clusters(num_clusters: Any, *, num_images: int) -> None:
         )
     if not 1 <= num_clusters <= num_images:
         raise InputError(
-            f"dataset.num_clusters is {num_clusters} and there are {num_images} images",
+            f"dataset.num_clusters is {num_clusters} and the data set holds {format_count(num_images, 'image')}",
             expected="between 1 cluster and one for each image",
             do="set dataset.num_clusters",
         )
@@ -115,5 +116,5 @@ def estimate_num_clusters(images: ImageSet, *, seed: int) -> ClusterNumberEstima
             expected="features (dataset=features), or a number",
             do="run deepclust cluster images=DIR num_clusters=auto, or set dataset.num_clusters=K",
         )
-    rows = images.fit.read(sample_rows(len(images.fit), seed)).flatten(1)
+    rows = read_vectors(images.fit, sample_rows(len(images.fit), seed))
     return estimate_number_of_clusters(rows, seed=seed)

@@ -3,9 +3,13 @@
 A folder of arrays is made from the original files of the data set if it is missing. It holds, for each split (train,
 test, unlabeled):
 
-    SPLIT_images.npy    uint8 (M, H, W, channels), 1 or 3 channels, read memory-mapped
+    SPLIT_images.npy    uint8 (M, H, W, channels), 1 or 3 channels, read memory-mapped; or, of whole images in their
+                        own shapes, uint8 (P, channels), their pixels image after image: row by row, or column by
+                        column where the image is taller than wide
+    SPLIT_shapes.npy    integers (M, 2), height and width of each image; only of whole images
     SPLIT_labels.npy    int64 (M,), 0 to C - 1
     class_names.json    a list of C names; may be missing
+    value_ranges.json   the values of black and white in files of more than 8 bits; missing where there were none
 """
 
 import json
@@ -13,19 +17,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from deepclust.datasets.array_files import (
-    check_channels,
-    check_same_shape,
-    open_images,
-    open_labels,
-    read_class_names,
-)
-from deepclust.datasets.conversion import find_class_files, make_folder_once
+from deepclust.datasets.array_files import open_labels, open_stored_images, read_class_names
+from deepclust.datasets.image_decoding import Kept, StoredSize, find_value_ranges
 from deepclust.datasets.image_sources import ArraySource, FileSource, ImageSet
 from deepclust.datasets.labels import number_classes
+from deepclust.datasets.one_time_conversion import find_class_files, make_folder_once
+from deepclust.datasets.value_ranges import check_ranges, read_ranges
+from deepclust.engine.small_files import MAX_BYTES_OF_LIST, read_json_object
 from deepclust.errors import InputError
 from deepclust.number_types import PositiveInt
 
@@ -59,20 +61,16 @@ def load_arrays(
     splits = list(dict.fromkeys([*fit, *evaluated_splits, *extra]))
     if not has_entries(array_folder):
         make_missing_arrays(array_folder, make, splits=splits, evaluated_splits=evaluated_splits, channels=channels)
-    images = {split: open_images(array_folder / f"{split}_images.npy") for split in splits}
-    for split, array in images.items():
-        check_same_shape(array_folder / f"{split}_images.npy", array, images[splits[0]])
-        check_channels(array_folder / f"{split}_images.npy", array, channels)
-
-    def make_source(splits: Sequence[str]) -> ArraySource:
-        return ArraySource([images[split] for split in splits], channels)
+    make_source = partial(open_stored_images, array_folder, channels=channels)
+    make_source(splits)  # checks that they go together
+    counts = {split: len(make_source([split])) for split in splits}
 
     label_files = {split: array_folder / f"{split}_labels.npy" for split in evaluated_splits}
     has_labels = num_classes is not None or any(file.exists() for file in label_files.values())
     labels, class_names = None, read_class_names(array_folder / "class_names.json", num_classes)
     if has_labels:
         labels, class_names = number_classes(
-            {file: open_labels(file, len(images[split])) for split, file in label_files.items()},
+            {file: open_labels(file, counts[split]) for split, file in label_files.items()},
             num_classes=num_classes,
             class_names=class_names,
         )
@@ -83,6 +81,7 @@ def load_arrays(
         extra=make_source(extra) if extra else None,
         labels=labels,
         class_names=class_names,
+        value_ranges=read_ranges(array_folder),
     )
 
 
@@ -199,6 +198,8 @@ def load_embedded_digits() -> ImageSet:
     return ImageSet(source, source, labels=digits.target.astype(np.int64), class_names=names)
 
 
+JPEG_SUFFIXES = (".jpeg", ".jpg")  # of 8 bits: ImageNet's files need not be opened to know the range of their values
+
 # Image files that are not converted -------------------------------------------------------------------------
 
 
@@ -208,12 +209,15 @@ def load_class_folders(
     root: str | None,
     fit: Sequence[str],
     evaluate: Sequence[str] | None,
-    image_size: PositiveInt,
+    image_size: StoredSize,
     channels: PositiveInt,
     num_classes: PositiveInt,
     num_workers: PositiveInt,
+    keep: Kept = "central_squares",
 ) -> ImageSet:
-    """Load the image files ROOT/SPLIT/CLASS/**/FILE, which are decoded at `image_size` each time they are read.
+    """Load the image files ROOT/SPLIT/CLASS/**/FILE, which are decoded each time they are read.
+
+    Their short side is `image_size` then; `keep` says whether whole images are read, or squares.
 
     The files are searched for once. Their list is kept in `folder` and used as long as `root` is the same; remove it
     when files have been added or removed.
@@ -237,24 +241,27 @@ def load_class_folders(
                     do="set dataset.root=DIR to a complete copy",
                 )
             files_by_split[split], class_names = {"paths": paths, "labels": labels.tolist()}, split_names
-        index = {"root": root, "class_names": class_names, "splits": files_by_split}
+        paths = [path for files in files_by_split.values() for path in files["paths"]]
+        others = [path for path in paths if not path.lower().endswith(JPEG_SUFFIXES)]
+        ranges, _ = find_value_ranges(others, None)
+        index = {"root": root, "class_names": class_names, "splits": files_by_split, "value_ranges": ranges}
         (work / "files.json").write_text(json.dumps(index))
 
     def is_up_to_date(folder: Path) -> bool:
-        if not (folder / "files.json").is_file():
-            return False
-        index = json.loads((folder / "files.json").read_text())
-        return index["root"] == root and set(splits) <= set(index["splits"])
+        index = read_index(folder)
+        return index.get("root") == root and set(splits) <= set(index.get("splits", ()))
 
     make_folder_once(list_folder, make, ready=is_up_to_date)
-    index = json.loads((list_folder / "files.json").read_text())
+    index = read_index(list_folder)
+    ranges = check_ranges(index.get("value_ranges"))
 
     def join_lists(splits: Sequence[str], key: str) -> list:
         return [item for split in splits for item in index["splits"][split][key]]
 
     def make_source(splits: Sequence[str]) -> FileSource:
         paths = join_lists(splits, "paths")
-        return FileSource(paths, image_size=image_size, channels=channels, num_workers=num_workers)
+        form: dict[str, Any] = {"image_size": image_size, "channels": channels, "keep": keep, "value_ranges": ranges}
+        return FileSource(paths, num_workers=num_workers, **form)
 
     fit_source = make_source(fit)
     return ImageSet(
@@ -263,4 +270,19 @@ def load_class_folders(
         labels=np.array(join_lists(evaluated_splits, "labels"), np.int64),
         class_names=index["class_names"],
         paths=join_lists(evaluated_splits, "paths"),
+        value_ranges=ranges or None,
     )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the content of files.json; an empty dictionary where `load_class_folders` has not written it."""
+    index = read_json_object(folder / "files.json", max_bytes=MAX_BYTES_OF_LIST)
+    try:
+        for files in index["splits"].values():
+            paths, labels = files["paths"], files["labels"]
+            if len(paths) != len(labels) or {*map(type, paths)} != {str} or {*map(type, labels)} != {int}:
+                return {}
+        check_ranges(index.get("value_ranges"))
+        return index if all(isinstance(name, str) for name in index["class_names"]) else {}
+    except (KeyError, TypeError, ValueError, AttributeError):  # InputError is a ValueError
+        return {}

@@ -5,19 +5,23 @@ belongs to a whole set of images. It is chosen once, kept with the decoded image
 scaled by it too. There is one range for integers above 8 bits and one for floats; 8-bit values are never scaled.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 
 ValueRange = tuple[float, float]  # the values that become 0 and 255
 ValueRanges = Mapping[str, ValueRange]  # by kind of value, which is "integer" or "float"
 
 KINDS = ("integer", "float")
+RANGES_FILE = "value_ranges.json"
 # Where nothing is known of the other images: all of 16 bits, and what floating-point images hold by convention.
 DEFAULT_RANGES: ValueRanges = {"integer": (0.0, 65535.0), "float": (0.0, 1.0)}
 CONVENTIONAL_HIGHS = (255.0, 65535.0)  # of 8 and 16 bits, whatever type the values are kept in
@@ -112,3 +116,29 @@ def describe_ranges(ranges: ValueRanges) -> str:
 def list_some(names: Sequence[str], count: int = 5) -> str:
     """Return the first of these names, separated by commas."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+# Kept beside decoded images ---------------------------------------------------------------------------------
+
+
+def write_ranges(folder: Path, ranges: ValueRanges) -> None:
+    """Write the ranges by which the images in a folder of arrays were scaled; no file if there were none."""
+    if ranges:
+        (folder / RANGES_FILE).write_text(json.dumps(ranges) + "\n")
+
+
+def read_ranges(folder: Path) -> dict[str, ValueRange] | None:
+    """Return the ranges by which the images in a folder of arrays were scaled, or None if it names none.
+
+    Raises:
+        InputError: if the file that names them is damaged or something else.
+    """
+
+    def check(content: Any) -> str | None:
+        try:
+            return None if check_ranges(content) else "it holds no range"
+        except (TypeError, ValueError):  # InputError is a ValueError
+            return "it holds no ranges"
+
+    content = read_state(folder / RANGES_FILE, check, expected="the values of black and white of the images beside it")
+    return None if content is None else check_ranges(content)

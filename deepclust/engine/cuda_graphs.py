@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deepclust.engine import distributed, graph_recording
-from deepclust.engine.batch_norm_groups import GroupedBatchNorm
+from deepclust.engine.batch_norm import GroupedBatchNorm
 from deepclust.engine.graph_recording import Recording
 from deepclust.errors import InputError
 
@@ -167,10 +167,10 @@ class FunctionAsModule(nn.Module):
 
 
 class AcceleratedFunctions:
-    """Calls functions, each compiled at its first call in `compile_mode` of torch.compile, unless that is None, and
-    replayed if `replayed`.
+    """Calls functions, which are compiled, replayed as CUDA graphs, both or neither.
 
-    Functions are told apart by a key. Equal keys must mean the same operations on the same shapes.
+    A function is compiled at its first call, in `compile_mode` of torch.compile, unless that is None. Functions are
+    told apart by a key. Equal keys must mean the same operations on the same shapes.
     """
 
     def __init__(self, *, compile_mode: str | None, replayed: bool) -> None:

@@ -1,16 +1,7 @@
-"""Devices: which one a command uses, how many a run uses, and the options of conf/hardware applied to a method."""
-
-from collections.abc import Callable
-from functools import partial
-from inspect import signature
-from typing import Any
+"""Devices: which one a command uses, and how many a run uses."""
 
 import torch
-from torch.optim import Optimizer
 
-from deepclust.engine import distributed
-from deepclust.engine.batch_norm_groups import group_batch_norm
-from deepclust.engine.cuda_graphs import AcceleratedFunctions
 from deepclust.errors import InputError
 
 
@@ -32,14 +23,29 @@ def check_accelerator(accelerator: str, *, key: str) -> None:
 
 
 def select_device(accelerator: str) -> torch.device:
-    """Return the device that `accelerator` (auto, cpu, gpu) means on this machine.
+    """Return the device that `accelerator` (auto, cpu, gpu, cuda, mps) means on this machine.
+
+    auto is never Apple's GPU, which lacks the double precision that the algorithms on features need.
 
     Raises:
         InputError: if there is no such device.
     """
     check_accelerator(accelerator, key="accelerator")
+    if accelerator == "mps" or (accelerator == "gpu" and not torch.cuda.is_available()):
+        return torch.device("mps")
     use_gpu = torch.cuda.is_available() if accelerator == "auto" else accelerator in ("gpu", "cuda")
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def select_network_device(accelerator: str) -> torch.device:
+    """Return the device for a network that is only looked through: as `select_device`, but auto may be Apple's GPU.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if accelerator == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return select_device(accelerator)
 
 
 def count_devices(accelerator: str, devices: int | str) -> int:
@@ -47,52 +53,3 @@ def count_devices(accelerator: str, devices: int | str) -> int:
     if devices != "auto":
         return int(devices)
     return max(torch.cuda.device_count(), 1) if accelerator in ("auto", "gpu", "cuda") else 1
-
-
-def apply_hardware_options(
-    method: Any,
-    views: Any,
-    *,
-    channels_last: bool,
-    sync_batchnorm: bool,
-    batch_norm_groups: int,
-    compile: str | None,
-    graphs: bool,
-    fused_optimizer: bool,
-) -> None:
-    """Prepare a new method and its views for the devices and processes that it is trained on.
-
-    The options are those of conf/hardware, `sync_batchnorm` and `batch_norm_groups`.
-
-    Raises:
-        InputError: if `compile` is a mode of torch.compile that makes its own CUDA graphs.
-    """
-    if channels_last:
-        method.to(memory_format=torch.channels_last)
-    if sync_batchnorm:
-        distributed.synchronise_batch_norm(method)
-    if batch_norm_groups > 1:
-        method.batch_norm_groups = group_batch_norm(method, batch_norm_groups)
-    if compile in ("reduce-overhead", "max-autotune"):
-        raise InputError(
-            f"hardware.compile={compile} makes its own CUDA graphs",
-            expected="default or max-autotune-no-cudagraphs",
-            do="set hardware.graphs=true for CUDA graphs",
-        )
-    if compile is not None:
-        method.compile_networks(compile)
-    if graphs:
-        method.use_cuda_graphs()
-    views.run_on_device = AcceleratedFunctions(compile_mode=compile, replayed=graphs)
-    if fused_optimizer:
-        method.make_optimizer = use_fused_kernel(method.make_optimizer)
-
-
-def use_fused_kernel(make_optimizer: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """Return `make_optimizer` with `fused=True`, one kernel for a whole step, if that optimiser has this option.
-
-    The results are equal but for rounding.
-    """
-    if "fused" not in signature(make_optimizer).parameters:
-        return make_optimizer
-    return partial(make_optimizer, fused=True)

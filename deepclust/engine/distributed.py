@@ -97,6 +97,13 @@ class _AllGatherWithGradient(torch.autograd.Function):
         return gradient[ctx.own_rows], None
 
 
+def sum_with_gradient(values: Tensor) -> Tensor:
+    """Return the sum of `values` over all processes; their gradients are summed over the processes, too."""
+    if world_size() == 1:
+        return values
+    return cast(Tensor, _AllGatherWithGradient.apply(values.unsqueeze(0), [1] * world_size())).sum(0)
+
+
 def mean_over_processes(values: Tensor) -> Tensor:
     """Return the mean of `values` over all processes, without gradient; a single process gets them as they are."""
     if world_size() == 1:
@@ -121,56 +128,3 @@ def broadcast(values: Tensor, source: int) -> Tensor:
     if world_size() > 1:
         dist.broadcast(values, source)
     return values
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the rows of all processes, on any device; torch's own does not work on the CPU."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"SyncBatchNorm got a tensor of {input.dim()} dimensions; it needs (N, C, ...)")
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(input)
-        self._check_input_dim(input)
-        axes = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        count = all_gather(input.new_tensor([input.numel() / input.shape[1]])).sum()
-        mean = _sum_over_ranks(input.sum(axes)) / count
-        centred = input - mean.view(shape)
-        variance = _sum_over_ranks(centred.square().sum(axes)) / count
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
-            unbiased = variance.detach() * count / (count - 1)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        return normalised if self.weight is None else normalised * self.weight.view(shape) + self.bias.view(shape)
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of `values` over the processes; the gradient sums over the processes, too."""
-    if world_size() == 1:
-        return values
-    return cast(Tensor, _AllGatherWithGradient.apply(values.unsqueeze(0), [1] * world_size())).sum(0)
-
-
-def synchronise_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every batch normalisation layer in `module` by a `SyncBatchNorm`, and return `module`.
-
-    The new layers hold the same parameters and buffers.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-            layer = SyncBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-            layer._parameters, layer._buffers = child._parameters, child._buffers
-            layer.training = child.training
-            setattr(module, name, layer)
-        else:
-            synchronise_batch_norm(child)
-    return module

@@ -67,7 +67,7 @@ def run_on_devices(
         signals_to_handle=",".join(number.name for number in handlers),  # these are passed on to the processes
     )
     try:
-        with stopped_processes_not_logged():
+        with hide_stopped_processes_from_log():
             results = elastic_launch(config, call_in_worker)(work, *arguments)
     except SignalException as stopped:
         call_handler(handlers[stopped.sigval], signal.Signals(stopped.sigval))
@@ -100,11 +100,11 @@ def find_stopping_signal(exit_code: int) -> signal.Signals | None:
 
 
 @contextmanager
-def stopped_processes_not_logged() -> Iterator[None]:
+def hide_stopped_processes_from_log() -> Iterator[None]:
     """Keep torch from logging a traceback for each process that a signal has stopped; other failures are logged."""
     from torch.multiprocessing import ProcessExitedException
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_unexpected(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, ProcessExitedException):
             return find_stopping_signal(error.exit_code) is None
@@ -112,12 +112,12 @@ def stopped_processes_not_logged() -> Iterator[None]:
 
     loggers = [logging.getLogger(f"torch.{name}") for name in ELASTIC_LOGGERS]
     for logger in loggers:
-        logger.addFilter(is_news)
+        logger.addFilter(is_unexpected)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(is_news)
+            logger.removeFilter(is_unexpected)
 
 
 def call_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -140,7 +140,7 @@ def processes_exist() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or (is_srun and has_several_tasks and not is_interactive)
 
 
-def check_launcher(num_nodes: int) -> None:
+def check_launcher(num_nodes: int, *, key: str = "hardware.num_nodes") -> None:
     """Check that something has started processes on all nodes, where there are several: a run cannot do that itself.
 
     Raises:
@@ -148,9 +148,9 @@ def check_launcher(num_nodes: int) -> None:
     """
     if num_nodes > 1 and not processes_exist():
         raise InputError(
-            f"hardware.num_nodes is {num_nodes}, and neither torchrun nor srun has started this process",
+            f"{key} is {num_nodes}, and neither torchrun nor srun has started this process",
             expected="processes on every node",
-            do="start the command by srun or torchrun (docs/clusters.md), or set hardware.num_nodes=1",
+            do=f"start the command by srun or torchrun (docs/clusters.md), or set {key}=1",
         )
 
 

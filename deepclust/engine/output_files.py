@@ -94,7 +94,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         raise InputError(
             f"{path} is a folder", expected="a file or nothing in this place", do="remove or rename this folder"
         )
-    with errors_naming(path):
+    with name_file_in_errors(path):
         if is_written_through(path):
             with tempfile.TemporaryDirectory() as folder:
                 content = Path(folder) / "content"
@@ -115,7 +115,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def errors_naming(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Let an error of the system that names no file, such as that of a full disk, name this one."""
     try:
         yield

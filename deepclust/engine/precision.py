@@ -9,10 +9,10 @@ from torch import Tensor
 
 from deepclust.errors import InputError
 
-# In these every method trains. With weights in 16 bits, as in bf16-true and 16-true, small steps of optimisers and of
+# Every method trains in these. With weights in 16 bits, as in bf16-true and 16-true, small steps of optimisers and of
 # target networks would be rounded away, and losses and assignments, which are computed in 32 bits, would not fit them.
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-SHORT_NAMES = ("32", "64", "bf16", "16")  # Lightning's; of 16 bits they mean the mixed ones
+SHORT_NAMES = ("32", "64", "bf16", "16")  # Lightning's own for PRECISIONS, in the same order
 
 
 def check_precision(precision: Any, *, key: str) -> None:

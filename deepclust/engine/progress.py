@@ -1,13 +1,15 @@
 """Shows how far a long piece of work is and how long it will take: a bar on a terminal, lines elsewhere.
 
-Process 0 writes to standard output, and only after the work has lasted a while, so that short work shows nothing. Works
-may be nested. Showing progress reads a clock at each step and nothing of what is computed.
+Process 0 writes to standard output, and only after the work has lasted a while, so that short work shows nothing. One
+piece of work may contain another. Showing progress reads a clock at each step and nothing of what is computed.
 """
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepclust.engine import distributed
@@ -20,8 +22,8 @@ T = TypeVar("T")
 SECONDS_BEFORE_BAR, SECONDS_BEFORE_LINE = 1.0, 5.0  # that work must have lasted before it is shown
 SECONDS_BETWEEN_UPDATES, SECONDS_BETWEEN_LINES = 0.5, 30.0
 
-_live_display: "Progress | None" = None  # a terminal can hold one, so nested works add their bars to the same display
-_last_line_at = -float("inf")  # of all works together, so that a log stays short however many there are
+_live_display: "Progress | None" = None  # a terminal can hold one, so all pieces of work share it
+_last_line_at = -float("inf")  # of all pieces of work together, so that a log stays short however many there are
 
 
 def track(
@@ -45,6 +47,32 @@ def track(
             meter.update(meter.done + (1 if size is None else size(item)))
     finally:
         meter.close()
+
+
+@contextmanager
+def announce(description: str) -> Iterator[None]:
+    """Say now and then that work goes on inside the `with` block that cannot tell how far it is.
+
+    The first line comes after the seconds after which `track` shows one, so that short work shows nothing.
+    """
+    if distributed.rank() > 0:
+        yield
+        return
+    has_ended, started_at = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        seconds = SECONDS_BEFORE_LINE
+        while not has_ended.wait(seconds):
+            print(f"{description}: {format_duration(time.monotonic() - started_at)} so far", flush=True)
+            seconds = SECONDS_BETWEEN_LINES
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        teller.join()
 
 
 class ProgressMeter:

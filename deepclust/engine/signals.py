@@ -3,7 +3,8 @@
 A signal can come at any moment, and to only one of several processes, so at first it is only noted. Between two batches
 all processes learn of it and callbacks/last_checkpoint.py writes the checkpoint. Then the signal has the effect that it
 would have had at once: the handler that was installed before training is called (submitit's puts the job back into
-the queue), or, if there was none, the process exits with `exit_code_of_signal`.
+the queue), or, if there was none, the process exits with `exit_code_of_signal`. Ctrl-C is not among them: Lightning
+handles it, and commands/train.py passes it on.
 """
 
 import signal

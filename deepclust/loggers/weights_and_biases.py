@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import re
 import ssl
 import threading
 import uuid
@@ -15,10 +16,32 @@ from urllib.request import urlopen
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from deepclust.engine.small_files import read_small_text
+from deepclust.errors import InputError
+
 log = logging.getLogger(__name__)
 
 RESPONSE_TIMEOUT = 3  # seconds within which the server must respond at all
 INIT_TIMEOUT, FINISH_TIMEOUT = 30, 60  # seconds that a run waits for the network at its start and at its end
+
+
+def read_run_id(file: Path) -> str:
+    """Return the id that a run has had on the dashboard since its first start.
+
+    Raises:
+        InputError: if something else lies in place of the file.
+    """
+    try:
+        run_id = read_small_text(file).strip()
+        if not re.fullmatch(r"[\w.-]{1,128}", run_id, re.ASCII):
+            raise ValueError("it holds no id")
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not as deepclust wrote it: {' '.join(str(error).split())}",
+            expected="the id of the run on the dashboard",
+            do="remove it, and the run begins anew on the dashboard, or bring back a copy",
+        ) from error
+    return run_id
 
 
 def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> WandbLogger:
@@ -41,7 +64,7 @@ def wandb_logger(*, folder: Path, config: dict[str, Any], project: str) -> Wandb
     settings: dict[str, Any] = {
         "project": project,
         "save_dir": str(folder),
-        "id": id_file.read_text() if id_file.exists() else None,
+        "id": read_run_id(id_file) if id_file.exists() else None,
         "resume": "allow",
         "name": f"{names['method']} {config['dataset']['name']} seed {config['seed']}",
         "group": folder.parent.name,

@@ -11,7 +11,7 @@ Every paper is one file with one subclass of `ClusteringMethod`. Where to look i
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deepclust.batch import Draws, TrainBatch, split_to_cache_size
 from deepclust.engine import distributed
-from deepclust.engine.batch_norm_groups import RowGroups
+from deepclust.engine.batch_norm import RowGroups
 from deepclust.engine.cuda_graphs import ReplayedFunction, ReplayedParts
+from deepclust.engine.epoch_length import count_steps_per_epoch
 from deepclust.engine.progress import track
-from deepclust.engine.training_length import count_steps_per_epoch
 from deepclust.errors import InputError
 from deepclust.nn.schedules import Schedule
 from deepclust.number_types import NonNegativeInt, PositiveInt
@@ -52,6 +52,8 @@ class ClusteringMethod(LightningModule):
         e_step_every_n_epochs: the E-step runs before the first epoch and then every so many epochs; 0 means never.
     """
 
+    num_views: ClassVar[int | None] = None  # how many views of an image `losses` takes; None: any number
+    shuffle: bool = True  # whether an epoch takes the images in random order; otherwise in that of the data set
     first_bad_step: Tensor
 
     def __init__(

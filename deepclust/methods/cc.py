@@ -50,6 +50,8 @@ class CC(ClusteringMethod):
         cluster_temperature: tau_C, the temperature of the contrast of clusters.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         *,

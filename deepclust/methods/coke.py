@@ -18,6 +18,7 @@ Differs from the authors' code in:
   they equal the frozen ones.
 - Several processes. Losses are means over the global batch, even if the processes hold unequal parts of it.
 - Images without an earlier pseudo-label (`drop_last` leaves some out). They learn their new one.
+- Label slots. An empty slot holds no label (theirs: label 1 with weight 0), so another label may be dropped first.
 - Initialisation. A replaced ResNet stem starts as torch does it (SeCu's code: He-normal, about half as large).
 - Precision. Products of embeddings and centroids, and losses, are float32 under mixed precision (theirs: float16).
 
@@ -131,17 +132,17 @@ class PseudoLabelMemory(nn.Module):
         cluster_weights = zeros.scatter_add(1, labels.clamp(min=0), weights)
         return (cluster_weights / temperature).masked_fill(cluster_weights <= 0, -torch.inf).softmax(1)
 
-    def write(self, head: int, indices: Tensor, new: Tensor, *, epoch: int) -> None:
-        """Store the pseudo-labels `new` (N,) that the images `indices` (N,) got in this epoch."""
+    def write(self, head: int, indices: Tensor, new_labels: Tensor, *, epoch: int) -> None:
+        """Store the pseudo-labels `new_labels` (N,) that the images `indices` (N,) got in this epoch."""
         num_slots = self.labels.shape[2]
         if epoch <= self.averaging_epoch or num_slots == 1:
-            self.labels[head, indices, 0] = new
+            self.labels[head, indices, 0] = new_labels
             if epoch == self.averaging_epoch and num_slots > 1:
                 self.weights[head, indices, 0] = 1.0
                 self.following[head, indices] = 1
             return
         labels, weights = self.labels[head, indices], self.weights[head, indices]
-        match = labels == new.unsqueeze(1)
+        match = labels == new_labels.unsqueeze(1)
         is_stored = match.any(1)
         last_match = num_slots - 1 - match.flip(1).int().argmax(1)
         slot = torch.where(is_stored, last_match, self.following[head, indices]).unsqueeze(1)
@@ -151,7 +152,7 @@ class PseudoLabelMemory(nn.Module):
         # next. The order of these operations is therefore that of the authors' code.
         remaining = weights.scatter_add(1, slot, -dropped) * ((1 - weight) / (1 - dropped))
         weights = remaining.scatter_add(1, slot, torch.full_like(dropped, weight))
-        self.labels[head, indices] = labels.scatter(1, slot, new.unsqueeze(1))
+        self.labels[head, indices] = labels.scatter(1, slot, new_labels.unsqueeze(1))
         self.weights[head, indices] = weights
         self.following[head, indices] = weights.argmin(1)
 

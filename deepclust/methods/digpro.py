@@ -61,6 +61,7 @@ class DigPro(ClusteringMethod):
         first_ema_decay: the EMA decay of the target's first move in a step; None leaves this move out.
         ema_decay: m, the EMA decay of the target's second move, at the first step.
         ema_decay_end: the EMA decay of the second move at the last step; it changes by a cosine in between.
+        predictor_lr_factor: the predictor's learning rate over that of backbone and projector.
 
         Objective
         temperature: tau, the temperature of prototype scattering.
@@ -82,12 +83,11 @@ class DigPro(ClusteringMethod):
         kmeans_max_iterations: the largest number of iterations of a restart.
         kmeans_tolerance: a restart stops when the centroids move by no more than this times the variance of the data.
 
-        Optimisation
-        predictor_lr_factor: the predictor's learning rate over that of backbone and projector.
-
     Raises:
         InputError: where the bank is smaller than the number of groups.
     """
+
+    num_views = 2
 
     def __init__(
         self,

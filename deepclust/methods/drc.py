@@ -52,6 +52,8 @@ class DRC(ClusteringMethod):
         balance_batch_size: the batch size to which `balance_weight` belongs.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         *,

@@ -100,6 +100,8 @@ class GCC(ClusteringMethod):
         balance_weight: weight of the balance of clusters (L_NE of the code, L_CR of the paper).
     """
 
+    num_views = 2
+
     neighbors: Tensor
     weights: Tensor
 

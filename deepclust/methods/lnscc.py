@@ -39,6 +39,7 @@ from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.kmeans_distances import squared_distances
 from deepclust.clustering.neighbor_graph import PartnerSampler, build_neighbor_graph, compute_multiplicities
+from deepclust.clustering.student_assignments import target_distribution
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
@@ -272,13 +273,6 @@ def soft_assignments(z: Tensor, centres: Tensor) -> Tensor:
     """Return the Student-t assignments q (N, K) of embeddings (N, D), proportional to 1 / (1 + squared distance)."""
     similarities = 1 / (1 + squared_distances(z, centres))
     return similarities / similarities.sum(1, keepdim=True)
-
-
-def target_distribution(q: Tensor) -> Tensor:
-    """Return the sharpened form p (N, K) of assignments q (N, K), proportional to q^2 / cluster size in the batch."""
-    sizes = q.sum(0)
-    weights = q.square() / torch.where(sizes > 0, sizes, 1)
-    return weights / weights.sum(1, keepdim=True)
 
 
 @full_precision

@@ -89,6 +89,8 @@ class ProPos(ClusteringMethod):
             the main path of residual blocks: after the stem, in shortcuts, in the projector and in the predictor.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         *,
@@ -277,12 +279,12 @@ class ProPos(ClusteringMethod):
         ):
             named = list(network.named_parameters())
             if self.decay_biases_and_norms == "by_name":
-                is_apart = [is_bias_or_norm_by_name(name) for name, _ in named]
+                is_bias_or_norm = [is_bias_or_norm_by_name(name) for name, _ in named]
             else:
-                is_apart = [p.dim() <= 1 for _, p in named]
-            for apart in (False, True):
-                parameters = [p for (_, p), is_p_apart in zip(named, is_apart, strict=True) if is_p_apart == apart]
-                groups.append({"params": parameters, "lr_factor": lr_factor})
+                is_bias_or_norm = [p.dim() <= 1 for _, p in named]
+            weights = [p for (_, p), excluded in zip(named, is_bias_or_norm, strict=True) if not excluded]
+            biases_and_norms = [p for (_, p), included in zip(named, is_bias_or_norm, strict=True) if included]
+            groups += [{"params": parameters, "lr_factor": lr_factor} for parameters in (weights, biases_and_norms)]
             if self.decay_biases_and_norms is not True:
                 groups[-1]["weight_decay"] = 0.0
         return groups

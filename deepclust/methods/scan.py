@@ -8,15 +8,13 @@ loss that needs no ground truth selects the one that gives the final clustering.
 `deepclust.methods.self_label`, because it improves the clusterings of other methods too.
 
 Differs from the authors' code in:
-- The result. It is that of the last epoch. The authors take the epoch with the lowest selection loss. The head is
-  selected as in their code.
-- The selection loss. It is computed on the training images and their mined neighbours. The authors compute it on the
-  test images, each with its five nearest test images.
+- The result. It is that of the last epoch unless `select` asks for the epoch with the lowest selection loss, as theirs.
+- The selection loss. It is computed on the training images and their mined neighbours, so that test images choose
+  nothing. The authors compute it on the test images, each with its five nearest test images.
 - Several processes. Batch statistics are those of a process (theirs: of a device, too); nothing else differs, since
   both take the mean assignment of the global batch.
 - Cutout on small digits. Its sides can be odd (theirs are even, as they are here on the images that they use).
-- Initialisation. A ResNet stem that replaces torchvision's is initialised as torch does it (theirs: He-normal, about
-  half as large).
+- Initialisation. A replaced ResNet stem starts as torch does it (theirs: He-normal, about half as large).
 - Precision. The agreement is float32 and at most 1 under mixed precision.
 
 Logged:
@@ -25,8 +23,10 @@ Logged:
 - `train/entropy`: minus the weighted entropy of the mean assignment, summed over the heads. -weight log K per head is
   best.
 - `select/val_scan_loss`: the selection loss of the selected head at the start of the epoch.
+- `select/best_epoch`, where `select` asks for it: after how many epochs that loss has been lowest so far.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -36,15 +36,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.clustering.neighbors import mine_neighbors
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
+from deepclust.nn.best_networks import BestNetworks
 from deepclust.nn.schedules import Schedule
 from deepclust.number_types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+log = logging.getLogger(__name__)
 SMALLEST_SHARE = 1e-8  # the share at which the entropy clamps those of empty clusters
 MAX_ELEMENTS_PER_CHUNK = 2**24  # of the probabilities of neighbours that the selection loss gathers at once
 
@@ -61,6 +63,8 @@ class Pretext(ClusteringMethod):
         embedding_size: size of the output of the projector.
         temperature: temperature t of the contrast.
     """
+
+    num_views = 2
 
     def __init__(
         self,
@@ -131,8 +135,13 @@ class SCAN(ClusteringMethod):
         mine_on: the features whose neighbours are mined, the earlier run's "projection" or its "backbone".
         embedding_size: size of that projection, as in the earlier run.
 
-    Args of the objective:
+    Args of the objective and of the result:
         entropy_weight: weight lambda of the entropy (equation 2).
+        select: the epoch whose networks give the result: `last_epoch`, or among those before an E-step the one with
+            the `lowest_selection_loss`, which needs no labels. Memory and checkpoints hold its networks, too.
+
+    Raises:
+        InputError: if the epoch is to be selected, and there is no E-step.
     """
 
     neighbors: Tensor
@@ -150,6 +159,7 @@ class SCAN(ClusteringMethod):
         embedding_size: PositiveInt,
         train_backbone: bool,
         entropy_weight: NonNegativeFloat,
+        select: Literal["last_epoch", "lowest_selection_loss"],
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
         e_step_every_n_epochs: NonNegativeInt,
@@ -175,7 +185,19 @@ class SCAN(ClusteringMethod):
         self.register_buffer("best_head", torch.zeros((), dtype=torch.int64))
         self.neighbors_on_cpu = self.neighbors
         backbone.requires_grad_(train_backbone)
+        chooses_epoch = select == "lowest_selection_loss"
+        if chooses_epoch and not e_step_every_n_epochs:
+            raise InputError(
+                "method.select is lowest_selection_loss, and there is no E-step, which computes that loss",
+                expected="method.e_step_every_n_epochs of 1 or more",
+                do="set method.e_step_every_n_epochs=1, or method.select=last_epoch",
+            )
+        self.best = BestNetworks(self.trained_networks()) if chooses_epoch else None
         self.train()
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """Return the networks that training changes, by name."""
+        return {"heads": self.heads, **({"backbone": self.backbone} if self.train_backbone else {})}
 
     def train(self, mode: bool = True) -> "SCAN":
         super().train(mode)
@@ -200,7 +222,9 @@ class SCAN(ClusteringMethod):
 
     def on_train_start(self) -> None:
         if bool((self.neighbors < 0).any()):
-            if not self.has_earlier_run:
+            # The features of a backbone without weights, such as that of dataset=features, come from no earlier run.
+            has_weights = self.projector is not None or any(True for _ in self.backbone.parameters())
+            if has_weights and not self.has_earlier_run:
                 raise InputError(
                     "SCAN mines neighbours on the features of an earlier run, and start and before are null",
                     expected="a finished run of method=scan_pretext or of another method with the same backbone",
@@ -216,13 +240,7 @@ class SCAN(ClusteringMethod):
         """Return the indices (M, 1 + k) of each image and its k nearest others by cosine, from the features (M, D)."""
         if self.projector is not None:
             features = torch.cat([self.projector(rows.to(self.weight_dtype)) for rows in features.split(65536)])
-        rows = F.normalize(features, dim=1)
-        rank, processes = distributed.rank(), distributed.world_size()
-        # Each process searches the neighbours of its own part of the images.
-        first, stop = (len(rows) * r // processes for r in (rank, rank + 1))
-        own = torch.arange(first, stop, device=rows.device)
-        nearest = nearest_neighbors(rows[first:stop], rows, self.num_neighbors, metric="inner_product", exclude=own)[1]
-        return distributed.all_gather(torch.cat([own[:, None], nearest], 1))
+        return mine_neighbors(features, self.num_neighbors)
 
     def companions(self, indices: Tensor, draws: Draws) -> Tensor:
         """Return one companion (N, 1) of each image: itself or one of its neighbours, with equal chances."""
@@ -260,6 +278,18 @@ class SCAN(ClusteringMethod):
         super().on_train_epoch_start()
         if self.e_step_every_n_epochs and self.current_epoch % self.e_step_every_n_epochs == 0:
             self.log("select/val_scan_loss", self.selection_loss)
+            if self.best is not None:
+                self.log("select/best_epoch", self.best.epoch.float())
+
+    def run_e_step(self, epoch: int) -> None:
+        """Select the head and keep the best networks; the E-step after training brings them back."""
+        super().run_e_step(epoch)
+        if self.best is not None and epoch > 0:  # before the first epoch, the heads are untrained
+            self.best.keep_if_best(self.trained_networks(), loss=self.selection_loss, epoch=epoch)
+            if not self.trainer.training and self.best.epoch < epoch:
+                self.best.restore(self.trained_networks())
+                log.info("the result is that of epoch %d, whose selection loss is lowest", self.best.epoch)
+                super().run_e_step(epoch)
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:

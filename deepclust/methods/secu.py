@@ -106,6 +106,8 @@ class SeCu(ClusteringMethod):
         prototype_schedule: the schedule of that learning rate.
     """
 
+    num_views = 2
+
     pseudo_labels: Tensor
     clusters_in_batch: Tensor
 

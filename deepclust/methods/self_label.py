@@ -56,6 +56,8 @@ class SelfLabel(ClusteringMethod):
         ema_decay: decay of the average. It has no effect if `ema_mode` is "none".
     """
 
+    num_views = 2
+
     kept: Tensor
 
     def __init__(

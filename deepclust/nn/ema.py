@@ -41,7 +41,7 @@ class TargetNetwork(nn.Module):
             raise InputError(
                 f"the backbone {type(backbone).__name__} has no weights, and the method trains those of a network",
                 expected="a backbone with weights, such as those in conf/backbone",
-                do="choose one with backbone=NAME; for vectors, method=lnscc or method=kmeans",
+                do="choose one with backbone=NAME, for vectors backbone=mlp",
             )
         self.backbone = make_target(backbone)
         self.projector = make_target(projector)

@@ -72,6 +72,26 @@ class DelayedWarmupCosine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InclusiveWarmupCosine:
+    """Linear warm-up from 0 in its first step to 1 in its last, then half a cosine to `floor` (TEMI, as DINO's code).
+
+    The cosine is stretched over the steps that are left of `epochs`, the length of the whole run, and would reach
+    `floor` in the step after the last. With a floor of 1 the rate is constant after the warm-up.
+    """
+
+    warmup_epochs: NonNegativeFloat
+    epochs: NonNegativeFloat
+    floor: Fraction
+
+    def __call__(self, step: float, steps_per_epoch: float) -> float:
+        steps_done, warmup_steps = step - 1, self.warmup_epochs * steps_per_epoch
+        if steps_done < warmup_steps:
+            return min(1.0, steps_done / max(1, warmup_steps - 1))
+        progress = _share(steps_done - warmup_steps, max(0, self.epochs * steps_per_epoch - warmup_steps))
+        return self.floor + (1 - self.floor) * _half_cosine(min(1.0, progress))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochCosine:
     """Half a cosine from 1 to `floor` that changes once per epoch (SCAN's pretext, GCC).
 
@@ -97,9 +117,10 @@ class RisingCosine:
 
 
 def _share(done: float, total: float) -> float:
-    """Return which share is done; of nothing, all is."""
+    """Return `done` as a share of `total`; 1 where the total is 0, because nothing is left to do."""
     return done / total if total else 1.0
 
 
 def _half_cosine(progress: float) -> float:
+    """Return a factor that falls from 1 to 0 by half a cosine while `progress` goes from 0 to 1."""
     return (1 + math.cos(math.pi * progress)) / 2

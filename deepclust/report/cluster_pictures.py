@@ -1,7 +1,7 @@
 """Each cluster as pictures: its most typical, random and least certain images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from deepclust.datasets.image_sources import ImageSource
+from deepclust.datasets.image_sources import ImageSource, read_pictures
 from deepclust.engine.randomness import make_generator
 from deepclust.report.html_fragments import (
+    JPEG_QUALITY,
     PIXELATED_BELOW,
     class_name,
     encode_data_uri,
@@ -21,8 +22,10 @@ from deepclust.report.html_fragments import (
 )
 
 MAX_BYTES = 7_000_000  # of all pictures as text; leaves room for the rest of a page of less than 10 MB
-PICTURE_SIDES = (96, 80, 64, 48, 32)  # pixels; the largest that fits is taken
-JPEG_OPTIONS = {"quality": 80, "optimize": True}
+PICTURE_SIDES = (224, 192, 160, 128, 112, 96, 80, 64, 48, 32)  # pixels; the largest that fits is taken
+NUM_MEASURED = 32  # images by which it is judged how large pictures of this data set become
+PHOTO_FROM = 96  # pixels; larger images are JPEGs, which take a tenth of a PNG of a photo
+JPEG_OPTIONS = {"quality": JPEG_QUALITY, "optimize": True}
 LIST_TITLES = ("most typical", "random", "least certain")
 
 
@@ -33,6 +36,7 @@ class Picture(NamedTuple):
     caption: str  # shown when the mouse points at the picture
     is_framed: bool  # its class is not the class of more than half of its cluster
     use_jpeg: bool  # instead of PNG
+    link: str = ""  # to the file, from where the report is
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,14 @@ def choose_cluster_pictures(
     labels: np.ndarray | None = None,
     class_names: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
+    links: Callable[[int], str] | None = None,
     per_cluster: int,
     seed: int,
 ) -> list[ClusterPictures]:
     """Return the pictures of the clusters that have images, largest cluster first, up to `per_cluster` in each list.
 
     assignments (M,), confidence (M,), labels (M,) and paths belong to the images of `source`; unknown labels are -1.
+    `links` gives the link to the file of an image, by its position.
     If the pictures do not fit into the page, they are made smaller, then each list gets shorter, then the smallest
     clusters are left out. Without a source the lists are empty.
     """
@@ -84,7 +90,7 @@ def choose_cluster_pictures(
     clusters = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     limits = PictureLimits(max_side=0, per_list=0, max_clusters=len(clusters), use_jpeg=False)
     if source is not None:
-        limits = _compute_limits(source.shape, num_clusters=len(clusters), per_cluster=per_cluster)
+        limits = _compute_limits(source, num_clusters=len(clusters), per_cluster=per_cluster)
     chosen = []
     for cluster in clusters[: limits.max_clusters].tolist():
         members = np.flatnonzero(assignments == cluster)
@@ -94,15 +100,15 @@ def choose_cluster_pictures(
         pictures = []
         if source is not None:
             indices = np.concatenate(indices_of_lists)
-            images = source.read(indices).permute(0, 2, 3, 1).numpy()
-            for index, pixels in zip(indices.tolist(), images, strict=True):
+            for index, pixels in zip(indices.tolist(), read_pictures(source, indices), strict=True):
                 label = -1 if labels is None else int(labels[index])
                 caption = f"{image_name(index, paths)}, confidence {confidence[index]:.2f}"
                 if label >= 0:
                     caption += f", {class_name(label, class_names)}"
                 is_framed = label >= 0 and label != majority and purity is not None and purity > 0.5
                 small = shrink_image(pixels, limits.max_side)
-                pictures.append(Picture(small, caption, is_framed=is_framed, use_jpeg=limits.use_jpeg))
+                link = "" if links is None else links(index)
+                pictures.append(Picture(small, caption, is_framed=is_framed, use_jpeg=limits.use_jpeg, link=link))
         ends = np.cumsum([len(indices) for indices in indices_of_lists])
         chosen.append(
             ClusterPictures(
@@ -119,25 +125,49 @@ def choose_cluster_pictures(
     return chosen
 
 
-def _compute_limits(shape: tuple[int, int, int], *, num_clusters: int, per_cluster: int) -> PictureLimits:
-    """Return the limits that keep all pictures of images of `shape` (H, W, channels) within MAX_BYTES."""
+def _compute_limits(source: ImageSource, *, num_clusters: int, per_cluster: int) -> PictureLimits:
+    """Return the limits that keep all pictures of the images of `source` within MAX_BYTES.
+
+    Images in their own shapes take no more than squares of the largest picture's side.
+    """
+    height, width = (PICTURE_SIDES[0] if side is None else side for side in source.shape[:2])
+    channels = source.shape[2]
+
+    def count_area(max_side: int) -> int:
+        scale = min(1.0, max_side / max(height, width))
+        return math.ceil(height * scale) * math.ceil(width * scale)
 
     def count_fitting(max_side: int, *, use_jpeg: bool) -> int:
-        scale = min(1.0, max_side / max(shape[:2]))
-        area = math.ceil(shape[0] * scale) * math.ceil(shape[1] * scale)
-        # Base64 takes 4 characters for 3 bytes; the file's header and the caption are added. This is what random pixels
-        # need; photographs need a third of it.
-        return MAX_BYTES // (area * 8 // 9 + 800 if use_jpeg else area * shape[2] * 4 // 3 + 500)
+        # Base64 takes 4 characters for 3 bytes; the file's header and the caption are added.
+        bytes_per_pixel = jpeg_bytes_per_pixel if use_jpeg else channels * 4 / 3
+        return int(MAX_BYTES / (count_area(max_side) * bytes_per_pixel + (800 if use_jpeg else 500)))
 
     num_lists = len(LIST_TITLES) * num_clusters
     requested = num_lists * per_cluster
     largest, smallest = PICTURE_SIDES[0], PICTURE_SIDES[-1]
-    use_jpeg = count_fitting(largest, use_jpeg=False) < min(requested, count_fitting(smallest, use_jpeg=True))
+    jpeg_bytes_per_pixel = 8 / 9  # what random pixels need
+    use_jpeg = max(height, width) > PHOTO_FROM
+    if not use_jpeg:
+        use_jpeg = count_fitting(largest, use_jpeg=False) < min(requested, count_fitting(smallest, use_jpeg=True))
+    if use_jpeg and max(height, width) > PHOTO_FROM:
+        jpeg_bytes_per_pixel = min(jpeg_bytes_per_pixel, _measure_jpeg_bytes_per_pixel(source))
     fitting_sides = (side for side in PICTURE_SIDES if count_fitting(side, use_jpeg=use_jpeg) >= requested)
     max_side = next(fitting_sides, smallest)
     max_pictures = count_fitting(max_side, use_jpeg=use_jpeg)
     per_list = min(per_cluster, max(1, max_pictures // num_lists))
     return PictureLimits(max_side, per_list, max_pictures // (len(LIST_TITLES) * per_list), use_jpeg)
+
+
+def _measure_jpeg_bytes_per_pixel(source: ImageSource) -> float:
+    """Return how many characters a pixel of a small JPEG of these images takes, with a fifth to spare.
+
+    It is measured on images spread evenly over the data set, at a side in the middle of PICTURE_SIDES: smaller pictures
+    take more for a pixel, larger ones less.
+    """
+    rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_MEASURED, len(source)), dtype=np.int64))
+    small = [shrink_image(pixels, PICTURE_SIDES[4]) for pixels in read_pictures(source, rows)]
+    num_characters = sum(len(encode_data_uri(pixels, **JPEG_OPTIONS)) for pixels in small)
+    return 1.2 * num_characters / sum(pixels.shape[0] * pixels.shape[1] for pixels in small)
 
 
 def _choose_images(
@@ -161,8 +191,17 @@ def _find_majority(members: np.ndarray, labels: np.ndarray | None) -> tuple[int 
     return int(counts.argmax()), float(counts.max() / len(known))
 
 
-def render_clusters(clusters: Sequence[ClusterPictures], *, num_nonempty: int) -> str:
-    """Return the HTML of `clusters`, which may be the largest of `num_nonempty` clusters that have images."""
+def render_clusters(
+    clusters: Sequence[ClusterPictures],
+    *,
+    num_nonempty: int,
+    names: Mapping[int, str] | None = None,
+    drawers: Mapping[int, str] | None = None,
+) -> str:
+    """Return the HTML of `clusters`, which may be the largest of `num_nonempty` clusters that have images.
+
+    names: what clusters are called. drawers: the HTML of a drawer with all images, by cluster.
+    """
     if not clusters:
         return ""
     notes = ["bar: size relative to the largest cluster"]
@@ -171,27 +210,52 @@ def render_clusters(clusters: Sequence[ClusterPictures], *, num_nonempty: int) -
         notes.append(f"the largest {len(clusters):,} clusters; {hidden} not shown")
     if any(picture.is_framed for cluster in clusters for pictures in cluster.lists for picture in pictures):
         notes.append("framed: image of another class than most of its cluster")
-    longest = max(len(cluster.typical) for cluster in clusters)
-    # The columns on a wide and on a narrow screen are chosen so that all rows are full.
-    wide, narrow = (math.ceil(longest / math.ceil(longest / max_columns)) if longest else 4 for max_columns in (8, 6))
     largest = max(cluster.size for cluster in clusters)
-    cards = "".join(_render_card(cluster, largest=largest) for cluster in clusters)
-    return f'{render_note(notes)}<div class="cards" style="--wide:{wide};--narrow:{narrow}">{cards}</div>'
+    cards = "".join(
+        _render_card(
+            cluster,
+            largest=largest,
+            name=None if names is None else names.get(cluster.cluster, ""),
+            drawer=(drawers or {}).get(cluster.cluster, ""),
+        )
+        for cluster in clusters
+    )
+    every_list = [pictures for cluster in clusters for pictures in cluster.lists]
+    return f'{render_note(notes)}<div class="cards{_describe_columns(every_list)}>{cards}</div>'
 
 
-def _render_card(cluster: ClusterPictures, *, largest: int) -> str:
+def _describe_columns(lists: Sequence[Sequence[Picture]]) -> str:
+    """Return the end of a class attribute and a style with the columns of lists, chosen so that all rows are full.
+
+    Photos get fewer and larger ones than images of a few pixels.
+    """
+    longest = max(map(len, lists), default=0)
+    is_photo = any(max(picture.pixels.shape[:2]) > PHOTO_FROM for pictures in lists for picture in pictures)
+    limits = (10, 5) if is_photo else (8, 6)  # columns on a wide and on a narrow screen
+    wide, narrow = (math.ceil(longest / math.ceil(longest / limit)) if longest else 4 for limit in limits)
+    return f'{" photos" * is_photo}" style="--wide:{wide};--narrow:{narrow}"'
+
+
+def render_strip(pictures: Sequence[Picture]) -> str:
+    """Return the HTML of pictures in a row, or several, as wide as they are in the cards of the clusters."""
+    return f'<div class="strip">{"".join(map(_render_picture, pictures))}</div>'
+
+
+def _render_card(cluster: ClusterPictures, *, largest: int, name: str | None, drawer: str) -> str:
     title = f"Cluster {cluster.cluster}"
+    if name is not None:
+        title = f'<b class="name" data-k="{cluster.cluster}">{escape(name)}</b> <span>{title}</span>'
     if cluster.majority_class is not None and cluster.purity is not None:
         title += f" <span>{100 * cluster.purity:.0f} % are “{escape(cluster.majority_class)}”</span>"
     noun = "image" if cluster.size == 1 else "images"
     size = render_note([f"{cluster.size:,} {noun}, {100 * cluster.share:.1f} %"])
     bar = f'<div class="bar"><i style="width:{100 * cluster.size / largest:.1f}%"></i></div>'
     lists = "".join(
-        f'<h4>{list_title}</h4><div class="strip">{"".join(map(_render_picture, pictures))}</div>'
+        f"<h4>{list_title}</h4>{render_strip(pictures)}"
         for list_title, pictures in zip(LIST_TITLES, cluster.lists, strict=True)
         if pictures
     )
-    return f"<article><h3>{title}</h3>{size}{bar}{lists}</article>"
+    return f'<article id="cluster{cluster.cluster}"><h3>{title}</h3>{size}{bar}{lists}{drawer}</article>'
 
 
 def _render_picture(picture: Picture) -> str:
@@ -201,4 +265,5 @@ def _render_picture(picture: Picture) -> str:
     class_attribute = f' class="{css_classes}"' if css_classes else ""
     uri = encode_data_uri(picture.pixels, **(JPEG_OPTIONS if picture.use_jpeg else {}))
     size = f'width="{width}" height="{height}"'
-    return f'<img{class_attribute} src="{uri}" {size} alt="" title="{escape(picture.caption)}">'
+    link = f' data-link="{escape(picture.link)}"' if picture.link else ""
+    return f'<img{class_attribute} src="{uri}" {size} alt="" title="{escape(picture.caption)}"{link}>'

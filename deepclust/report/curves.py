@@ -66,12 +66,13 @@ def render_number_of_clusters(estimate: Mapping | None) -> str:
     titles = {
         "silhouette": "silhouette, minus that of a single normal cloud",
         "stability": "stability, gain over a single normal cloud",
-        "eigengap": "eigengap of the neighbour graph",
+        "communities": "modularity of the neighbour graph at several resolutions",
+        "separation": "Davies-Bouldin index of k-means, low is good",
     }
     plots = []
-    for measure, title in titles.items():
-        x, y = np.array(estimate["curves"][measure], dtype=float).T
-        title = f"{title}; suggests {estimate['named'][measure]}"
+    for measure, curve in estimate["curves"].items():
+        x, y = np.array(curve, dtype=float).T
+        title = f"{titles.get(measure, measure)}; suggests {estimate['named'][measure]}"
         plots.append(_render_plot(title, {"last value": (x, y)}, "clusters"))
     return f'{render_note([estimate["message"]])}<div class="plots">{"".join(plots)}</div>'
 

@@ -8,9 +8,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from deepclust.datasets.image_sources import ImageSource
+from deepclust.datasets.image_sources import ImageSource, crop_to_square, read_pictures
 from deepclust.engine.randomness import derive_seed, make_generator
-from deepclust.report.html_fragments import image_name, shrink_image
+from deepclust.report.html_fragments import image_name, shrink_image, to_pillow_image
 
 NUM_COMPONENTS = 50  # principal components that t-SNE gets
 PERPLEXITY = 30
@@ -110,5 +110,10 @@ def _compute_principal_components(points: np.ndarray, *, seed: int) -> np.ndarra
 def _read_pictures(source: ImageSource, indices: np.ndarray) -> np.ndarray:
     """Return uint8 pictures (P, h, w, channels) of the images at `indices`, with sides of at most MAX_PICTURE_SIDE."""
     starts = range(0, len(indices), CHUNK_SIZE)
-    chunks = (source.read(indices[start : start + CHUNK_SIZE]).permute(0, 2, 3, 1).numpy() for start in starts)
-    return np.stack([shrink_image(pixels, MAX_PICTURE_SIDE) for chunk in chunks for pixels in chunk])
+    chunks = (read_pictures(source, indices[start : start + CHUNK_SIZE]) for start in starts)
+    pictures = (picture for chunk in chunks for picture in chunk)
+    if source.shape[0] is None:  # the map takes pictures of one size: of images in their own shapes, central squares
+        squares = (to_pillow_image(crop_to_square(picture)) for picture in pictures)
+        sized = (square.resize((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE)) for square in squares)
+        return np.stack([np.asarray(square).reshape(*square.size, source.shape[2]) for square in sized])
+    return np.stack([shrink_image(picture, MAX_PICTURE_SIDE) for picture in pictures])

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 PIXELATED_BELOW = 48  # pixels; the browser enlarges smaller pictures with sharp edges
+JPEG_QUALITY = 80  # of all pictures in a report
 
 
 def render_note(parts: Iterable[str]) -> str:
@@ -26,6 +27,11 @@ def format_number(value: object) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def count_of(count: int, noun: str) -> str:
+    """Return a count with its noun: `1 image`, `2,000 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def class_name(index: int, class_names: Sequence[str] | None) -> str:

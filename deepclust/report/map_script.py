@@ -1,17 +1,15 @@
 """The script of the map: pointing at a point, tapping it or moving to it with the arrow keys shows its image.
 
 It reads the points from the paths that scatter_plot.py draws, whose attributes `data-k` and `data-l` hold cluster and
-label; names, confidence and the place of the pictures are in the JSON element `points`. In the script, `seen` returns
-the drawing that is visible, `least` finds the point with the lowest cost, and `point` shows the image of the point that
-is nearest to the mouse or finger, if it is near enough.
+label; names, confidence and the place of the pictures are in the JSON element `points`.
 """
 
 SCRIPT = """
 (() => {
-const NEAR = 24, GAP = 14, SIDE = 96;  // pixels of the screen
+const MAX_DISTANCE = 24, GAP = 14, SIDE = 96;  // pixels of the screen
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 const stage = document.querySelector('.stage'), tip = stage.querySelector('.tip');
-const canvas = tip.querySelector('canvas'), words = tip.querySelector('span');
+const canvas = tip.querySelector('canvas'), caption = tip.querySelector('span');
 const sprite = document.getElementById('sprite');
 const data = JSON.parse(document.getElementById('points').textContent), tile = data.tile;
 const drawings = [...stage.querySelectorAll('svg')].map(svg => ({svg, points: [...svg.querySelectorAll('path')].flatMap(
@@ -21,7 +19,7 @@ const drawings = [...stage.querySelectorAll('svg')].map(svg => ({svg, points: [.
   }))}));
 let current = -1;
 
-function seen() {
+function visibleDrawing() {
   const {svg, points} = drawings.find(({svg}) => svg.getClientRects().length);
   const box = svg.getBoundingClientRect();
   return {points, box, ring: svg.querySelector('.ring'), scale: box.width / svg.viewBox.baseVal.width};
@@ -37,30 +35,30 @@ function show(index) {
   if (index === current) return;
   hide();
   current = index;
-  const {points, ring, scale} = seen(), {x, y, k, l} = points[index];
+  const {points, ring, scale} = visibleDrawing(), {x, y, k, l} = points[index];
   ring.setAttribute('cx', x);
   ring.setAttribute('cy', y);
   ring.style.display = 'inline';
   const lines = ['cluster ' + k, 'confidence ' + data.confidence[index].toFixed(2)];
   if (data.labels) lines.push('label: ' + data.labels[l]);
-  words.textContent = [...lines, data.names[index]].join('\\n');
+  caption.textContent = [...lines, data.names[index]].join('\\n');
   canvas.hidden = !tile;
   if (tile) {
     const zoom = SIDE / Math.max(tile.w, tile.h);
     canvas.width = tile.w * zoom;
     canvas.height = tile.h * zoom;
-    const brush = canvas.getContext('2d');
-    brush.imageSmoothingEnabled = !tile.sharp;
+    const context = canvas.getContext('2d');
+    context.imageSmoothingEnabled = !tile.sharp;
     const left = tile.dx * (index % tile.columns), top = tile.dy * Math.floor(index / tile.columns);
-    brush.drawImage(sprite, left, top, tile.w, tile.h, 0, 0, canvas.width, canvas.height);
+    context.drawImage(sprite, left, top, tile.w, tile.h, 0, 0, canvas.width, canvas.height);
   }
   tip.hidden = false;
-  const most = stage.clientWidth - tip.offsetWidth, above = y * scale - tip.offsetHeight - GAP;
-  tip.style.left = Math.max(0, Math.min(most, x * scale - tip.offsetWidth / 2)) + 'px';
+  const maxLeft = stage.clientWidth - tip.offsetWidth, above = y * scale - tip.offsetHeight - GAP;
+  tip.style.left = Math.max(0, Math.min(maxLeft, x * scale - tip.offsetWidth / 2)) + 'px';
   tip.style.top = (above < 0 ? y * scale + GAP : above) + 'px';
 }
 
-function least(points, cost) {
+function nearest(points, cost) {
   let best = -1, lowest = Infinity;
   points.forEach((point, index) => {
     const value = cost(point);
@@ -69,17 +67,17 @@ function least(points, cost) {
   return [best, lowest];
 }
 
-function point(event) {
-  const {points, box, scale} = seen();
+function showNearest(event) {
+  const {points, box, scale} = visibleDrawing();
   const x = (event.clientX - box.left) / scale, y = (event.clientY - box.top) / scale;
-  const [index, distance] = least(points, p => Math.hypot(p.x - x, p.y - y));
-  if (distance * scale <= NEAR) show(index); else hide();
+  const [index, distance] = nearest(points, p => Math.hypot(p.x - x, p.y - y));
+  if (distance * scale <= MAX_DISTANCE) show(index); else hide();
 }
 
 function unfade() { stage.classList.remove('faded'); }
 
-stage.addEventListener('pointermove', point);
-stage.addEventListener('pointerdown', event => { unfade(); point(event); });
+stage.addEventListener('pointermove', showNearest);
+stage.addEventListener('pointerdown', event => { unfade(); showNearest(event); });
 stage.addEventListener('pointerleave', event => { if (event.pointerType === 'mouse') hide(); });
 stage.addEventListener('focus', () => { if (stage.matches(':focus-visible')) show(0); });
 stage.addEventListener('blur', hide);
@@ -87,8 +85,8 @@ stage.addEventListener('keydown', event => {
   if (event.key === 'Escape') hide();
   if (!(event.key in ARROWS)) return;
   event.preventDefault();
-  const {points} = seen(), [right, down] = ARROWS[event.key], from = points[Math.max(0, current)];
-  const [index] = least(points, p => {
+  const {points} = visibleDrawing(), [right, down] = ARROWS[event.key], from = points[Math.max(0, current)];
+  const [index] = nearest(points, p => {
     const x = p.x - from.x, y = p.y - from.y, along = x * right + y * down;
     return along > 0 ? along + 2 * Math.abs(x * down + y * right) : Infinity;
   });

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from deepclust.engine.output_files import write_bytes
-from deepclust.report.cluster_pictures import ClusterPictures, render_clusters
+from deepclust.report.cluster_pictures import ClusterPictures, Picture, render_clusters
 from deepclust.report.curves import render_curves, render_number_of_clusters
 from deepclust.report.embedding_map import EmbeddingMap
+from deepclust.report.findings import Findings
+from deepclust.report.findings_sections import render_duplicates, render_outliers, render_tree
+from deepclust.report.gallery_script import SCRIPT as GALLERY_SCRIPT
 from deepclust.report.heatmap import render_heat_map
-from deepclust.report.html_fragments import format_number, key_to_words, render_note
-from deepclust.report.map_script import SCRIPT
+from deepclust.report.html_fragments import count_of, format_number, key_to_words, render_note
+from deepclust.report.map_script import SCRIPT as MAP_SCRIPT
 from deepclust.report.scatter_plot import render_scatter_plot
 from deepclust.report.style_sheet import STYLE
 
@@ -29,7 +33,23 @@ RULE_TITLES = {
     "kmeans": "k-means on its features",
     "kmeans_on_pixels": "k-means on the pixels",
 }
-HEADINGS = {"Number": "Number of clusters"}  # of sections whose headings are not their names
+# Of sections whose headings are not their names.
+HEADINGS = {
+    "Number": "Number of clusters",
+    "Alike": "Which clusters are alike",
+    "Outliers": "Belong nowhere",
+    "Duplicates": "Near-duplicates",
+}
+# The viewer of enlarged pictures, and the tools for names of clusters; the script of the gallery shows them.
+VIEWER = (
+    '<dialog class="viewer"><canvas></canvas><p class="caption"></p><p><button class="back">previous</button> '
+    '<button class="next">next</button> <a target="_blank">open the file</a> <button class="close">close</button></p>'
+    "</dialog>"
+)
+NAME_TOOLS = (
+    '<p class="names dim screen" data-names="{names}" hidden>Click a name to change it. '
+    '<button class="save">Download names.json</button> <button class="copy">Copy</button> <output></output></p>'
+)
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -39,9 +59,10 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>{style}</style>
 </head>
-<body>
+<body{body_class}>
 <header><h1>{title}</h1>{header}<nav>{links}</nav></header>
 {sections}
+{viewer}
 {script}
 </body>
 </html>
@@ -58,16 +79,22 @@ def write_report(
     class_names: Sequence[str] | None,
     metrics_file: Path | None,
     config_text: str,
+    findings: Findings | None = None,
+    finding_pictures: tuple[Sequence[Picture], Sequence[Sequence[Picture]]] = ((), ()),
+    drawers: Mapping[int, str] | None = None,
 ) -> None:
     """Write the page to `path`. A section without content is left out.
 
-    results: the content of results.json.
+    results: the content of results.json; its `command`, and config_text, are shown as they are.
     contingency_table: counts (C, K) of the images of each class in each cluster.
     metrics_file: CSV with a column `step` and one for each scalar, with empty cells where it was not logged.
+    findings: what `deepclust cluster` finds beside the clusters; finding_pictures: of outliers, and of duplicates.
+    drawers: the HTML of a drawer with all images, by cluster; with drawers, pictures are enlarged on a click.
     """
+    names = None if findings is None else findings.names
     num_nonempty = int(results["num_clusters"] - results["health"]["empty_clusters"])
     sections = {
-        "Clusters": render_clusters(clusters, num_nonempty=num_nonempty),
+        "Clusters": render_clusters(clusters, num_nonempty=num_nonempty, names=names, drawers=drawers),
         "Map": render_scatter_plot(embedding, contingency_table, class_names),
         "Classes": render_heat_map(contingency_table, class_names),
         "Number": render_number_of_clusters(results.get("number")),
@@ -80,13 +107,25 @@ def write_report(
         ),
         "Run": _render_run(results, config_text),
     }
+    if findings is not None:
+        sections["Clusters"] = _render_name_tools(findings, clusters) + sections["Clusters"]
+        found = {
+            "Alike": render_tree(findings.merges, findings.names, clusters),
+            "Duplicates": render_duplicates(findings, finding_pictures[1]),
+            "Outliers": render_outliers(findings, finding_pictures[0]),
+        }
+        sections = {"Clusters": sections.pop("Clusters"), **found, **sections}
+        if sections["Curves"]:  # how k-means or LNSCC went says nothing of photos: it is there for whom wonders
+            sections["Curves"] = f"<details><summary>How the training went</summary>{sections['Curves']}</details>"
     shown = {name: content for name, content in sections.items() if content}
-    script = SCRIPT if "Map" in shown else ""
+    script = GALLERY_SCRIPT * bool(drawers) + MAP_SCRIPT * ("Map" in shown)
     page = PAGE.format(
         policy=_make_security_policy(script),
-        title=escape(f"{results['method']} on {results['dataset']}"),
+        title=escape(_make_title(results)),
         style=STYLE,
         header=_render_header(results, clusters),
+        viewer=VIEWER if drawers else "",
+        body_class=' class="viewable"' if drawers else "",
         links=" ".join(f'<a href="#{name}">{name}</a>' for name in shown),
         sections="\n".join(
             f'<section id="{name}"><h2>{HEADINGS.get(name, name)}</h2>{content}</section>'
@@ -111,6 +150,9 @@ def _render_header(results: Mapping, clusters: Sequence[ClusterPictures]) -> str
     num_images, num_clusters, epochs = (f"{results[key]:,}" for key in ("num_images", "num_clusters", "epochs"))
     facts = [f"{num_images} images", f"{num_clusters} clusters", results["backbone"], f"{epochs} epochs"]
     facts.append(f"seed {results['seed']}")
+    top = render_note(facts)
+    if "trust" in results:  # of `deepclust cluster`, whose title has the numbers; the rest is in the details
+        top = f'<p class="trust">{escape(results["trust"]["message"])}</p>'
     health = dict(results["health"])
     scores_by_rule = {**(results["scores"] or {}), **(results.get("baseline") or {})}
     scored_rules = [(title, scores) for rule, title in RULE_TITLES.items() if (scores := scores_by_rule.get(rule))]
@@ -129,12 +171,27 @@ def _render_header(results: Mapping, clusters: Sequence[ClusterPictures]) -> str
             share = f"{100 * clusters[0].share:.1f}"
             tiles.append((share, "largest", "percent of the images are in the largest cluster"))
         notes = [["without labels, the clusters cannot be scored"]]
-    if "trust" in results:
-        notes.append([results["trust"]["message"]])
+        if "trust" in results:  # whose message says how large and how many they are
+            tiles, notes = [], []
     if health:
         notes.append([f"{key_to_words(key)} {format_number(value)}" for key, value in health.items()])
     cards = "".join(f"<div><b>{value}</b> {name}<p>{meaning}</p></div>" for value, name, meaning in tiles)
-    return f'{render_note(facts)}<div class="tiles">{cards}</div>{"".join(map(render_note, notes))}'
+    return f'{top}<div class="tiles">{cards}</div>{"".join(map(render_note, notes))}'
+
+
+def _make_title(results: Mapping) -> str:
+    """Return what was done to which data; of `deepclust cluster`, which knows no method, how many clusters of what."""
+    if "trust" not in results:
+        return f"{results['method']} on {results['dataset']}"
+    num_images, num_clusters = results["num_images"], results["num_clusters"]
+    return f"{results['dataset']}: {count_of(num_images, 'image')} in {count_of(num_clusters, 'cluster')}"
+
+
+def _render_name_tools(findings: Findings, clusters: Sequence[ClusterPictures]) -> str:
+    """Return the HTML of the buttons by which edited names are saved, with the names of clusters that are not shown."""
+    shown = {cluster.cluster for cluster in clusters}
+    others = {str(cluster): name for cluster, name in findings.names.items() if cluster not in shown}
+    return NAME_TOOLS.format(names=escape(json.dumps(others)))
 
 
 def _get_final_values(results: Mapping) -> dict[str, float]:
@@ -153,6 +210,10 @@ def _render_run(results: Mapping, config_text: str) -> str:
     }
     memory = results["peak_memory_bytes"]
     facts = {
+        "method": results["method"],
+        "network": results["backbone"],
+        "seed": str(results["seed"]),
+        "epochs": f"{results['epochs']:,}",
         **timing,
         "peak memory": None if memory is None else f"{memory / 2**30:.2f} GiB",
         "steps": f"{results['steps']:,}",

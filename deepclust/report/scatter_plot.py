@@ -6,7 +6,6 @@ the text of circles. Buttons work by the style sheet alone; only pointing at a p
 """
 
 import json
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -16,13 +15,12 @@ from scipy.spatial.distance import cdist
 
 from deepclust.report.embedding_map import MAX_PICTURE_SIDE, EmbeddingMap
 from deepclust.report.heatmap import match_clusters_to_classes
-from deepclust.report.html_fragments import PIXELATED_BELOW, class_name, encode_data_uri, render_note, shrink_image
+from deepclust.report.html_fragments import class_name, render_note
+from deepclust.report.sprites import make_sprite
 
 WIDTH, MAX_HEIGHT, MARGIN = 1000, 800, 24  # of the drawing, in its own units
 MAX_SPRITE_BYTES = 1_600_000  # of the pictures of all points as text
 PICTURE_SIDES = (MAX_PICTURE_SIDE, 56, 48, 40, 32, 24, 16)  # pixels; the largest that fits is taken
-JPEG_QUALITY = 80
-JPEG_BLOCK = 8  # pixels
 # The ten colours of Petroff, Accessible Color Sequences for Data Visualization (2021), which colour-blind eyes can tell
 # apart too. As dots, its two greys look alike; the second of them is replaced by a blue that is far from all others.
 COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#1f2eff", "#92dadb")
@@ -207,46 +205,4 @@ def _render_legend(kind: str, markers: dict[int, int], titles: dict[int, str]) -
 
 def _make_sprite(pictures: np.ndarray) -> tuple[str, dict[str, int | bool]]:
     """Return all pictures (P, h, w, channels) in one image, as a data URI, and where in it each picture is."""
-    longest = max(pictures.shape[1:3])
-    if longest <= PIXELATED_BELOW:
-        uri = encode_data_uri(_arrange_in_grid(pictures, block=1))
-        if len(uri) <= MAX_SPRITE_BYTES // 2:
-            return uri, _describe_grid(pictures, block=1)
-    for side in dict.fromkeys(min(side, longest) for side in PICTURE_SIDES):
-        small = np.stack([shrink_image(pixels, side) for pixels in pictures])
-        uri = encode_data_uri(_arrange_in_grid(small, block=JPEG_BLOCK), quality=JPEG_QUALITY, subsampling=0)
-        if len(uri) <= MAX_SPRITE_BYTES:
-            break
-    return uri, _describe_grid(small, block=JPEG_BLOCK)
-
-
-def _describe_grid(pictures: np.ndarray, *, block: int) -> dict[str, int | bool]:
-    """Return what the script needs in order to find a picture in the grid: sizes and distances in pixels, columns."""
-    count, height, width = pictures.shape[:3]
-    return {
-        "w": width,
-        "h": height,
-        "dx": width + -width % block,
-        "dy": height + -height % block,
-        "columns": _count_columns(count),
-        "sharp": max(height, width) < PIXELATED_BELOW,
-    }
-
-
-def _count_columns(count: int) -> int:
-    return math.ceil(math.sqrt(count))
-
-
-def _arrange_in_grid(pictures: np.ndarray, *, block: int) -> np.ndarray:
-    """Return pictures (P, h, w, channels) in rows of one image.
-
-    Each is padded to whole blocks of `block` pixels, so that no JPEG block holds parts of two pictures.
-    """
-    count, height, width, channels = pictures.shape
-    columns = _count_columns(count)
-    rows = math.ceil(count / columns)
-    padding = ((0, rows * columns - count), (0, -height % block), (0, -width % block), (0, 0))
-    padded = np.pad(pictures, padding, mode="edge")
-    padded_height, padded_width = padded.shape[1:3]
-    grid = padded.reshape(rows, columns, padded_height, padded_width, channels).swapaxes(1, 2)
-    return grid.reshape(rows * padded_height, columns * padded_width, channels)
+    return make_sprite(pictures, sides=PICTURE_SIDES, max_bytes=MAX_SPRITE_BYTES)

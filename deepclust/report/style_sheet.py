@@ -25,9 +25,35 @@ nav{margin-top:.9rem}nav a{color:var(--c0);margin-right:1rem}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(190px,1fr));margin:.9rem 0 .5rem}
 .tiles b{font-size:2.1rem;line-height:1.1}
 .tiles p{color:var(--dim);font-size:.85rem}
-.cards{grid-template-columns:repeat(auto-fill,minmax(min(100%,58px*var(--wide) + 1.6rem),1fr));margin-top:.6rem}
+.cards{--tile:58px;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--tile)*var(--wide) + 1.6rem),1fr));
+ margin-top:.6rem}
+.photos{--tile:108px}
 .strip{display:grid;grid-template-columns:repeat(var(--wide),1fr);gap:3px}
-.strip img{width:100%;height:auto;display:block;border-radius:3px}
+.strip img,.strip canvas{width:100%;height:auto;display:block;border-radius:3px}
+.trust{margin-top:.5rem;font-size:1.15rem}.trust::first-letter{text-transform:uppercase}
+h3 .name{font-size:1.2rem;overflow-wrap:anywhere}
+h3 .name[contenteditable]{border-bottom:1px dashed var(--dim);cursor:text}
+h3 .name[contenteditable]:empty::before{content:"no name yet";font-weight:400;color:var(--dim)}
+.names{margin:.3rem 0}
+button{font:inherit;font-size:.85rem;padding:.15rem .7rem;color:var(--ink);background:var(--card);
+ border:1px solid var(--line);border-radius:6px;cursor:pointer}button:disabled{opacity:.4}
+.viewable .strip img,.strip canvas{cursor:zoom-in}
+.drawer{margin-top:.7rem}.drawer summary{color:var(--c0);font-size:.9rem}.drawer .strip{margin-top:.4rem;
+ grid-template-columns:repeat(auto-fill,minmax(max(44px,min(var(--tile),6.5rem)*.7),1fr))}
+.drawer canvas{content-visibility:auto}.sheet{max-width:100%;margin-top:.4rem}
+.viewer{max-width:96vw;max-height:96vh;padding:.8rem;background:var(--card);color:var(--ink);text-align:center;
+ border:1px solid var(--line);border-radius:10px}.viewer::backdrop{background:#000a}
+.viewer canvas{max-width:100%;border-radius:4px}.viewer p{margin-top:.5rem;max-width:36rem;overflow-wrap:anywhere}
+.viewer a{color:var(--c0);margin:0 .5rem}
+.groups{display:flex;flex-wrap:wrap;gap:.6rem;margin-top:.6rem}.group{padding:.4rem}
+.group .strip{display:flex;flex-wrap:wrap}.group .strip img{width:108px}
+.tree{display:flex;gap:.8rem;margin-top:.6rem;max-width:900px}
+.tree ul{flex:none;max-width:60%;margin:0;padding:0;list-style:none}
+.tree li{display:flex;align-items:center;justify-content:flex-end;gap:.5rem;height:34px;font-size:.9rem;line-height:1.1}
+.tree li img{height:30px;border-radius:3px}
+.tree a{color:inherit;text-decoration:none;overflow-wrap:anywhere;order:-1;text-align:right}
+.tree path{fill:none;stroke:var(--c0);stroke-width:2;vector-effect:non-scaling-stroke}
+ol{margin:.3rem 0;padding-left:1.4rem}
 .strip .odd{outline:2px solid var(--c1);outline-offset:-1px}
 .px{image-rendering:pixelated}
 .map{width:100%;max-width:720px;border:1px solid var(--line)}
@@ -84,6 +110,10 @@ summary{cursor:pointer}
  article,figure,.tiles div,.heat tr,#Map{break-inside:avoid}h2,h3{break-after:avoid}
  .cards{grid-template-columns:repeat(auto-fill,minmax(min(100%,44px*var(--narrow) + 1.6rem),1fr))}
  .strip{grid-template-columns:repeat(var(--narrow),1fr)}h4{margin:.2rem 0 0}
+ .cards.photos{grid-template-columns:1fr}.photos .strip{grid-template-columns:repeat(var(--wide),1fr)}
+ .photos article{padding:.4rem}.drawer,.viewer{display:none}.group .strip img{width:62px}
+ h3 .name[contenteditable]{border:0}
+ h3 .name:empty::before{content:""!important}.tree{break-inside:avoid}
  .plots{grid-template-columns:repeat(3,1fr)}.plots text{font-size:13px}
  dl{grid-template-columns:repeat(2,max-content 1fr)}
  .embedding{break-inside:avoid;max-width:16cm}.legend{max-height:none}.scroll{overflow:visible}

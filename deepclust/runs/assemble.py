@@ -1,5 +1,6 @@
 """The parts of a run, built from its resolved configuration: data, method, evaluator and trainer."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from deepclust.config.build import build, build_each
 from deepclust.config.values import resolve_to_dict
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.image_sources import ImageSet
-from deepclust.engine.batch_norm_groups import check_groups
-from deepclust.engine.devices import apply_hardware_options
+from deepclust.engine.batch_norm import check_groups
+from deepclust.engine.hardware_options import apply_hardware_options
 from deepclust.engine.lightning_settings import disable_lightning_requeue
 from deepclust.methods.base import ClusteringMethod
+from deepclust.runs.provenance import read_going_on
+
+SMALL_IMAGE_SIZE = 32  # pixels, for which backbone=conv_small is made
 
 
 def build_datamodule(cfg: DictConfig, images: ImageSet) -> ImageDataModule:
@@ -78,6 +82,7 @@ def build_evaluator(cfg: DictConfig, images: ImageSet) -> Evaluator:
 def build_trainer(cfg: DictConfig, folder: Path, evaluator: Evaluator) -> Trainer:
     """Build the trainer with the callbacks and loggers of the configuration."""
     available: dict[str, Any] = {"folder": folder, "evaluator": evaluator, "config": resolve_to_dict(cfg)}
+    available |= {"going_on": read_going_on(), "shorter_ways": describe_shorter_ways(cfg)}
     callbacks: list[Callback] = build_each(cfg.callbacks, available)
     trainer: Trainer = build(
         cfg.trainer,
@@ -87,3 +92,14 @@ def build_trainer(cfg: DictConfig, folder: Path, evaluator: Evaluator) -> Traine
     )
     disable_lightning_requeue(trainer)
     return trainer
+
+
+def describe_shorter_ways(cfg: DictConfig) -> str | None:
+    """Return what takes less time than this run, for people without a GPU; None where it is the small way already."""
+    ways = []
+    if cfg.names.backbone not in ("conv_small", "mlp", "identity") and cfg.dataset.image_size > SMALL_IMAGE_SIZE:
+        ways.append(f"backbone=conv_small dataset.image_size={SMALL_IMAGE_SIZE}")
+    if str(cfg.dataset.source.get("_target_")).endswith(".load_folder"):
+        path = shlex.quote(str(cfg.dataset.path))
+        ways.append(f"deepclust cluster images={path} num_clusters={cfg.dataset.num_clusters}, which takes minutes")
+    return ", or ".join(ways) or None

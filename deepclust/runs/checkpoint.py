@@ -12,25 +12,28 @@ from torch import Tensor
 
 from deepclust.callbacks.last_checkpoint import CHECKPOINT_FORMAT
 from deepclust.config.build import build
+from deepclust.datasets.image_decoding import Kept, StoredSize
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
-from deepclust.runs.folder import CHECKPOINT
+from deepclust.runs.folder import CHECKPOINT, HUB_CONFIG, HUB_WEIGHTS, check_holds_run
+from deepclust.runs.hub_form import is_in_hub_form, read_hub_form
 from deepclust.runs.trusted_targets import malformed_config_error, open_run_config, shorten, without_weight_sources
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
     """Load the last checkpoint of a run folder on the CPU: tensors, numbers and text, and never an object.
 
+    The folder may be one of `deepclust export format=hub`, too: it has the same entries but for those of training.
+
     Raises:
         InputError: if there is none, it is damaged, or another version of deepclust wrote it.
     """
     path = run / CHECKPOINT
-    if not path.is_file():
-        raise InputError(
-            f"{run} holds no {CHECKPOINT}" if not path.exists() else f"{path} is no file",
-            expected="the folder of a run",
-            do="check run=DIR",
-        )
+    if not path.exists() and is_in_hub_form(run):
+        shared_run = read_hub_form(run)
+        check_checkpoint_format(run / HUB_CONFIG, shared_run)
+        return shared_run
+    check_holds_run(run)
     try:
         with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
             is_damaged = file.testzip() is not None
@@ -41,6 +44,16 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
         raise damaged_checkpoint_error(path) from error
     if not isinstance(checkpoint, dict):
         raise damaged_checkpoint_error(path)
+    check_checkpoint_format(path, checkpoint)
+    return checkpoint
+
+
+def check_checkpoint_format(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another format.
+
+    Raises:
+        InputError: naming the file and both formats.
+    """
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
         raise InputError(
@@ -48,7 +61,6 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
             expected=f"a checkpoint of format {CHECKPOINT_FORMAT}",
             do="use the version that wrote it, or train again in another folder (hydra.run.dir=DIR)",
         )
-    return checkpoint
 
 
 def damaged_checkpoint_error(path: Path) -> InputError:
@@ -73,7 +85,7 @@ def load_finished_checkpoint(run: Path) -> dict[str, Any]:
     scale = checkpoint.get("kmeans_scale")
     is_scale = isinstance(scale, Tensor) and scale.numel() == 1
     if not is_scale or len(shapes["kmeans_centroids"]) != 2 or len({*shapes.values()}) != 1:
-        raise damaged_checkpoint_error(run / CHECKPOINT)
+        raise damaged_checkpoint_error(run / (CHECKPOINT if (run / CHECKPOINT).exists() else HUB_WEIGHTS))
     return checkpoint
 
 
@@ -107,11 +119,18 @@ def load_method(checkpoint: dict[str, Any], *, trust: Iterable[str] = ()) -> tup
     return cfg, method.eval()
 
 
-def stored_image_shape(run_cfg: DictConfig) -> tuple[int, int]:
-    """Return side in pixels and channels in which a run's own images are stored."""
+def stored_image_shape(run_cfg: DictConfig) -> tuple[StoredSize, int]:
+    """Return the short side in pixels, or "original", and the channels in which a run's own images are stored."""
     source = run_cfg.dataset.source
     image_size = source.get("image_size") or (source.get("make") or {}).get("image_size")
-    return image_size or run_cfg.dataset.image_size, run_cfg.dataset.channels
+    image_size = image_size or run_cfg.dataset.get("stored_size") or run_cfg.dataset.image_size
+    return image_size, run_cfg.dataset.channels
+
+
+def find_kept(run_cfg: DictConfig) -> Kept:
+    """Return whether a run's own images are stored whole, or their central squares."""
+    source = run_cfg.dataset.source
+    return source.get("keep") or (source.get("make") or {}).get("keep") or "central_squares"
 
 
 def compute_checksum(state: dict[str, Tensor]) -> str:

@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepclust.config.keys import iterate_entries
 from deepclust.engine import distributed
+from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint
-from deepclust.runs.folder import check_run_files
+from deepclust.runs.folder import check_holds_run, check_run_files
+from deepclust.runs.locate_run import locate_run
 from deepclust.runs.results import read_results
 from deepclust.runs.trusted_targets import list_targets, open_run_config, split_trust
 
@@ -32,7 +34,7 @@ def find_earlier_run(
         InputError: if `cfg.start` is no finished run.
     """
     if cfg.start is not None:
-        return describe_earlier_run(Path(cfg.start), trust=list_trusted(cfg))
+        return describe_earlier_run(locate_run(cfg.start), trust=list_trusted(cfg))
     if cfg.before is None:
         return None
     stage_folder = folder / "before"
@@ -41,10 +43,22 @@ def find_earlier_run(
         check_run_files(stage_folder)
         stage_cfg = configure_earlier_stage(cfg)
         log.info("first the stage before: %s in %s", stage_cfg.names.method, stage_folder)
-        with earlier_stage_keys_named(cfg):
+        warn_of_long_stage(cfg, stage_cfg)
+        with name_keys_of_earlier_stage(cfg):
             run_stage(stage_cfg, stage_folder)
         distributed.barrier()  # until the first process has written what is read next
     return describe_earlier_run(stage_folder, trust=list_trusted(cfg))
+
+
+def warn_of_long_stage(cfg: DictConfig, stage_cfg: DictConfig) -> None:
+    """Say that the number of epochs on the command line is not that of the stage before, where that one has more."""
+    overrides = cfg.get("overrides") or []
+    named = [override for override in overrides if override.lstrip("+").startswith("trainer.max_epochs=")]
+    if named and stage_cfg.trainer.max_epochs > cfg.trainer.max_epochs:
+        log.warning(
+            "%s is for the last stage alone: %s trains for %s, or for as many as before.trainer.max_epochs=N says",
+            *(named[0], stage_cfg.names.method, format_count(stage_cfg.trainer.max_epochs, "epoch")),
+        )
 
 
 def list_trusted(cfg: DictConfig) -> list[str]:
@@ -66,7 +80,7 @@ def configure_earlier_stage(cfg: DictConfig) -> DictConfig:
 
 
 @contextmanager
-def earlier_stage_keys_named(cfg: DictConfig) -> Iterator[None]:
+def name_keys_of_earlier_stage(cfg: DictConfig) -> Iterator[None]:
     """Let errors of the stage before a run name the keys as they stand in the configuration of the run.
 
     What stands at `before.batch_size` there is `batch_size` for the stage itself.
@@ -96,9 +110,9 @@ def describe_earlier_run(folder: Path, *, trust: Iterable[str] = ()) -> dict[str
         InputError: if `folder` holds no finished run, or one that names code that is not trusted (`open_run_config`):
             the method that starts from it may build that run's method as a part of its own.
     """
+    check_holds_run(folder, key="start")
     results = read_results(folder)
-    if results is None:
-        raise InputError(f"{folder} is no finished run", expected="a folder with results.json", do="set start=DIR")
+    assert results is not None
     checkpoint = load_checkpoint(folder)
     return {
         "run": str(folder),

@@ -14,6 +14,10 @@ CHECKPOINT = "checkpoints/last.ckpt"
 METRICS = "metrics.csv"
 REPORT = "report.html"
 ERROR = "error.txt"
+# of a run that was exported for the Hugging Face Hub; it has no checkpoint
+HUB_WEIGHTS = "model.safetensors"
+HUB_CONFIG = "config.json"
+HUB_CARD = "README.md"
 
 
 def check_run_files(folder: Path) -> None:
@@ -30,6 +34,26 @@ def check_run_files(folder: Path) -> None:
                 expected=f"nothing, or the {name} of a run",
                 do="remove or rename it, or set hydra.run.dir=DIR",
             )
+
+
+def check_holds_run(folder: Path, *, key: str = "run") -> None:
+    """Refuse a folder that holds no run, as the value of `key`; that of `start` must hold a finished one.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if key == "start":
+        if not (folder / RESULTS).exists():
+            raise InputError(f"{folder} is no finished run", expected="a folder with results.json", do="set start=DIR")
+        return
+    path = folder / CHECKPOINT
+    is_in_hub_form = not path.exists() and (folder / HUB_CONFIG).exists() and (folder / HUB_WEIGHTS).exists()
+    if not (path.is_file() or is_in_hub_form):
+        raise InputError(
+            f"{folder} holds no {CHECKPOINT}" if not path.exists() else f"{path} is no file",
+            expected="the folder of a run",
+            do=f"check {key}=DIR",
+        )
 
 
 class RunFolderInUse(InputError):

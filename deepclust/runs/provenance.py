@@ -1,5 +1,6 @@
-"""What made a run: the command line, the versions of the packages and the commit of the source tree."""
+"""What made a run: the command line, how it goes on, the versions of the packages and the commit of the source tree."""
 
+import os
 import platform
 import shlex
 import subprocess
@@ -18,6 +19,9 @@ PACKAGES = (
     "numpy",
     "scikit-learn",
 )  # that numbers depend on
+HIDDEN = "..."  # in place of values that may be keys and passwords
+# Holds what `describe_going_on` says, for the processes of the run, which know neither Hydra nor the calling program.
+GOING_ON = "DEEPCLUST_GOING_ON"
 
 
 def read_versions() -> dict[str, str]:
@@ -43,7 +47,35 @@ def read_command_line() -> str:
     return shlex.join([*Path(sys.argv[0]).name.split(), *arguments])  # argv[0] is "deepclust VERB"
 
 
+def describe_going_on(
+    verb: str, arguments: list[str], folder: Path, *, is_sweep: bool = False, is_from_python: bool = False
+) -> str:
+    """Return what to type, or to call, so that a run goes on that was stopped.
+
+    The command names the folder: without it, the same command would begin a new run in a folder of the day and time.
+
+    Args:
+        verb: of the command line, or the name of the function.
+        arguments: of the command line, as they were typed.
+        folder: of the run; of a sweep, that of all its runs.
+        is_sweep: whether there are several runs.
+        is_from_python: whether a Python program called.
+    """
+    place = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    if is_from_python:
+        return f"call deepclust.{verb} again with the same arguments and run_dir={place!r}"
+    key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+    given = [hide_environment_values(argument) for argument in arguments if not argument.startswith(f"{key}=")]
+    return shlex.join(["deepclust", verb, *given, f"{key}={place}"])
+
+
+def read_going_on() -> str | None:
+    """Return what the command that runs now has said of how to go on; None outside of commands."""
+    return os.environ.get(GOING_ON)
+
+
 def hide_environment_values(argument: str) -> str:
     """Return an argument without the values of `hydra.job.env_set`, which may be keys and passwords."""
     key, _, value = argument.partition("=")
-    return f"{key}=..." if value and key.lstrip("+~").startswith("hydra.job.env_set") else argument
+    is_of_environment = key.lstrip("+~").startswith("hydra") and "env_set" in argument
+    return f"{key}={HIDDEN}" if value and is_of_environment else argument

@@ -4,8 +4,9 @@ import copy
 import logging
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.dataset_checks import (
@@ -15,8 +16,12 @@ from deepclust.datasets.dataset_checks import (
     warn_of_offset,
 )
 from deepclust.datasets.image_sources import ImageSet
-from deepclust.engine.devices import count_devices
+from deepclust.engine.cpu_threads import choose_num_threads, describe_num_threads
+from deepclust.engine.devices import count_devices, select_device
+from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
+from deepclust.runs.batch_size import lower_batch_size
+from deepclust.runs.trusted_targets import read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +51,8 @@ def resolve_config(
     if earlier is not None:
         cfg.earlier = earlier
     cfg.hardware.devices = count_devices(cfg.hardware.accelerator, cfg.hardware.devices)
-    cfg.dataset.update(infer_dataset_values(cfg.dataset, images))
+    with open_dict(cfg.dataset):  # value_ranges need not be there
+        cfg.dataset.update(infer_dataset_values(cfg.dataset, images))
     if cfg.trainer.max_epochs:
         warn_of_offset(cfg.dataset, images)
     estimate = None
@@ -56,7 +62,32 @@ def resolve_config(
         cfg.dataset.num_clusters = estimate.require_several_clusters("dataset.num_clusters")
     check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
     check_processes_have_images(cfg, images)
+    lower_batch_size(cfg, len(images.fit))
     return cfg, estimate
+
+
+def resolve_num_threads(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> int:
+    """Fill in `hardware.threads` of a resolved configuration, say what was chosen, and return the number.
+
+    A run that goes on takes what it began with, for the number decides on the last bits of sums. With a GPU, or with
+    several processes, the threads are left as they are.
+    """
+    setting = cfg.hardware.get("threads", "auto")
+    num_processes = cfg.hardware.devices * cfg.hardware.num_nodes
+    num_threads = torch.get_num_threads()
+    if setting != "auto" or (num_processes == 1 and select_device(cfg.hardware.accelerator).type == "cpu"):
+        num_views = cfg.batch_size * len(cfg.view_names)
+        saved = {} if checkpoint is None else read_run_config(checkpoint).get("hardware") or {}
+        num_threads = choose_num_threads(
+            setting,
+            values_in_batch=num_views * cfg.dataset.channels * (cfg.dataset.image_size or 1) ** 2,
+            recorded=saved.get("threads") if isinstance(saved.get("threads"), int) else None,
+        )
+        if message := describe_num_threads(num_threads, setting):
+            log.info(message)
+    with open_dict(cfg.hardware):
+        cfg.hardware.threads = num_threads
+    return num_threads
 
 
 def check_processes_have_images(cfg: DictConfig, images: ImageSet) -> None:
@@ -69,7 +100,7 @@ def check_processes_have_images(cfg: DictConfig, images: ImageSet) -> None:
     num_images = min(len(images.fit), len(images.evaluation))
     if num_images < num_processes:
         raise InputError(
-            f"there are {num_images} images for {num_processes} processes",
+            f"there are only {format_count(num_images, 'image')} for {num_processes} processes",
             expected="an image for each process at least",
             do=f"set hardware.devices to {max(1, num_images // cfg.hardware.num_nodes)} or fewer",
         )

@@ -1,7 +1,6 @@
 """results.json: what a finished run was, scored and cost, and how it is put together, written and read."""
 
 import json
-import os
 import resource
 import sys
 from dataclasses import asdict
@@ -16,12 +15,11 @@ from deepclust.callbacks.evaluation import EvaluationResult
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.output_files import write_text
-from deepclust.errors import InputError
+from deepclust.engine.small_files import read_state
 from deepclust.runs.folder import ERROR, RESULTS
 from deepclust.runs.objective import compute_objective
 from deepclust.runs.provenance import read_command_line, read_commit, read_versions
 
-MAX_BYTES = 2**26  # of a results.json that is read; a real one has a few thousand
 METRICS = ("acc", "nmi", "ari")
 # What commands read of a results.json, and its type.
 REQUIRED_RESULTS: dict[str, type | tuple[type, ...]] = {
@@ -96,7 +94,12 @@ def count_batches_done(trainer: Trainer) -> int:
 
 def describe_estimate(estimate: ClusterNumberEstimate) -> dict[str, Any]:
     """Return what results.json says of an estimated number of clusters."""
-    return asdict(estimate) | {"message": estimate.summarize()}
+    return asdict(estimate) | {
+        "message": estimate.summarize(),
+        "is_sure": estimate.is_sure,
+        "candidates": [asdict(candidate) for candidate in estimate.candidates],
+        "doubt": estimate.describe_doubt(),
+    }
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -111,35 +114,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: if something else is in its place.
     """
-    path = folder / RESULTS
-    if not os.path.lexists(path):
-        return None
-    results: Any = None
-    try:
-        results = json.loads(read_small_file(path))
-        reason = check_results(results)
-    except (ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
-        reason = " ".join(str(error).split())
-    if reason is not None:
-        raise InputError(
-            f"{path} is not as deepclust wrote it: {reason}",
-            expected="the results of a finished run",
-            do="remove it and start the same command again, which computes it anew, or bring back a copy",
-        )
-    return results
-
-
-def read_small_file(path: Path) -> str:
-    """Return the text of a file.
-
-    Raises:
-        ValueError: if it is no regular file, no text, or larger than any results.json.
-    """
-    if not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError("it is no regular file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it has {path.stat().st_size:,} bytes")
-    return path.read_text(encoding="utf-8")
+    return read_state(folder / RESULTS, check_results, expected="the results of a finished run")
 
 
 def check_results(results: Any) -> str | None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from deepclust.config.override_values import format_override, format_value
+from deepclust.config.override_format import format_override, format_value
 from deepclust.errors import InputError
+from deepclust.runs.batch_size import fit_batch_size
 from deepclust.runs.trusted_targets import read_run_config, shorten
 
 MAX_LENGTH_OF_ADVICE = 120  # characters; the value of a longer one is not spelt out
@@ -18,7 +19,7 @@ RECIPE_KEYS = (
 # Where decoded images are kept, and the largest file that is read: num_images tells whether one was left out.
 FILE_KEYS = ("data_dir", "max_megapixels")
 # Arguments of the trainer that change nothing in what is learned, or are meant to change: a run may go on for longer.
-NOT_LEARNED = (
+TRAINER_KEYS_NOT_IN_RECIPE = (
     *("accelerator", "devices", "num_nodes", "strategy", "precision", "benchmark", "deterministic"),
     *("max_epochs", "max_steps", "max_time", "num_sanity_val_steps", "use_distributed_sampler", "log_every_n_steps"),
     *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger", "callbacks", "profiler"),
@@ -38,6 +39,8 @@ def fill_open_values(cfg: DictConfig, checkpoint: dict[str, Any]) -> DictConfig:
         for key in OPEN_DATASET_KEYS:
             if key in saved["dataset"] and cfg.dataset.get(key) in (None, "auto"):
                 cfg.dataset[key] = saved["dataset"][key]
+        if isinstance(saved["dataset"].get("num_images"), int):
+            cfg.batch_size = fit_batch_size(cfg, saved["dataset"]["num_images"])
         if cfg.trainer.get("max_steps") is not None:  # it has lowered max_epochs, over which schedules are stretched
             cfg.trainer.max_epochs = saved["trainer"]["max_epochs"]
         if cfg.earlier.sha256 is None:
@@ -52,18 +55,20 @@ def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> Non
         InputError: naming the first key that differs.
     """
     saved_config = read_run_config(checkpoint)
-    saved, current = nest_recipe(saved_config), nest_recipe(config)
-    for key, then, now in find_differences(saved, current):
-        cure = f"set {format_override(key, then)}"
+    saved, current = select_recipe(saved_config), select_recipe(config)
+    for key, saved_value, current_value in find_differences(saved, current):
+        advice = f"set {format_override(key, saved_value)}"
         if key.startswith("earlier"):
-            cure = "give the same start=DIR"
-        elif len(cure) > MAX_LENGTH_OF_ADVICE:
-            cure = f"give the same {key}"
-        was, has = (shorten(format_value(value)) for value in (then, now))
+            advice = "give the same start=DIR"
+        elif "sha256" in key:
+            advice = "hand over the network with the weights that it had when the run began"
+        elif len(advice) > MAX_LENGTH_OF_ADVICE:
+            advice = f"give the same {key}"
+        saved_text, current_text = (shorten(format_value(value)) for value in (saved_value, current_value))
         raise InputError(
-            f"the checkpoint in this folder was made with {key}={was}, this run has {has}",
+            f"the checkpoint in this folder was made with {key}={saved_text}, this run has {current_text}",
             expected="the same recipe when a run goes on",
-            do=f"{cure}, or start in another folder (hydra.run.dir=DIR)",
+            do=f"{advice}, or start in another folder (hydra.run.dir=DIR)",
         )
 
 
@@ -83,11 +88,13 @@ def find_differences(saved: Any, current: Any, prefix: str = "") -> Iterator[tup
         yield prefix, saved, current
 
 
-def nest_recipe(config: dict[str, Any]) -> dict[str, Any]:
+def select_recipe(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that decides on what is learned, as nested sections."""
     recipe = {name: config.get(name) for name in RECIPE_KEYS}
     recipe["earlier"] = {"sha256": config["earlier"].get("sha256")}  # wherever that run's folder lies by now
-    recipe["trainer"] = {name: value for name, value in config["trainer"].items() if name not in NOT_LEARNED}
+    recipe["trainer"] = {
+        name: value for name, value in config["trainer"].items() if name not in TRAINER_KEYS_NOT_IN_RECIPE
+    }
     recipe["hardware"] = {"precision": config["hardware"].get("precision")}
     dataset = without_file_keys(recipe["dataset"] or {})
     if isinstance(dataset.get("source"), dict):
@@ -101,10 +108,10 @@ def without_file_keys(section: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in FILE_KEYS}
 
 
-def extract_recipe(config: dict[str, Any]) -> dict[str, Any]:
+def flatten_recipe(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that decides on what is learned, by dotted key; lists are values."""
     return {
-        key: value for name, node in nest_recipe(config).items() for key, value in flatten_section(node, name).items()
+        key: value for name, node in select_recipe(config).items() for key, value in flatten_section(node, name).items()
     }
 
 

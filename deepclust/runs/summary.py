@@ -17,13 +17,14 @@ RULE_TITLES = {
 
 def print_summary(results: dict[str, Any], folder: Path) -> None:
     """Print the scores of a run and where its files are."""
-    table = Table(title=f"{results['method']} on {results['dataset']}, seed {results['seed']}", title_justify="left")
+    title = f"{results['method']} on {results['dataset']}, seed {results['seed']}; scores in percent"
+    table = Table(title=title, title_justify="left")
     for column in ("", "ACC", "NMI", "ARI"):
         table.add_column(column, justify="left" if not column else "right")
     scores_by_rule = {"pixels": results.get("baseline", {}).get("kmeans_on_pixels"), **results["scores"]}
     for rule, title in RULE_TITLES.items():
         if scores := scores_by_rule.get(rule):
-            table.add_row(title, *(f"{scores[metric]:.3f}" for metric in ("acc", "nmi", "ari")))
+            table.add_row(title, *(f"{100 * scores[metric]:.1f}" for metric in ("acc", "nmi", "ari")))
     console = Console()
     if table.row_count:
         console.print(table)
@@ -33,7 +34,7 @@ def print_summary(results: dict[str, Any], folder: Path) -> None:
     training_time += f", {earlier_seconds / 60:.1f} of them in earlier stages" if earlier_seconds else ""
     console.print(
         f"clusters: {results['num_clusters']}, {health['empty_clusters']:.0f} empty, "
-        f"evenness {health['cluster_size_entropy']:.3f} of 1; "
+        f"evenness {100 * health['cluster_size_entropy']:.1f} %; "
         + training_time
         + (f", {timing['images_per_second']:.0f} images/s" if results["steps"] else "")
     )

@@ -1,14 +1,15 @@
 """Arguments of the trainer that cut a run short: one is refused, another shortens the schedules of the run."""
 
+import copy
 import math
 
 from omegaconf import DictConfig
 
-from deepclust.engine.training_length import limit_batches
+from deepclust.engine.epoch_length import limit_batches
 from deepclust.errors import InputError
 
 
-def check_training_length(cfg: DictConfig) -> None:
+def refuse_fast_dev_run(cfg: DictConfig) -> None:
     """Check that the trainer is not asked for a trial that leaves no run behind.
 
     Raises:
@@ -22,15 +23,18 @@ def check_training_length(cfg: DictConfig) -> None:
         )
 
 
-def lower_max_epochs_to_max_steps(cfg: DictConfig, batches_per_epoch: int) -> None:
-    """Lower `trainer.max_epochs`, over which schedules are stretched, to the epochs that `trainer.max_steps` allows.
+def lower_max_epochs_to_max_steps(cfg: DictConfig, batches_per_epoch: int) -> DictConfig:
+    """Return the configuration with `trainer.max_epochs` lowered to the epochs that `trainer.max_steps` allows.
 
-    `batches_per_epoch` is their number without a limit of the trainer.
+    Schedules are stretched over `trainer.max_epochs`. `batches_per_epoch` is their number without a limit of the
+    trainer.
     """
     max_steps = cfg.trainer.get("max_steps")
     if max_steps is None or max_steps < 0:
-        return
+        return cfg
+    cfg = copy.deepcopy(cfg)
     limit = cfg.trainer.get("overfit_batches") or cfg.trainer.get("limit_train_batches")
     num_batches = batches_per_epoch if limit is None else limit_batches(batches_per_epoch, limit)
     steps_per_epoch = max(math.ceil(num_batches / (cfg.trainer.get("accumulate_grad_batches") or 1)), 1)
     cfg.trainer.max_epochs = min(cfg.trainer.max_epochs, math.ceil(max_steps / steps_per_epoch))
+    return cfg

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepclust.config import handed_over
 from deepclust.config.keys import iterate_entries
 from deepclust.config.targets import locate_target
 from deepclust.errors import InputError
@@ -24,8 +25,8 @@ TRUSTED_TARGETS = frozenset(
     {
         "deepclust.backbones.pretrained.timm_model",
         "deepclust.datasets.array_files.load_array_file",
-        "deepclust.datasets.conversion.from_class_folders",
-        "deepclust.datasets.conversion.from_torchvision",
+        "deepclust.datasets.one_time_conversion.from_class_folders",
+        "deepclust.datasets.one_time_conversion.from_torchvision",
         "deepclust.datasets.features.load_features",
         "deepclust.datasets.folder.load_folder",
         "deepclust.datasets.named_datasets.load_arrays",
@@ -34,6 +35,7 @@ TRUSTED_TARGETS = frozenset(
         "deepclust.datasets.named_datasets.load_embedded_digits",
         "statistics.median",
         "torch.optim.Adam",
+        "torch.optim.AdamW",
         "torch.optim.SGD",
     }
 )
@@ -151,7 +153,12 @@ def check_targets(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     Raises:
         InputError: naming the key.
     """
+    if missing := handed_over.list_missing(list_targets(config)):
+        names = config.get("names")
+        raise handed_over.missing_object_error(missing, names if isinstance(names, dict) else {})
     for key, target in iterate_targets(config):
+        if isinstance(target, str) and target.startswith(handed_over.PREFIX):
+            continue
         if isinstance(target, str) and (is_own_target(target) or is_trusted(target, key, trust)):
             continue
         package = str(target).partition(".")[0]

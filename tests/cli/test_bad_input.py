@@ -171,7 +171,9 @@ def test_predict_refuses_runs_that_it_cannot_use(tmp_path, train_small, monkeypa
     np.save(tmp_path / "train_features.npy", np.random.default_rng(0).normal(size=(60, 5)).astype("f4"))
     vectors = ["dataset=features", f"dataset.path={tmp_path}", "dataset.num_clusters=3", "report.map_points=0"]
     run(compose_train(*vectors, "method=kmeans", "hardware=cpu", "batch_size=20"), tmp_path)
-    assert "clusters vectors of 5 numbers" in run_refused(monkeypatch, capfd, "predict", f"run={tmp_path}", *arguments)
+    np.save(tmp_path / "others.npy", np.zeros((4, 7), "f4"))
+    arguments[0] = f"images={tmp_path}/others.npy"
+    assert "holds vectors of 7 numbers" in run_refused(monkeypatch, capfd, "predict", f"run={tmp_path}", *arguments)
     assert not list(tmp_path.glob("out.csv*"))
 
 

@@ -165,6 +165,20 @@ def test_interruption_is_not_an_error(toy_verb, capsys):
     assert not (toy_verb.folder / "run" / "error.txt").exists()
 
 
+def test_interruption_names_the_command_that_goes_on(toy_verb, monkeypatch, capsys):
+    def job(cfg):
+        (toy_verb.folder / "run/checkpoints").mkdir()
+        (toy_verb.folder / "run/checkpoints/last.ckpt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "RUN_FOLDER_VERBS", ("toy",))
+    monkeypatch.setattr("deepclust.runs.hydra_files.write_hydra_files", lambda *_, **__: None)
+    toy_verb.on_job = job
+    assert toy_verb.run("seed=4") == 130
+    message = "deepclust: interrupted; to go on: deepclust toy seed=4 hydra.run.dir=run\n"
+    assert capsys.readouterr().err == message
+
+
 def test_verb_without_a_run_folder_gets_no_error_file(toy_verb):
     toy_verb.on_job = fail_at_seed(0, USER_ERROR)
     assert toy_verb.run("hydra.output_subdir=null") == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepclust.clustering import neighbors
-from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
 from deepclust.errors import InputError
 
 METRICS = ("inner_product", "euclidean")
@@ -70,3 +70,12 @@ def test_impossible_requests_are_refused():
     rows[3, 0] = torch.nan
     with pytest.raises(InputError, match=r"\(3\)"):
         nearest_neighbors(rows, rows, 2, metric="euclidean", exclude=None)
+
+
+def test_mined_neighbours_are_each_row_and_its_nearest_others_by_cosine():
+    rows = make_rows(40)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    itself = torch.arange(40)
+    table = mine_neighbors(rows * torch.rand(40, 1, dtype=torch.float64).add(0.1), 5)
+    assert torch.equal(table[:, 0], itself)
+    assert torch.equal(table[:, 1:], slow_nearest_neighbors(unit, unit, 5, "inner_product", itself)[1])

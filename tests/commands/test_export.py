@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +13,21 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from deepclust.callbacks.last_checkpoint import CHECKPOINT_FORMAT
 from deepclust.clustering.assignment_rules import assign_by_own_rule, assign_to_centroids
 from deepclust.commands import export
-from deepclust.commands.export import Program, drop_unused_tensors, example_images, main, write_onnx, write_torchscript
+from deepclust.commands.export import main
+from deepclust.commands.export_examples import compose_example
+from deepclust.commands.export_formats import euclidean_distances, write_onnx, write_torchscript
+from deepclust.commands.export_program import Program, drop_unused_tensors, example_images
 from deepclust.commands.train import run
 from deepclust.config.build import build
 from deepclust.errors import InputError
 from tests.cli.test_bad_input import run_refused
-from tests.conftest import compose_train
+from tests.conftest import compose_train, compose_verb
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
@@ -86,9 +92,8 @@ json.dump(told, open(f"{folder}/told.json", "w"))
 """
 
 
-def make(*overrides: str) -> Path:
-    with initialize_config_module("deepclust.conf", version_base="1.3"):
-        return main(compose("export", overrides=list(overrides)))
+def export_run(*overrides: str) -> Path:
+    return main(compose_verb("export", *overrides))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_a_stranger_gets_the_assignments_of_the_run(name, rule, tmp_path):
     small = ["hardware=cpu", "trainer.max_epochs=1", "report.map_points=60"]
     results = run(compose_train(f"method={name}", *small), tmp_path)
     for form in FORMATS:
-        make(f"run={tmp_path}", f"format={form}", f"output={tmp_path}/run.{form}")
+        export_run(f"run={tmp_path}", f"format={form}", f"output={tmp_path}/run.{form}")
     np.save(tmp_path / "images.npy", np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[:, None])
     done = subprocess.run([sys.executable, "-I", "-c", STRANGER, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -120,7 +125,7 @@ def test_a_stranger_gets_the_assignments_of_the_run(name, rule, tmp_path):
         assert told[form]["method"] == name and told[form]["num_clusters"] == results["num_clusters"] == 10
 
 
-def untrained(*overrides: str, height: int, width: int):
+def make_untrained_program(*overrides: str, height: int, width: int):
     """A program with random weights, an example, and other images with what the package makes of them."""
     cfg = compose_train("dataset.num_images=50", *overrides)
     if cfg.before is not None:
@@ -158,12 +163,12 @@ def assert_repeats(write, program, example, images, expected, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_as_torchscript(name, tmp_path):
-    made = untrained("dataset=digits", f"method={name}", height=8, width=8)
+    made = make_untrained_program("dataset=digits", f"method={name}", height=8, width=8)
     assert_repeats(write_torchscript, *made, tmp_path)
 
 
 def test_a_rule_that_is_not_ready_gives_way_to_k_means_as_onnx(tmp_path):
-    program, *made = untrained("dataset=digits", "method=lnscc", height=8, width=8)  # no centres are set
+    program, *made = make_untrained_program("dataset=digits", "method=lnscc", height=8, width=8)  # no centres are set
     assert "kmeans_centroids" in program.state_dict()
     assert_repeats(write_onnx, program, *made, tmp_path)
 
@@ -171,21 +176,21 @@ def test_a_rule_that_is_not_ready_gives_way_to_k_means_as_onnx(tmp_path):
 @pytest.mark.parametrize("write", [write_torchscript, write_onnx])
 def test_colour_images_of_another_shape_and_the_best_of_several_heads(write, tmp_path):
     sizes = ["dataset=cifar10", "backbone=conv_small", "dataset.image_size=20", "method.num_heads=3"]
-    made = untrained("method=scan", *sizes, "views=byol", "view_names=[first]", height=41, width=48)
+    made = make_untrained_program("method=scan", *sizes, "views=byol", "view_names=[first]", height=41, width=48)
     assert any("heads.1." in key for key in made[0].state_dict())
     assert_repeats(write, *made, tmp_path)
 
 
 def test_a_run_on_vectors_takes_vectors(tmp_path):
     vectors = ["dataset=features", "dataset.path=none", "dataset.channels=7", "dataset.num_clusters=3"]
-    program, example, images, expected = untrained(*vectors, "method=kmeans", height=1, width=1)
+    program, example, images, expected = make_untrained_program(*vectors, "method=kmeans", height=1, width=1)
     assert images.dtype == torch.float32 and images.shape == (5, 7, 1, 1)
     assert torch.equal(expected[2], images.flatten(1))
     assert_repeats(write_torchscript, program, example, images, expected, tmp_path)
 
 
 def test_nothing_is_kept_that_no_result_hangs_on():
-    program, *_ = untrained("dataset=digits", "method=propos", height=8, width=8)
+    program, *_ = make_untrained_program("dataset=digits", "method=propos", height=8, width=8)
     kept = {key.split(".")[1] for key in program.state_dict() if key.startswith("method.")}
     assert kept == {"target", "pseudo_labels"}
     assert "method.pseudo_labels.assignments" not in program.state_dict()
@@ -194,19 +199,127 @@ def test_nothing_is_kept_that_no_result_hangs_on():
 def test_distances_far_from_the_origin():
     rows, others = torch.randn(6, 5) + 1000, torch.randn(4, 5) + 1000
     expected = torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(export.euclidean_distances(rows, others), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(euclidean_distances(rows, others), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(NotImplementedError):
-        export.euclidean_distances(rows, others, p=1.0)
+        euclidean_distances(rows, others, p=1.0)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    run(compose_train("method=kmeans", "hardware=cpu", "report.map_points=0"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_example_beside_the_file_runs_as_it_stands(form, small_run, tmp_path, capsys):
+    output = tmp_path / "new" / "it's \u00e4 model"
+    export_run(f"run={small_run}", f"format={form}", f"output='{str(output).replace(chr(39), chr(92) + chr(39))}'")
+    example = output.with_name(output.name + ".example.py")
+    assert sorted(path.name for path in output.parent.iterdir()) == sorted([output.name, example.name])
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0].startswith(f"{form}, ") and lines[0].endswith(str(output))
+    shown = "in: images uint8 (N, 1, 8, 8); 0 to 255, not normalised; floats are refused; channels: grey; other sizes: "
+    assert lines[1].startswith(shown)
+    assert lines[2].startswith("out: clusters int64 (N) from 0 to 9, confidence float32 (N) from 0 to 1, features ")
+    assert lines[3] == f"how to load it: {example}"
+
+    picture = tmp_path / "wide.png"
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(picture)
+    moved = output.parent.rename(tmp_path / "moved")  # the example finds the file where both are
+    no_deepclust = "import runpy, sys; sys.modules['deepclust'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0])"
+    for pictures in ([], [str(picture)]):
+        command = [sys.executable, "-I", "-c", no_deepclust, str(moved / example.name), *pictures]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "kmeans" in done.stdout
+        if form != "safetensors":
+            assert len(re.findall(r"cluster \d with confidence [01]\.\d{3}", done.stdout)) == (1 if pictures else 3)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_have_ordinary_modes(form, umask, mode, small_run, tmp_path):
+    before = os.umask(umask)
+    try:
+        export_run(f"run={small_run}", f"format={form}", f"output={tmp_path}/run.{form}")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+
+
+def test_nothing_lies_beside_an_output_that_is_no_file(small_run, tmp_path, capfd):
+    export_run(f"run={small_run}", "format=safetensors", "output=/dev/null")
+    assert "how to load" not in capfd.readouterr().out and not Path("/dev/null.example.py").exists()
+    longest = tmp_path / ("n" * 255)
+    export_run(f"run={small_run}", "format=safetensors", f"output={longest}")
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "m.pt.example.py").mkdir()
+    with pytest.raises(InputError, match=r"example\.py is a folder"):
+        export_run(f"run={small_run}", "format=safetensors", f"output={tmp_path}/m.pt")
+    assert not (tmp_path / "m.pt").exists()
+
+
+@pytest.mark.parametrize("write", [write_torchscript, write_onnx])
+def test_what_a_program_would_misread_is_refused(write, tmp_path):
+    program, example, images, _ = make_untrained_program("dataset=digits", "method=cc", height=8, width=8)
+    write(program, example, {}, tmp_path / "program")
+    if write is write_torchscript:
+        call = torch.jit.load(tmp_path / "program")
+    else:
+        session = onnxruntime.InferenceSession(tmp_path / "program")
+        call = lambda batch: session.run(None, {"images": batch.numpy()})  # noqa: E731
+    assert len(call(images)[0]) == len(images)
+    wrong = {
+        "floats of 0 to 1": images / 255,
+        "floats of 0 to 255": images.float(),
+        "half": images.half(),
+        "64 bits": images.long(),
+        "one image": images[0],
+        "channels last": images.permute(0, 2, 3, 1),
+        "three channels": images.repeat(1, 3, 1, 1),
+        "another size": images.repeat(1, 1, 2, 2),
+    }
+    for name, batch in wrong.items():
+        with pytest.raises(Exception) as error:  # onnxruntime has many kinds
+            call(batch)
+        if write is write_torchscript:
+            assert "expected uint8, from 0 to 255 and not normalised, of the shape (N, 1, 8, 8)" in str(error.value), (
+                name
+            )
+
+
+def test_a_program_for_vectors_takes_floats_only(tmp_path):
+    vectors = ["dataset=features", "dataset.path=none", "dataset.channels=7", "dataset.num_clusters=3"]
+    program, example, images, _ = make_untrained_program(*vectors, "method=kmeans", height=1, width=1)
+    write_torchscript(program, example, {}, tmp_path / "program")
+    call = torch.jit.load(tmp_path / "program")
+    assert len(call(images)[0]) == 5
+    for batch in (images.to(torch.uint8), images[:, :6], images.flatten(1)):
+        with pytest.raises(torch.jit.Error, match=r"expected floats of the shape \(N, 7, 1, 1\)"):
+            call(batch)
+
+
+def test_example_for_vectors_runs(tmp_path):
+    vectors = ["dataset=features", "dataset.path=none", "dataset.channels=7", "dataset.num_clusters=3"]
+    program, example, _, _ = make_untrained_program(*vectors, "method=kmeans", height=1, width=1)
+    taken = {"dtype": "float32", "shape": ["N", 7, 1, 1]}
+    write_torchscript(program, example, {"input": taken, "method": "kmeans"}, tmp_path / "run.pt")
+    (tmp_path / "example.py").write_text(compose_example("torchscript", tmp_path / "run.pt"))
+    np.save(tmp_path / "new.npy", np.zeros((4, 7)))
+    command = [sys.executable, "-I", str(tmp_path / "example.py"), str(tmp_path / "new.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("cluster ") == 4, done.stderr
 
 
 def test_refusals(tmp_path, monkeypatch, capfd):
     where = [f"run={tmp_path}", f"output={tmp_path}/out"]
-    assert "safetensors" in run_refused(monkeypatch, capfd, "export", *where, "format=pickle")
     assert "last.ckpt" in run_refused(monkeypatch, capfd, "export", *where, "format=onnx")
-    monkeypatch.setitem(export.REQUIRED_PACKAGES, "onnx", ("no_such_package",))
-    assert "pip install no_such_package" in run_refused(monkeypatch, capfd, "export", *where, "format=onnx")
     (tmp_path / "checkpoints").mkdir()
     torch.save({"format": CHECKPOINT_FORMAT}, tmp_path / "checkpoints/last.ckpt")
+    assert "safetensors" in run_refused(monkeypatch, capfd, "export", *where, "format=pickle")
+    monkeypatch.setitem(export.REQUIRED_PACKAGES, "onnx", ("no_such_package",))
+    assert "pip install no_such_package" in run_refused(monkeypatch, capfd, "export", *where, "format=onnx")
     assert "finished" in run_refused(monkeypatch, capfd, "export", *where, "format=torchscript")
     assert not (tmp_path / "out").exists()
 

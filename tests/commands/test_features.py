@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from deepclust.commands.features import MADE_BY, main
 from deepclust.commands.train import run
@@ -14,23 +13,22 @@ from deepclust.datasets.features import load_features
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.views.multiview import MultiView
-from tests.conftest import compose_train
+from tests.conftest import compose_train, compose_verb
 from tests.test_configurations import list_options
 
 
-def make(*overrides):
-    with initialize_config_module("deepclust.conf", version_base="1.3"):
-        return main(compose("features", overrides=["accelerator=cpu", *overrides]))
+def make_features(*overrides):
+    return main(compose_verb("features", "accelerator=cpu", *overrides))
 
 
 @pytest.fixture
-def pixels(tmp_path):
-    return make("dataset=digits", "backbone=identity", f"output={tmp_path}/pixels")
+def pixel_features(tmp_path):
+    return make_features("dataset=digits", "backbone=identity", f"output={tmp_path}/pixels")
 
 
 def test_features_of_a_run_are_its_own(train_small, tmp_path):
     _, folder = train_small()
-    images = load_features(path=str(make(f"run={folder}", f"output={tmp_path}/kept")), num_classes=10)
+    images = load_features(path=str(make_features(f"run={folder}", f"output={tmp_path}/kept")), num_classes=10)
     _, method = load_method(load_checkpoint(folder))
     assert len(images.fit) == 1797 and len(images.labels) == 1797 and len(images.class_names) == 10
     assert images.pictures.shape == (8, 8, 1)
@@ -42,26 +40,26 @@ def test_features_of_a_run_are_its_own(train_small, tmp_path):
 
 def test_are_made_once_and_anew_for_other_weights(tmp_path, capsys):
     network = ["dataset=digits", "backbone=conv_small", f"output={tmp_path}/kept"]
-    folder = make(*network)
+    folder = make_features(*network)
     written = (folder / "train_features.npy").stat().st_mtime_ns
     key = json.loads((folder / MADE_BY).read_text())["sha256"]
-    assert make(*network) == folder and "there already" in capsys.readouterr().out
+    assert make_features(*network) == folder and "there already" in capsys.readouterr().out
     assert (folder / "train_features.npy").stat().st_mtime_ns == written
     (folder / "test_labels.npy").write_bytes(b"of other images")
-    make(*network, "seed=1")
+    make_features(*network, "seed=1")
     assert not (folder / "test_labels.npy").exists() and (folder / "train_labels.npy").is_file()
     assert json.loads((folder / MADE_BY).read_text())["sha256"] != key
 
 
-def test_half_a_folder_is_made_anew(pixels, capsys):
-    (pixels / MADE_BY).unlink()
-    make("dataset=digits", "backbone=identity", f"output={pixels}")
-    assert "there already" not in capsys.readouterr().out and (pixels / MADE_BY).is_file()
+def test_half_a_folder_is_made_anew(pixel_features, capsys):
+    (pixel_features / MADE_BY).unlink()
+    make_features("dataset=digits", "backbone=identity", f"output={pixel_features}")
+    assert "there already" not in capsys.readouterr().out and (pixel_features / MADE_BY).is_file()
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_k_means_on_kept_pixels_is_k_means_on_pixels(pixels, tmp_path, metric):
-    overrides = ["dataset=features", f"dataset.path={pixels}", "method=kmeans", f"method.metric={metric}"]
+def test_k_means_on_kept_pixels_is_k_means_on_pixels(pixel_features, tmp_path, metric):
+    overrides = ["dataset=features", f"dataset.path={pixel_features}", "method=kmeans", f"method.metric={metric}"]
     results = run(compose_train(*overrides, "hardware=cpu"), tmp_path)
     own = results["scores"]["method"]
     assert results["dataset"] == "pixels" and results["epochs"] == 0 and own["acc"] > 0.7
@@ -71,8 +69,8 @@ def test_k_means_on_kept_pixels_is_k_means_on_pixels(pixels, tmp_path, metric):
 
 
 @pytest.mark.parametrize("method", ["cc", "scan"])
-def test_head_methods_run_on_vectors(pixels, tmp_path, method):
-    cfg = compose_train(f"method={method}", "dataset=features", f"dataset.path={pixels}", "hardware=cpu")
+def test_head_methods_run_on_vectors(pixel_features, tmp_path, method):
+    cfg = compose_train(f"method={method}", "dataset=features", f"dataset.path={pixel_features}", "hardware=cpu")
     stage = cfg
     while stage is not None:
         stage.trainer.max_epochs = 1
@@ -83,8 +81,7 @@ def test_head_methods_run_on_vectors(pixels, tmp_path, method):
 @pytest.mark.parametrize("dataset", list_options("dataset"))
 def test_every_data_set_has_a_clean_view(dataset):
     path = ["dataset.path=DIR"] if dataset in ("arrays", "features", "folder") else []
-    with initialize_config_module("deepclust.conf", version_base="1.3"):
-        cfg = compose("features", overrides=[f"dataset={dataset}", "backbone=identity", *path])
+    cfg = compose_verb("features", f"dataset={dataset}", "backbone=identity", *path)
     cfg.dataset.image_size = cfg.dataset.image_size or 8
     views = MultiView(pipelines=build(cfg.views), names=[], mean=None, std=None)
     size = cfg.dataset.image_size
@@ -93,13 +90,15 @@ def test_every_data_set_has_a_clean_view(dataset):
 
 def test_of_an_array_file_and_a_network(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((20, 8, 8), np.uint8))
-    folder = make("dataset=arrays", f"dataset.path={tmp_path}/a.npy", "backbone=conv_small", f"output={tmp_path}/kept")
+    folder = make_features(
+        "dataset=arrays", f"dataset.path={tmp_path}/a.npy", "backbone=conv_small", f"output={tmp_path}/kept"
+    )
     assert len(np.load(folder / "train_features.npy")) == 20
 
 
 def test_says_what_is_missing():
     with pytest.raises(InputError, match="neither a run nor"):
-        make()
+        make_features()
 
 
 def test_number_of_clusters_told_from_the_features(tmp_path):

@@ -8,7 +8,7 @@ from tests.comparison.run_folders import write_example_runs
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Path:
+def example_runs(tmp_path: Path) -> Path:
     """A folder with the example runs."""
     write_example_runs(tmp_path)
     return tmp_path

@@ -29,13 +29,13 @@ def test_the_searched_folder_may_be_the_run(tmp_path: Path) -> None:
     assert compare(tmp_path / "run").rows[0].seeds == 1
 
 
-def test_unfinished_runs_are_listed_with_the_reason(runs: Path) -> None:
-    write_run(runs / "newer", format=2)
-    write_run(runs / "partial")
-    (runs / "partial" / "results.json").write_text('{"format": 1, "meth')
-    write_run(runs / "older")
-    (runs / "older" / "results.json").write_text('{"format": 1, "method": "cc"}')
-    left_out = dict(compare(runs).left_out)
+def test_unfinished_runs_are_listed_with_the_reason(example_runs: Path) -> None:
+    write_run(example_runs / "newer", format=2)
+    write_run(example_runs / "partial")
+    (example_runs / "partial" / "results.json").write_text('{"format": 1, "meth')
+    write_run(example_runs / "older")
+    (example_runs / "older" / "results.json").write_text('{"format": 1, "method": "cc"}')
+    left_out = dict(compare(example_runs).left_out)
     assert set(left_out) == {"failed", "newer", "older", "partial", "stopped"}
     assert left_out["stopped"] == "unfinished: no results.json"
     assert left_out["failed"] == (

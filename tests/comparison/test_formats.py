@@ -8,8 +8,8 @@ from deepclust.comparison.formats import to_csv, to_latex, to_markdown, to_text
 from tests.comparison.run_folders import PUBLISHED, compare, write_run
 
 
-def test_csv_parses_back(runs: Path) -> None:
-    comparison = compare(runs, published=PUBLISHED)
+def test_csv_parses_back(example_runs: Path) -> None:
+    comparison = compare(example_runs, published=PUBLISHED)
     lines = list(csv.DictReader(io.StringIO(to_csv(comparison))))
     assert len(lines) == len(comparison.rows)
     for line, row in zip(lines, comparison.rows, strict=True):
@@ -21,9 +21,9 @@ def test_csv_parses_back(runs: Path) -> None:
             assert line[f"{metric}_spread"] == ("" if spread is None else str(spread))
 
 
-def test_markdown_parses_back(runs: Path) -> None:
-    write_run(runs / "odd", overrides=["a='x|y'"], seed=5)
-    text = to_markdown(compare(runs, published=PUBLISHED))
+def test_markdown_parses_back(example_runs: Path) -> None:
+    write_run(example_runs / "odd", overrides=["a='x|y'"], seed=5)
+    text = to_markdown(compare(example_runs, published=PUBLISHED))
     table, notes = text.split("\n\n")
     lines = [[cell.strip() for cell in line.replace(r"\|", "¦").strip("|").split("|")] for line in table.splitlines()]
     assert len({len(line) for line in lines}) == 1
@@ -48,21 +48,23 @@ def test_runs_without_labels_have_a_row_without_scores(tmp_path: Path) -> None:
     assert "no scores" in to_markdown(comparison)
 
 
-def test_the_paired_test_is_explained_where_there_is_one(runs: Path) -> None:
-    assert "paired t-test" in to_markdown(compare(runs))
-    assert "paired t-test" not in to_markdown(compare(runs / "outputs"))  # one row has nothing to be tested against
+def test_the_paired_test_is_explained_where_there_is_one(example_runs: Path) -> None:
+    assert "paired t-test" in to_markdown(compare(example_runs))
+    assert "paired t-test" not in to_markdown(
+        compare(example_runs / "outputs")
+    )  # one row has nothing to be tested against
 
 
-def test_text_shows_every_cell_and_markup_as_it_is(runs: Path) -> None:
-    write_run(runs / "odd", overrides=["views=[bold]"], seed=5)
-    text = to_text(compare(runs, published=PUBLISHED))
+def test_text_shows_every_cell_and_markup_as_it_is(example_runs: Path) -> None:
+    write_run(example_runs / "odd", overrides=["views=[bold]"], seed=5)
+    text = to_text(compare(example_runs, published=PUBLISHED))
     for part in ("85.0 ± 5.0", "published, merged [1]", "[1] the paper", "views=[bold]", "out of memory"):
         assert part in text
 
 
-def test_latex_escapes_and_balances(runs: Path) -> None:
-    write_run(runs / "odd", overrides=["a_b=50%"], seed=5)
-    text = to_latex(compare(runs, published=PUBLISHED))
+def test_latex_escapes_and_balances(example_runs: Path) -> None:
+    write_run(example_runs / "odd", overrides=["a_b=50%"], seed=5)
+    text = to_latex(compare(example_runs, published=PUBLISHED))
     assert r"a\_b=50\%" in text and r"\textbf{85.0 $\pm$ 5.0}" in text
     body = text[text.index("Data set") : text.index(r"\bottomrule")]
     lines = body.replace("\\toprule\n", "").replace("\\midrule\n", "").splitlines()

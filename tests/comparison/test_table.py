@@ -10,8 +10,8 @@ from deepclust.errors import InputError
 from tests.comparison.run_folders import PUBLISHED, compare, write_run
 
 
-def test_means_and_spreads_are_exact(runs: Path) -> None:
-    rows = compare(runs, published=PUBLISHED).rows
+def test_means_and_spreads_are_exact(example_runs: Path) -> None:
+    rows = compare(example_runs, published=PUBLISHED).rows
     assert [(row.method, row.rule, row.seeds) for row in rows] == [
         ("cc", "method", 3),
         ("cc", "k-means", 3),
@@ -27,8 +27,8 @@ def test_means_and_spreads_are_exact(runs: Path) -> None:
     assert by_method.best == {"acc", "nmi", "ari"} and not rows[1].best and not rows[3].best
 
 
-def test_published_figures_stand_beside_the_same_method_and_data_set(runs: Path) -> None:
-    (row,) = (row for row in compare(runs, published=PUBLISHED).rows if row.rule == "published")
+def test_published_figures_stand_beside_the_same_method_and_data_set(example_runs: Path) -> None:
+    (row,) = (row for row in compare(example_runs, published=PUBLISHED).rows if row.rule == "published")
     assert row == Row(
         dataset="digits",
         method="cc",
@@ -113,8 +113,8 @@ def test_paired_test_is_scipys_over_common_seeds(tmp_path: Path) -> None:
     assert rows["drc"].p_value == pytest.approx(expected) and rows["propos"].p_value is None
 
 
-def test_runs_are_compared_to_published_figures_with_a_spread(runs: Path) -> None:
-    sentences = compare_to_published(compare(runs, published=PUBLISHED).rows)
+def test_runs_are_compared_to_published_figures_with_a_spread(example_runs: Path) -> None:
+    sentences = compare_to_published(compare(example_runs, published=PUBLISHED).rows)
     assert sentences[0].startswith("digits, cc by method: ACC 85.0 ± 5.0 is above the published 79.0 ± 4.0")
     assert "cc by k-means: ACC 40.0 ± 0.0 is below" in sentences[1]
     assert len(sentences) == 2  # NMI was published without a spread

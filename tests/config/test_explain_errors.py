@@ -2,6 +2,8 @@
 
 import pytest
 
+from deepclust.config.explain_errors import check_chosen_options
+
 
 @pytest.mark.parametrize(
     ("arguments", "what", "do"),
@@ -105,3 +107,13 @@ def test_warnings_while_composing_are_not_lost(toy_verb, capsys):
     with pytest.warns(UserWarning, match="path=nowhere is not available"):  # outside of tests, on standard error
         assert toy_verb.run("hydra.searchpath=[nowhere]", "--cfg", "job") == 0
     assert capsys.readouterr().out.startswith("seed: 0\n")
+
+
+def test_a_sweep_need_not_be_a_list_of_values():
+    searched = [
+        "method.optimizer.lr=interval(1e-4,1e-2)",
+        "seed=tag(log,interval(1,9))",
+        "method=glob(*)",
+        "seed=range(3)",
+    ]
+    check_chosen_options(command="deepclust train", config_name="train", config_dir=None, overrides=searched)

@@ -32,7 +32,7 @@ def test_every_number_and_boolean_has_a_type(path):
     group = path.parent.name
     content = OmegaConf.to_container(OmegaConf.load(path)) or {}
     content = content if group == "conf" or "# @package _global_" in path.read_text() else {group: content}
-    keys = {re.sub(r"^((before|network)\.)+", "", key) for key in list_plain_numbers(content)}
+    keys = {re.sub(r"^((before|own_network)\.)+", "", key) for key in list_plain_numbers(content)}
     # What a method's file sets in a section whose _target_ stands elsewhere is checked there.
     keys = {key for key in keys if not key.startswith(("method.", "backbone.", "callbacks.", "logger.", "views."))}
     assert keys <= TYPES.keys() | {f"trainer.{name}" for name in TRAINER_ARGUMENTS}
@@ -46,9 +46,9 @@ def refuse(values: dict) -> InputError:
 
 def test_whole_numbers_may_be_null_or_zero_epochs():
     check_plain_values(
-        {"seed": -1, "batch_size": 1, "trainer": {"max_epochs": 0}, "network": {"trainer": {"max_epochs": None}}}
+        {"seed": -1, "batch_size": 1, "trainer": {"max_epochs": 0}, "own_network": {"trainer": {"max_epochs": None}}}
     )
-    assert refuse({"network": {"batch_size": True}}).what == "network.batch_size is True"
+    assert refuse({"own_network": {"batch_size": True}}).what == "own_network.batch_size is True"
 
 
 @pytest.mark.parametrize(

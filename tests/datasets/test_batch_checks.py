@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from deepclust.datasets.batch_checks import check_batch_statistics
-from deepclust.engine.distributed import synchronise_batch_norm
+from deepclust.engine.batch_norm import synchronise_batch_norm
 from deepclust.errors import InputError
 
 PLAIN = nn.Sequential(nn.Linear(2, 2))

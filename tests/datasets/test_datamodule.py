@@ -41,6 +41,14 @@ def test_without_drop_last_an_epoch_holds_every_image_once(images, expected):
         assert sorted(np.concatenate(batches).tolist()) == list(range(images))
 
 
+def test_without_shuffle_images_keep_their_order():
+    data = make_datamodule(34, 16, drop_last=False)
+    for epoch in range(2):
+        assert np.concatenate(data.draw_epoch_batches(epoch, None, shuffle=False)).tolist() == list(range(34))
+        batches = [indices for indices, _, _ in data.list_epoch_batches(epoch, None, shuffle=False)]
+        assert [len(b) for b in batches] == [16, 16, 2] and np.concatenate(batches).tolist() == list(range(34))
+
+
 @pytest.mark.parametrize(("images", "expected"), [(128, 1), (143, 1), (144, 2), (50_000, 391), (105_000, 821)])
 def test_a_rest_below_an_eighth_of_a_batch_is_not_a_batch(images, expected):
     assert make_datamodule(images, 128, drop_last=False).batches_per_epoch == expected

@@ -5,9 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
 
-from deepclust.datasets.image_decoding import UnreadableImage, decode_image, decode_in_chunks, find_image_files
+from deepclust.datasets.image_decoding import (
+    UnreadableImage,
+    convert_images,
+    decode_image,
+    decode_in_chunks,
+    find_image_files,
+)
+from deepclust.errors import InputError
 
 RED, BLUE = (220, 30, 40), (20, 60, 200)
 
@@ -244,3 +254,40 @@ def test_links_are_followed_but_not_in_a_loop(tmp_path: Path):
     os.mkfifo(inside / "pipe.png")
     names = [name for name, _, _ in find_image_files(inside)[0]]
     assert names == ["a.png", "gone.png", "other/c.png", "sub/b.png", "z.png"]
+
+
+# Whole images -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height", "expected"), [(40, 30, (15, 20)), (30, 41, (20, 15)), (90, 17, (15, 79))])
+def test_whole_images_keep_their_proportions(tmp_path: Path, width, height, expected):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    whole = decode_image(tmp_path / "a.png", image_size=15, channels=3, keep="whole_images")
+    assert whole.shape == (*expected, 3)
+    as_tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    resized = TF.resize(as_tensor, [15], InterpolationMode.BILINEAR, antialias=True).permute(1, 2, 0)
+    assert np.abs(whole.astype(int) - resized.numpy()).max() <= 1, "as torchvision resizes the short side"
+    own = decode_image(tmp_path / "a.png", image_size="original", channels=3, keep="whole_images")
+    assert np.array_equal(own, pixels)
+    converted = convert_images(pixels[None], image_size=15, channels=3, keep="whole_images")
+    assert np.array_equal(converted[0], whole)
+
+
+def test_whole_images_are_turned_upright(tmp_path: Path):
+    upright = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored image has to be turned to the right
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.png", exif=exif)
+    whole = decode_image(tmp_path / "a.png", image_size="original", channels=3, keep="whole_images")
+    assert np.array_equal(whole, upright)
+
+
+def test_large_jpegs_are_whole_too(tmp_path: Path):
+    Image.new("RGB", (1600, 1200), RED).save(tmp_path / "a.jpg")
+    ((paths, images, unreadable),) = decode_in_chunks(
+        [str(tmp_path / "a.jpg"), str(tmp_path / "missing.jpg")], image_size=60, channels=3, keep="whole_images"
+    )
+    assert len(paths) == len(images) == 1 and images[0].shape == (60, 80, 3) and len(unreadable) == 1
+    with pytest.raises(InputError, match=r"dataset\.keep=whole_images"):
+        decode_in_chunks([], image_size="original", channels=3).__next__()

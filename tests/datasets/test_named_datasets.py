@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from deepclust.datasets.conversion import from_torchvision
 from deepclust.datasets.image_sources import ArraySource, FileSource, ImageSource
 from deepclust.datasets.named_datasets import (
     SUPERCLASSES,
@@ -19,6 +18,7 @@ from deepclust.datasets.named_datasets import (
     load_class_folders,
     load_embedded_digits,
 )
+from deepclust.datasets.one_time_conversion import from_torchvision
 from deepclust.errors import InputError
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
@@ -336,6 +336,8 @@ def test_configurations_have_the_same_keys(name: str, tmp_path: Path):
         "value_ranges",
         "max_megapixels",
         "standardize",
+        "keep",
+        "stored_size",
     }
     assert dataset.num_images is None
     if name != "features":
@@ -349,7 +351,7 @@ def test_configurations_have_the_same_keys(name: str, tmp_path: Path):
 def test_configurations_load_arrays(name: str, tmp_path: Path):
     config = dataset_config(name, tmp_path)
     dataset = config.dataset
-    write_arrays(tmp_path / name, size=8, channels=dataset.channels, classes=dataset.num_classes)
+    write_arrays(Path(dataset.source.folder), size=8, channels=dataset.channels, classes=dataset.num_classes)
     data = instantiate(dataset.source)
     merged = dataset.source.fit == ["train", "test"]
     assert len(data.fit) == (11 if merged else 7) and data.evaluation is data.fit

@@ -71,6 +71,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, order):
         assert losses_of_one == pytest.approx(losses_of_two, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_sweep_has_its_own_jobs_parameters(tmp_path):
     rates = ("0.01", "0.03")
     callback = "+callbacks.write_rank_file"

@@ -22,19 +22,19 @@ def earlier_stages(tmp_path_factory):
     """Return a function that gives the run before a method of several stages, trained once in 32 bits."""
     folders = {}
 
-    def find(name):
+    def find_folder(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            stage = cfg = compose_train(f"method={name}", *ONE_STEP, *threshold(name))
+            stage = cfg = compose_train(f"method={name}", *ONE_STEP, *overrides_of(name))
             while (stage := stage.get("before")) is not None:
                 stage.trainer.max_epochs = 1
             run(cfg, folders[name])
         return folders[name] / "before"
 
-    return find
+    return find_folder
 
 
-def threshold(name):
+def overrides_of(name):
     return ["method.threshold=0.05"] if name == "self_label" else []
 
 
@@ -42,7 +42,7 @@ def threshold(name):
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in ("32-true", "16-mixed")])
 def test_every_method_takes_a_step_in_every_precision(precision, name, earlier_stages, tmp_path):
     """In 32-true all other tests run. Of 16-mixed, a CPU makes bf16-mixed."""
-    cfg = compose_train(f"method={name}", *ONE_STEP, *threshold(name), f"hardware.precision={precision}")
+    cfg = compose_train(f"method={name}", *ONE_STEP, *overrides_of(name), f"hardware.precision={precision}")
     if cfg.before is not None:
         cfg.start = str(earlier_stages(name))
     results = run(cfg, tmp_path)

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from itertools import count
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from deepclust.clustering import neighbors
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.commands.evaluate import main as evaluate
-from deepclust.datasets.conversion import write_image_array
+from deepclust.datasets.one_time_conversion import write_image_array
 from deepclust.engine import distributed, progress
 from deepclust.engine.progress import ProgressMeter, format_duration, track
 
@@ -191,3 +192,14 @@ def test_evaluate_keeps_standard_output_for_its_result(slow_clock, capsys, train
     printed = capsys.readouterr()
     assert json.loads(printed.out)["scores"] == results["scores"]
     assert "features of all images" in printed.err and "k-means" in printed.err
+
+
+def test_work_that_cannot_tell_how_far_it_is_is_announced(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_LINE", 0.05)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 100.0)
+    with progress.announce("map"):
+        pass
+    assert capsys.readouterr().out == "", "short work shows nothing"
+    with progress.announce("map"):
+        time.sleep(0.5)
+    assert capsys.readouterr().out == "map: 0 s so far\n"

@@ -71,6 +71,8 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_resumes(uninterrupted, 
     output = send_signal_and_wait(process, signal.Signals[name], tmp_path)
     assert process.returncode == 128 + signal.Signals[name]
     assert f"{name}: saved {tmp_path}/checkpoints/last.ckpt at step 10" in output
+    command = output.partition("; to go on: ")[2].partition("\n")[0]
+    assert command.startswith("deepclust train ") and command.endswith(f" hydra.run.dir={tmp_path}")
     assert read_saved_step(tmp_path) == 10
     train_to_end(tmp_path, *NO_PERIODIC_CHECKPOINT)
     assert_same_outcome(uninterrupted, tmp_path)
@@ -102,6 +104,7 @@ raise SystemExit(main())
     assert not (tmp_path / "bypassed").exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_if_the_original_handler_returns(tmp_path):
     program = """
 import signal
@@ -134,6 +137,7 @@ def test_a_signal_that_reaches_one_process_stops_all_at_the_same_step(tmp_path):
     assert "SIGUSR2: saved" in outputs[0] and not outputs[1]
 
 
+@pytest.mark.slow
 def test_a_signal_is_passed_on_to_the_processes_that_the_command_started(tmp_path):
     process = start_training(tmp_path, "hardware=ddp", "hardware.accelerator=cpu", *NO_PERIODIC_CHECKPOINT, *PAUSE)
     send_signal_and_wait(process, signal.SIGTERM, tmp_path)

@@ -1,6 +1,7 @@
 """The files and records that loggers write."""
 
 import csv
+import os
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from deepclust.errors import InputError
 from deepclust.loggers import weights_and_biases
 from deepclust.loggers.metrics_csv import MetricsCsv
 from deepclust.runs.dashboards import send_to_dashboards
@@ -189,3 +191,15 @@ def test_a_dashboard_that_fails_does_not_end_the_run(monkeypatch, caplog):
     logger = TensorBoardLogger(save_dir="/nowhere")
     send_to_dashboards([logger], {"scores": {}, "health": {}, "steps": 1}, [], None, None)
     assert "no space left" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\x00", b"two words", b"a" * 200])
+def test_what_lies_in_place_of_the_id_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "wandb_id.txt"
+    if content is None:
+        os.mkfifo(file)  # reading it would wait for ever
+    else:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=r"wandb_id\.txt is not as deepclust wrote it") as caught:
+        weights_and_biases.read_run_id(file)
+    assert "\n" not in str(caught.value)

@@ -7,14 +7,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from deepclust.commands import evaluate, export
 from deepclust.commands.train import run
 from deepclust.datasets.features import load_features
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.resolve_config import resolve_config
-from tests.conftest import compose_train
+from tests.conftest import compose_train, compose_verb
 
 ORIGINS = {"at the origin": (0.0, 0.0), "map coordinates": (5e5, 54e5)}
 SMALL_RUN = ["hardware=cpu", "batch_size=50", "report.map_points=0", "evaluation.kmeans_restarts=2"]
@@ -34,11 +33,6 @@ def write_blobs(folder, *, origin, spread) -> np.ndarray:
 def read_assignments(folder) -> tuple[np.ndarray, np.ndarray]:
     rows = list(csv.DictReader((folder / "assignments.csv").open()))
     return np.array([int(row["cluster"]) for row in rows]), np.array([float(row["confidence"]) for row in rows])
-
-
-def compose_verb(verb: str, *overrides: str):
-    with initialize_config_module("deepclust.conf", version_base="1.3"):
-        return compose(verb, overrides=list(overrides))
 
 
 @pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)

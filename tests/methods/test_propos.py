@@ -11,7 +11,7 @@ from deepclust.config.build import build
 from deepclust.losses.alignment import alignment_loss
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
 from deepclust.nn.ema import compute_ema_decay
-from deepclust.nn.optimizers import ScaledStepLars
+from deepclust.nn.lars import ScaledStepLars
 from deepclust.nn.queue import Queue
 from deepclust.nn.schedules import WarmupCosine
 from tests.conftest import compose_train

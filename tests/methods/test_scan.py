@@ -2,11 +2,13 @@
 
 import math
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning import Callback
 from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
@@ -16,6 +18,7 @@ from deepclust.errors import InputError
 from deepclust.methods import scan
 from deepclust.methods.scan import SCAN, Pretext, entropy, pretext_loss, scan_losses, selection_losses
 from deepclust.nn.schedules import Constant
+from deepclust.runs.assemble import build_trainer
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.folder import CHECKPOINT, RESULTS
 from tests.conftest import compose_train
@@ -32,7 +35,7 @@ def make_backbone():
 COMMON = {"num_clusters": CLUSTERS, "optimizer": partial(torch.optim.SGD, lr=0.1), "schedule": Constant()}
 
 
-def make_method(*, mine_on="projection", heads=2, train_backbone=True, neighbors=3):
+def make_method(*, mine_on="projection", heads=2, train_backbone=True, neighbors=3, select="last_epoch"):
     torch.manual_seed(0)
     return SCAN(
         backbone=make_backbone(),
@@ -43,6 +46,7 @@ def make_method(*, mine_on="projection", heads=2, train_backbone=True, neighbors
         embedding_size=3,
         train_backbone=train_backbone,
         entropy_weight=5.0,
+        select=select,
         e_step_every_n_epochs=1,
         **COMMON,
     )
@@ -66,6 +70,11 @@ def make_started_method(images, **options):
     method._trainer = make_trainer(images)
     method.on_train_start()
     return method
+
+
+def read_networks(state):
+    """Return the tensors of the backbone and the heads of a state_dict."""
+    return {name: value for name, value in state.items() if name.startswith(("backbone.", "heads."))}
 
 
 def make_batch(size, extra=False):
@@ -169,6 +178,16 @@ def test_neighbours_are_the_nearest_by_cosine_of_the_earlier_features(mine_on):
     assert method.training and not any(p.requires_grad for p in (method.projector or nn.Identity()).parameters())
 
 
+def test_vectors_need_no_earlier_run_and_a_network_does():
+    images, method = torch.randn(IMAGES, 5), make_method(mine_on="backbone")
+    method._trainer = make_trainer(images)
+    with pytest.raises(InputError, match="start and before are null"):
+        method.on_train_start()
+    method.backbone = nn.Identity()
+    method.on_train_start()
+    assert int(method.neighbors.min()) >= 0
+
+
 def test_neighbours_of_all_processes_join_to_those_of_one(monkeypatch):
     method, features = make_method(), torch.randn(IMAGES, 6)
     whole, parts = method.mine_neighbors(features), []
@@ -261,6 +280,44 @@ def test_the_head_that_agrees_with_the_neighbours_gives_the_clustering():
     assert torch.equal(method.cluster_logits(features), method.heads[2](features))
 
 
+def test_the_loss_that_selects_an_epoch_needs_e_steps():
+    options = {"num_images": 9, "num_heads": 1, "num_neighbors": 1, "mine_on": "backbone", "embedding_size": 3}
+    with pytest.raises(InputError, match=r"e_step_every_n_epochs=1"):
+        SCAN(
+            backbone=make_backbone(),
+            train_backbone=True,
+            entropy_weight=5.0,
+            select="lowest_selection_loss",
+            e_step_every_n_epochs=0,
+            **options,
+            **COMMON,
+        )
+
+
+def test_the_networks_of_the_epoch_with_the_lowest_selection_loss_come_back_after_training():
+    images = torch.randn(IMAGES, 5)
+    method = make_started_method(images, select="lowest_selection_loss")
+    method._trainer.datamodule.seed = 0
+    method._trainer.precision_plugin = SimpleNamespace(forward_context=nullcontext)
+    losses, states = [], []
+    for epoch, scale in enumerate([50, 0.1, 0, 50, 60]):  # heads that are sure of themselves disagree with neighbours
+        with torch.no_grad():
+            for p in [*method.heads.parameters(), *method.backbone.parameters()]:
+                p.copy_(scale * torch.randn(p.shape))
+        method.backbone[1].running_mean.fill_(epoch)
+        states.append(read_networks({n: v.clone() for n, v in method.state_dict().items()}))
+        method.e_step(method.encode_all(iter([images]), IMAGES), ("test",))
+        losses.append((float(method.selection_loss), int(method.best_head)))
+        method._trainer.training = epoch < 4
+        method.run_e_step(epoch)
+    best = min(range(1, 5), key=lambda epoch: losses[epoch][0])
+    assert best in (1, 2) and int(method.best.epoch) == best
+    assert float(method.best.lowest_loss) == losses[best][0] == float(method.selection_loss)
+    assert int(method.best_head) == losses[best][1]
+    for name, value in read_networks(method.state_dict()).items():
+        assert torch.equal(value, states[best][name]), name
+
+
 # Whole runs
 
 RUN = ["method=scan", "dataset=digits", "hardware=cpu", "logger=none", "batch_size=450", "before.batch_size=450"]
@@ -297,3 +354,54 @@ def test_a_changed_first_stage_is_refused_when_a_run_is_resumed(finished_run, tm
     (tmp_path / "run" / RESULTS).unlink()
     with pytest.raises(InputError, match=r"earlier\.sha256"):
         run(compose_train(*RUN, f"start={tmp_path / 'other'}"), tmp_path / "run")
+
+
+SELECT = ["method.select=lowest_selection_loss", "trainer.max_epochs=3", "method.optimizer.lr=0.03"]
+
+
+class StatesOfEpochs(Callback):
+    """Keeps the state and the selection loss of the start of each epoch; stops a run before the epoch `stop`."""
+
+    def __init__(self, stop=None):
+        self.states, self.losses, self.stop = [], [], stop
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.stop:
+            raise KeyboardInterrupt
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:  # the E-step of the epoch is done
+            self.losses.append(float(pl_module.selection_loss) if trainer.current_epoch else math.inf)
+            self.states.append({n: v.clone() for n, v in pl_module.state_dict().items()})
+
+
+def run_with(callback, folder, *overrides, monkeypatch):
+    """Run with SELECT, and with a callback more."""
+
+    def build_with_callback(*args):
+        trainer = build_trainer(*args)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepclust.commands.train.build_trainer", build_with_callback)
+        return run(compose_train(*RUN, *SELECT, *overrides), folder)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_selects_the_same_epoch(finished_run, tmp_path, monkeypatch):
+    start, epochs = f"start={finished_run[1] / 'before'}", StatesOfEpochs()
+    results = run_with(epochs, tmp_path / "whole", start, monkeypatch=monkeypatch)
+    final = load_checkpoint(tmp_path / "whole")["state_dict"]
+    best_epoch, lowest_loss = int(final["best.epoch"]), float(final["best.lowest_loss"])
+    assert best_epoch and lowest_loss <= min(epochs.losses)
+    if best_epoch < 3:  # the last epoch has no start of a next one
+        assert epochs.losses[best_epoch] == lowest_loss
+        expected = epochs.states[best_epoch]
+        assert all(torch.equal(value, expected[name]) for name, value in read_networks(final).items())
+    with pytest.raises(KeyboardInterrupt):
+        run_with(StatesOfEpochs(stop=2), tmp_path / "resumed", start, monkeypatch=monkeypatch)
+    resumed_results = run_with(StatesOfEpochs(), tmp_path / "resumed", start, monkeypatch=monkeypatch)
+    resumed = load_checkpoint(tmp_path / "resumed")["state_dict"]
+    assert all(torch.equal(value, resumed[name]) for name, value in final.items())
+    assert results["scores"] == resumed_results["scores"]

@@ -147,6 +147,7 @@ def make_scan(*, train_backbone=True):
         embedding_size=2,
         train_backbone=train_backbone,
         entropy_weight=5.0,
+        select="last_epoch",
         e_step_every_n_epochs=1,
         **COMMON,
     )

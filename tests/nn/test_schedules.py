@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepclust.nn.schedules import DelayedWarmupCosine, EpochCosine, RisingCosine
+from deepclust.nn.schedules import DelayedWarmupCosine, EpochCosine, InclusiveWarmupCosine, RisingCosine
 
 
 def test_an_epoch_at_zero_then_warm_up_then_cosine():
@@ -35,3 +35,18 @@ def test_epoch_cosine_changes_once_per_epoch():
 def test_rising_cosine():
     schedule = RisingCosine(epochs=10)
     assert schedule(1, 7) == 0.0 and schedule(36, 7) == pytest.approx(0.5) and schedule(70, 7) < 1.0
+
+
+def test_an_inclusive_warm_up_has_both_of_its_ends_and_a_floor():
+    schedule = InclusiveWarmupCosine(warmup_epochs=2, epochs=10, floor=0.2)
+    factors = [schedule(step, 5) for step in range(1, 51)]
+    assert factors[:10] == pytest.approx([i / 9 for i in range(10)]) and factors[10] == 1.0
+    assert factors[30] == pytest.approx(0.6) and schedule(51, 5) == pytest.approx(0.2) and factors[49] > 0.2
+    constant = InclusiveWarmupCosine(warmup_epochs=0, epochs=10, floor=1.0)
+    assert {constant(step, 5) for step in range(1, 52)} == {1.0}
+
+
+@pytest.mark.parametrize(("warmup", "epochs", "steps"), [(1, 1, 1), (20, 2, 7), (0, 0, 3), (0.5, 3, 3), (2, 2, 2.5)])
+def test_an_inclusive_warm_up_of_short_runs_stays_between_zero_and_one(warmup, epochs, steps):
+    schedule = InclusiveWarmupCosine(warmup_epochs=warmup, epochs=epochs, floor=0.0)
+    assert all(0 <= schedule(step, steps) <= 1 for step in range(1, int(epochs * steps) + 3))

@@ -102,12 +102,12 @@ def test_images_are_in_the_page_pixel_by_pixel(tmp_path: Path, channels: int) ->
 
 
 def test_small_images_keep_sharp_edges_and_large_ones_are_made_smaller(tmp_path: Path) -> None:
-    for side, is_sharp in ((8, True), (200, False)):
+    for side, is_sharp in ((8, True), (400, False)):
         source = ArraySource([make_noise(3, side, side // 2, 3)])
         clusters = choose_cluster_pictures(np.zeros(3, int), np.ones(3), source=source, per_cluster=1, seed=0)
         page = write_page(tmp_path, clusters)
         assert page.values("img", "class") == ["px"] * (3 * is_sharp)
-        assert page.images()[0].shape == ((8, 4, 3) if is_sharp else (96, 48, 3))
+        assert page.images()[0].shape == ((8, 4, 3) if is_sharp else (224, 112, 3))
 
 
 @pytest.mark.parametrize(("num_clusters", "shape"), [(10, (224, 224, 3)), (200, (64, 64, 3)), (3000, (32, 32, 3))])

@@ -2,8 +2,6 @@
 
 import base64
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from deepclust.datasets.image_sources import ArraySource
 from deepclust.report.cluster_pictures import choose_cluster_pictures
 from deepclust.report.embedding_map import compute_embedding_map
 from deepclust.report.scatter_plot import COLOURS
-from tests.report.browser import PROGRAMS, Browser, Tab
+from tests.report.browser import Browser, Tab
 from tests.report.pages import make_digits_map, make_noise, make_results, write_metrics, write_page
 
 # Scrolls to the map; gives the first point's place on the screen, its cluster and its label.
@@ -30,16 +28,6 @@ FIRST_POINT = """(() => {
 })()"""
 TIP_TEXT = "document.querySelector('.tip').hidden ? null : document.querySelector('.tip').innerText"
 PAGE_WIDTH = "document.documentElement.scrollWidth"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
-        pytest.skip(f"none of {', '.join(PROGRAMS)} is installed")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")

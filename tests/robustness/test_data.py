@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from deepclust.commands.predict import main as predict
 from deepclust.commands.train import run
 from deepclust.errors import InputError
+from deepclust.runs.checkpoint import load_checkpoint
 from tests.conftest import compose_train
 from tests.test_configurations import list_options
 
@@ -101,6 +102,34 @@ def test_the_same_pictures_give_the_same_clusters_whatever_their_numbers(referen
     assert predict_assignments(trained, alone) == predict_assignments(trained, pair)[:1], (
         "by the run's scale, not its own"
     )
+
+
+@pytest.mark.parametrize("dataset", ["imagenet10", "imagenet"])  # decoded once, and each time they are read
+def test_class_folders_keep_their_range_with_the_run(tmp_path, dataset):
+    images, classes = (
+        SAME_PICTURES["12 of 16 bits"],
+        list(compose_train("dataset=imagenet10").dataset.source.make.classes),
+    )
+    (tmp_path / "all/train").mkdir(parents=True)
+    for label, name in enumerate(classes):
+        write_folder(tmp_path / "all/train" / name, images[label == LABELS])
+    shape = ["dataset.image_size=8", "dataset.channels=1", "dataset.mean=[0.5]", "dataset.std=[0.25]"]
+    shape += ["dataset.keep=central_squares", "dataset.stored_size=8"]
+    if dataset == "imagenet":
+        shape += ["dataset.num_classes=10", "dataset.source.evaluate=null"]
+    trained = train(tmp_path / "run", f"dataset={dataset}", f"dataset.root={tmp_path}/all", *shape)
+    with (trained / "assignments.csv").open() as lines:
+        assert [int(row["label"]) for row in csv.DictReader(lines)] == sorted(LABELS)
+    assert load_checkpoint(trained)["config"]["dataset"]["value_ranges"] == {"integer": [0, 4080]}
+    few = slice(10, 30)
+    bright = write_array(tmp_path / "bright.npy", images[few])
+    dark = write_array(tmp_path / "dark.npy", images[few] // 4)
+    as_8_bits = [
+        write_array(tmp_path / f"{name}.npy", np.rint(values * (255 / 4080)).astype(np.uint8))
+        for name, values in {"b8": images[few], "d8": images[few] // 4}.items()
+    ]
+    assert predict_assignments(trained, bright) == predict_assignments(trained, as_8_bits[0])
+    assert predict_assignments(trained, dark) == predict_assignments(trained, as_8_bits[1]), "by the run's range"
 
 
 @pytest.mark.parametrize("container", ["folder", "array"])

@@ -19,11 +19,17 @@ from tests.robustness.values import refusal
 from tests.test_configurations import list_options
 
 BASE = ["dataset=digits", "backbone=conv_small", "views=digits"]
+MAX_EXAMPLES = 100  # of each test; all of them are cases
 numbers = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 1, 0.5, 1e308]))
 scalars = st.one_of(numbers, st.booleans(), st.none(), st.text("abc_.${}[]=,:'\\ ", max_size=6))
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1), inner)
 )
+
+
+@pytest.fixture(autouse=True)
+def count_cases(record_property):
+    record_property("cases", MAX_EXAMPLES)
 
 
 @functools.cache
@@ -32,7 +38,7 @@ def keys_of(method: str) -> list[str]:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MAX_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_value_of_any_keys_is_accepted_or_refused_in_one_line(data):
     omegaconf.base.parse = functools.cache(getattr(omegaconf.base.parse, "__wrapped__", omegaconf.base.parse))
@@ -52,7 +58,7 @@ def test_any_value_of_any_keys_is_accepted_or_refused_in_one_line(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MAX_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     key=st.sampled_from(["method.lr", "seed", "views", "method", "trainer", "x.y", "dataset.mean"]),
     text=st.text(max_size=12),

@@ -32,8 +32,8 @@ def quick_references(monkeypatch):
     monkeypatch.setattr(omegaconf.base, "parse", functools.cache(omegaconf.base.parse))
 
 
-def check_options(group: str, options: list[str], seen: set[tuple[str, str]] | None = None) -> None:
-    """Try the keys of a group in each of its options; those in `seen` once, all without it."""
+def check_options(group: str, options: list[str], seen: set[tuple[str, str]] | None = None) -> int:
+    """Try the keys of a group in each of its options; those in `seen` once, all without it. Return how many cases."""
     num_cases, bad = 0, []
     for option in options:
         others = [override for override in SMALL if not override.startswith(f"{group}=")]
@@ -44,28 +44,28 @@ def check_options(group: str, options: list[str], seen: set[tuple[str, str]] | N
         cases, found = try_values(cfg, group, set() if seen is None else seen) if cfg.get(group) else (0, [])
         num_cases += cases
         bad += [f"{group}={option} {line}" for line in found]
-    print(f"\n{group}: {num_cases} cases in {', '.join(options)}")
     assert not bad, "\n".join([f"{len(bad)} of {num_cases}", *bad])
+    return num_cases
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_values_of_a_method(method):
-    check_options("method", [method], set())
+def test_values_of_a_method(method, record_property):
+    record_property("cases", check_options("method", [method], set()))
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_values_of_a_group(group):
-    check_options(group, list_options(group), set())
+def test_values_of_a_group(group, record_property):
+    record_property("cases", check_options(group, list_options(group), set()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["views", "dataset"])
-def test_values_of_each_file(group):
-    check_options(group, list_options(group))
+def test_values_of_each_file(group, record_property):
+    record_property("cases", check_options(group, list_options(group)))
 
 
 @pytest.mark.parametrize("section", ["trainer", "evaluation", "report", "multi_view", "earlier"])
-def test_values_of_a_section(section):
+def test_values_of_a_section(section, record_property):
     num_cases, bad = try_values(compose_train(*SMALL), section, set())
-    print(f"\n{section}: {num_cases} cases")
+    record_property("cases", num_cases)
     assert num_cases and not bad, "\n".join(bad)

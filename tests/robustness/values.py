@@ -11,7 +11,7 @@ from deepclust.config.build import build
 from deepclust.config.schema import check_plain_values
 from deepclust.config.values import resolve_to_dict
 from deepclust.errors import InputError
-from deepclust.runs.check_run import check_run, with_open_values_filled
+from deepclust.runs.check_run import check_run, fill_open_values_with_ones
 
 VALUES: list[Any] = [0, -1, math.nan, math.inf, 1e308, "abc", True, None, []]
 
@@ -83,7 +83,7 @@ def names_key(message: str, key: str) -> bool:
 
 def build_parts(cfg: DictConfig) -> None:
     """Build what an accepted configuration describes, as far as no images are needed."""
-    cfg = with_open_values_filled(cfg)
+    cfg = fill_open_values_with_ones(cfg)
     try:
         build(cfg.multi_view)
         build(cfg.method)

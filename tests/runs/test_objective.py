@@ -77,3 +77,18 @@ def test_a_sweeper_that_searches_gets_the_objective_of_each_run(tmp_path, monkey
         assert SearchingSweeper.values == [objective["minimised"] for objective in written]
         assert -1 <= SearchingSweeper.values[0] < 0 < SearchingSweeper.values[1] < 1
         assert [objective["name"] for objective in written] == ["select/silhouette", "select/unexplained_variance"]
+
+
+def test_a_search_that_goes_on_with_other_values_has_folders_for_them(tmp_path, monkeypatch):
+    short = ["method=kmeans", "hardware=cpu", "report.map_points=0"]
+    name = "tests.runs.test_objective.SearchingSweeper"
+    sweeper = [f"hydra.sweep.dir={tmp_path}", f"hydra.sweeper._target_={name}"]
+    monkeypatch.setattr(Plugins.instance(), "is_in_toplevel_plugins_module", lambda _: True)
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, SearchingSweeper)
+    found = {}
+    for proposed in ("1,2", "3,4", "1,2", "3,4"):
+        searched = f"evaluation.kmeans_restarts={proposed}"
+        monkeypatch.setattr("sys.argv", ["deepclust", "train", "-m", *short, *sweeper, searched])
+        assert cli.main() == 0
+        assert found.setdefault(proposed, SearchingSweeper.values) == SearchingSweeper.values
+        assert len(list(tmp_path.glob("*/results.json"))) == 2 * len(found), "the same values find their runs again"

@@ -110,6 +110,7 @@ def test_a_finished_run_is_not_changed(uninterrupted):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.slow
 def test_killed_after_the_last_epoch(uninterrupted, tmp_path):
     """Between the last checkpoint and results.json nothing is left to train; everything after it is done again."""
     train_to_end(tmp_path)

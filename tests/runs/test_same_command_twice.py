@@ -55,7 +55,7 @@ def data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
+def run_in_this_process(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["deepclust", *arguments])
     code = main()
     output = capfd.readouterr()
@@ -65,11 +65,11 @@ def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_same_command_finds_the_finished_run(name, data, monkeypatch, capfd):
     command = ["train", *COMMANDS[name], "hydra.run.dir=run"]
-    code, _, message = call(monkeypatch, capfd, *command)
+    code, _, message = run_in_this_process(monkeypatch, capfd, *command)
     assert code == 0, message
     before = {path: path.stat().st_mtime_ns for path in data.glob("run/**/*") if path.suffix in (".json", ".ckpt")}
     assert len(before) >= 2
-    code, out, message = call(monkeypatch, capfd, *command)
+    code, out, message = run_in_this_process(monkeypatch, capfd, *command)
     assert code == 0 and "finished already" in out, message
     assert {path: path.stat().st_mtime_ns for path in before} == before
     # What was open stays within the keys that may be left open.
@@ -80,25 +80,25 @@ def test_same_command_finds_the_finished_run(name, data, monkeypatch, capfd):
 
 def test_advice_of_a_refused_run_works_when_followed(data, monkeypatch, capfd):
     command = ["train", *COMMANDS["arrays"], "hydra.run.dir=run"]
-    assert call(monkeypatch, capfd, *command)[0] == 0
+    assert run_in_this_process(monkeypatch, capfd, *command)[0] == 0
     for change in (
         *("multi_view.std=[0.5]", "backbone.widths=[32,32,64,32]", "view_names=[weak]", "seed=3"),
         *("drop_last=false", "dataset.num_clusters=9", "method.embedding_size=64"),
     ):
-        code, _, message = call(monkeypatch, capfd, *command, change)
+        code, _, message = run_in_this_process(monkeypatch, capfd, *command, change)
         assert code == 2 and message.count("\n") == 1, change
         assert "None" not in message and "True" not in message, message
         advice = shlex.split(message.rpartition("; set ")[2].partition(", or start in another folder")[0])
-        code, out, message = call(monkeypatch, capfd, *command, change, *advice)
+        code, out, message = run_in_this_process(monkeypatch, capfd, *command, change, *advice)
         assert code == 0 and "finished already" in out, (change, advice, message)
 
 
 def test_sweep_that_grows_adds_the_new_jobs_only(data, monkeypatch, capfd):
     command = ["train", "-m", *COMMANDS["features"], "hydra.sweep.dir=sweep"]
-    assert call(monkeypatch, capfd, *command, "seed=0,1")[0] == 0
+    assert run_in_this_process(monkeypatch, capfd, *command, "seed=0,1")[0] == 0
     files = {path: path.stat().st_mtime_ns for path in data.glob("sweep/*/results.json")}
     assert len(files) == 2
-    code, _, message = call(monkeypatch, capfd, *command, "seed=0,1,2")
+    code, _, message = run_in_this_process(monkeypatch, capfd, *command, "seed=0,1,2")
     assert code == 0, message
     assert {path: path.stat().st_mtime_ns for path in files} == files and len([*data.glob("sweep/*/results.json")]) == 3
 

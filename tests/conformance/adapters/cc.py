@@ -8,6 +8,8 @@ from deepclust.batch import Draws, TrainBatch
 from deepclust.losses.balance import cluster_size_entropy_deficit
 from deepclust.losses.contrastive import nt_xent
 from deepclust.methods.cc import CC, cluster_contrast, cluster_losses, instance_loss
+from tests.conformance.whole_training.cc import train_ours
+from tests.conformance.whole_training.given import make_adapter
 
 
 def copy_with_gradients(inputs, *names):
@@ -86,4 +88,9 @@ def total(params, inputs):
     }
 
 
-ADAPTERS = {"instance_loss": instance, "cluster_loss": cluster, "total_loss": total}
+ADAPTERS = {
+    "instance_loss": instance,
+    "cluster_loss": cluster,
+    "total_loss": total,
+    "whole_training": make_adapter(train_ours),
+}

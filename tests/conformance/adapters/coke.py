@@ -7,9 +7,11 @@ from torch import nn
 
 from deepclust.clustering.balanced_assignment import SizeConstraint
 from deepclust.methods.coke import CentroidHead, CoKe, PseudoLabelMemory, averaging_weight
-from deepclust.nn.optimizers import Lars
+from deepclust.nn.lars import Lars
 from deepclust.nn.schedules import Constant, DelayedWarmupCosine
 from tests.conformance.adapters.secu import make_linear, set_epoch, train, with_prefixes
+from tests.conformance.whole_training.coke import train_ours
+from tests.conformance.whole_training.given import make_adapter
 
 NEVER = 10**9  # an epoch that no case reaches
 INITIAL_LABEL = 1  # of the authors' label memory
@@ -169,5 +171,6 @@ QUANTITIES = {
     "label_memory": label_memory,
     "mini_training": mini_training,
     "lr_schedule": lr_schedule,
+    "whole_training": make_adapter(train_ours),
 }
 ADAPTERS = {quantity: with_prefixes(adapter) for quantity, adapter in QUANTITIES.items()}

@@ -21,6 +21,8 @@ from tests.conformance.adapters.propos import (
     record_calls,
 )
 from tests.conformance.test_vectors import check_close
+from tests.conformance.whole_training.digpro import train_ours
+from tests.conformance.whole_training.given import make_adapter
 
 KMEANS_OPTIONS = {"num_restarts": 10, "max_iterations": 300, "tolerance": 1e-4}
 
@@ -301,5 +303,6 @@ ADAPTERS = {
     "objective": objective,
     "train_steps": train_steps,
     "reset_iterations": reset_iterations,
+    "whole_training": make_adapter(train_ours),
 }
 CHECKS = {"group_reset": check_reset}

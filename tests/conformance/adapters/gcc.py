@@ -15,6 +15,8 @@ from deepclust.methods.gcc import (
 )
 from deepclust.methods.self_label import self_label_loss
 from deepclust.nn.schedules import EpochCosine
+from tests.conformance.whole_training.gcc import train_ours
+from tests.conformance.whole_training.given import make_adapter
 
 
 def make_leaves(inputs, *names):
@@ -133,4 +135,5 @@ ADAPTERS = {
     "graph_weights": graph_weights,
     "selflabel_loss": selflabel_loss,
     "cosine_lr": cosine_lr,
+    "whole_training": make_adapter(train_ours),
 }

@@ -20,6 +20,8 @@ from deepclust.methods.lnscc import (
     target_distribution,
 )
 from deepclust.nn.schedules import Constant
+from tests.conformance.whole_training.given import make_adapter
+from tests.conformance.whole_training.lnscc import train_ours
 
 
 def make_leaves(inputs, *names):
@@ -135,4 +137,5 @@ ADAPTERS = {
     "balance_loss": balance_loss_of_batch,
     "total_loss": total_loss,
     "centre_choice": centre_choice,
+    "whole_training": make_adapter(train_ours),
 }

@@ -20,6 +20,8 @@ from deepclust.metrics import ClusteringScores
 from deepclust.nn.ema import compute_ema_decay, update_target
 from deepclust.nn.heads import two_layer_mlp
 from deepclust.nn.schedules import WarmupCosine
+from tests.conformance.whole_training.given import make_adapter
+from tests.conformance.whole_training.propos import train_ours
 
 NETWORKS = {  # names of the networks in the vectors -> names of the method's submodules
     "online_encoder": "backbone",
@@ -352,7 +354,7 @@ def clustering_metrics(params, inputs):
     metric = ClusteringScores(num_clusters=int(inputs["pred"].max()) + 1, num_classes=max(classes, 1))
     metric.update(inputs["pred"], inputs["y"])
     scores = metric.compute()
-    return {name: torch.tensor(scores[name], dtype=torch.float64) for name in ("nmi", "acc", "ari")}
+    return {name: scores[name] for name in ("nmi", "acc", "ari")}
 
 
 def sampling_weights(params, inputs):
@@ -380,5 +382,6 @@ ADAPTERS = {
     "clustering_metrics": clustering_metrics,
     "balanced_sampling_weights": sampling_weights,
     "cifar20_superclasses": superclasses,
+    "whole_training": make_adapter(train_ours),
 }
 CHECKS = {"kmeans_best_of_restarts": check_kmeans_best}

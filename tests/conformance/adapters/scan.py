@@ -5,6 +5,8 @@ import torch
 from deepclust.methods.scan import SMALLEST_SHARE, entropy, pretext_loss, scan_losses, selection_losses
 from deepclust.methods.self_label import class_weights, confident_pseudo_labels, self_label_loss
 from deepclust.nn.schedules import EpochCosine
+from tests.conformance.whole_training.given import make_adapter
+from tests.conformance.whole_training.scan import train_ours
 
 
 def make_leaves(inputs, *names):
@@ -90,4 +92,5 @@ ADAPTERS = {
     "selflabel_loss": selflabel_loss,
     "pretext_simclr_loss": pretext_simclr_loss,
     "pretext_lr_schedule": pretext_lr_schedule,
+    "whole_training": make_adapter(train_ours),
 }

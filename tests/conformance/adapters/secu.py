@@ -17,10 +17,12 @@ from deepclust.clustering.balanced_assignment import EntropyConstraint, SizeCons
 from deepclust.engine import distributed
 from deepclust.methods.secu import SeCu
 from deepclust.nn.heads import three_layer_mlp, two_layer_mlp
-from deepclust.nn.optimizers import Lars
+from deepclust.nn.lars import Lars
 from deepclust.nn.schedules import Constant, DelayedWarmupCosine, RisingCosine
 from deepclust.views.photometry import PillowBlur, Solarize
 from tests.conformance.adapters.propos import GivenBatches
+from tests.conformance.whole_training.given import make_adapter, make_hashed_values
+from tests.conformance.whole_training.secu import train_ours
 
 INITIAL_LABEL = 1  # of the authors' label memory
 
@@ -328,15 +330,6 @@ def lars(params, inputs):
     return {f"p{number}": torch.stack(values) for number, values in steps.items()}
 
 
-def make_hashed_values(n, salt):
-    """Return the `n` pseudo-random numbers from -0.5 to 0.5 with which the vectors were made."""
-    h = (np.arange(n, dtype=np.uint64) * 2654435761 + salt * 97) & 0xFFFFFFFF
-    for factor, shift in ((1, 15), (2246822519, 13), (3266489917, 16)):
-        h = h * np.uint64(factor) & np.uint64(0xFFFFFFFF)
-        h ^= h >> np.uint64(shift)
-    return torch.from_numpy(h.astype(np.float64) / 2**32 - 0.5)
-
-
 @torch.no_grad()
 def network_forward(params, inputs):
     stem = {"cifar": "cifar", "stl": "cifar_pool"}[params["variant"]]
@@ -423,6 +416,7 @@ QUANTITIES = {
     "network_forward": network_forward,
     "imagenet_heads": imagenet_heads,
     "augment_ops": augment_ops,
+    "whole_training": make_adapter(train_ours),
 }
 ADAPTERS = {quantity: with_prefixes(adapter) for quantity, adapter in QUANTITIES.items()}
 CHECKS = {"augment_ops": check_grey_levels}

@@ -1,0 +1,53 @@
+"""How much memory a training needs, told from two images, and how much is left."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+MEMINFO = Path("/proc/meminfo")
+# Limits of a container, and what it has taken: of version 2 of cgroups, and of version 1.
+LIMITS = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
+
+
+def measure_saved_bytes(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Return the bytes that the backward pass of one image of a batch keeps, without the weights.
+
+    `image_shape` is (channels, H, W). It is a lower bound of what a training needs for an image: views, heads and
+    gradients come to it. The network stays as it is, but for its mode: it is in evaluation mode afterwards.
+    """
+    network.eval()  # so that no statistics change
+    weights = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in weights:
+            base = tensor if tensor._base is None else tensor._base
+            kept[id(base)] = base  # held, so that no other tensor gets its id
+        return tensor
+
+    num_images = 2  # the mean of two, for what is kept once for a batch counts less then
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(torch.zeros((num_images, *image_shape)))
+    del output
+    return sum(t.numel() * t.element_size() for t in kept.values() if id(t) not in weights) // num_images
+
+
+def read_available_bytes() -> int | None:
+    """Return the memory that this process can still take; None where the system does not say."""
+    try:
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines() if ":" in line)
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit_file, used_file in LIMITS:
+        try:
+            limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())
+        except (OSError, ValueError):  # "max": none
+            continue
+        available = min(available, max(limit - used, 0))
+    return available

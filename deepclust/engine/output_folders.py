@@ -1,0 +1,79 @@
+"""Output folders that are complete or not there: made beside their place and moved into it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deepclust.engine.output_files import SUFFIX_WHILE_WRITTEN, check_output_file, name_while_written
+from deepclust.errors import InputError
+
+
+class NewFolder:
+    """A folder that is still made: it is going to be at `path`, and is meanwhile at `work`."""
+
+    def __init__(self, path: Path, work: Path) -> None:
+        self.path = path
+        self.work = work
+
+    def move_into_place(self) -> None:
+        """Give the folder its place. From here on everything in it is there, all at once."""
+        if not self.path.exists():
+            self.work.rename(self.path)
+            return
+        for entry in sorted(self.work.iterdir()):  # the folder was there, and empty
+            entry.rename(self.path / entry.name)
+        self.work.rmdir()
+
+
+@contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the folders above an output; where the `with` block fails, those that were made are removed again."""
+    above = path.absolute().parent
+    new = [folder for folder in (above, *above.parents) if not folder.exists()]
+    above.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):  # it holds something else by now
+                folder.rmdir()
+        raise
+
+
+def check_new_folder(folder: Path, *, key: str, entry: str) -> None:
+    """Refuse a folder that holds something, or that cannot be made, before the work for it is done.
+
+    `key` is the key that names it, and `entry` the longest name of what is going to be in it.
+
+    Raises:
+        InputError: unless it is empty or missing and can be written.
+    """
+    is_folder = os.path.isdir(folder)  # False for a name that is too long, which is refused below
+    if (is_folder and any(entry != name_of_work(folder) for entry in folder.iterdir())) or os.path.isfile(folder):
+        raise InputError(
+            f"{folder} {'is not empty' if is_folder else 'is a file'}",
+            expected="a new or empty folder",
+            do=f"set {key}=DIR to another, or remove it",
+        )
+    check_output_file(folder / entry, key=key)
+    check_output_file(name_of_work(folder), key=key)
+
+
+def name_of_work(folder: Path) -> Path:
+    """Return the folder where files are while they are made: in the folder if it is there, else beside it."""
+    return folder / SUFFIX_WHILE_WRITTEN if os.path.isdir(folder) else name_while_written(folder)
+
+
+@contextmanager
+def make_folder(folder: Path) -> Iterator[NewFolder]:
+    """Give a place to make a folder in; where `move_into_place` is not reached, nothing is left of it."""
+    folder = folder.absolute()
+    work = name_of_work(folder)
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+    work.mkdir(parents=True)
+    try:
+        yield NewFolder(folder, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

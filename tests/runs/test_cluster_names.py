@@ -1,0 +1,45 @@
+"""names.json: written, edited, read, and put aside when it belongs to other clusters."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepclust.errors import InputError
+from deepclust.runs.cluster_names import EARLIER_NAMES, NAMES, make_folder_name, read_names, write_names
+
+
+def test_names_are_read_as_they_were_written_and_edited(tmp_path: Path) -> None:
+    assert read_names(tmp_path) == {}
+    write_names(tmp_path, {0: "Katze ä", 3: "dog"}, earlier={})
+    assert read_names(tmp_path) == {0: "Katze ä", 3: "dog"}
+    (tmp_path / NAMES).write_text('{"0": " big \\n cats ", "3": "", "12": "horses"}')
+    assert read_names(tmp_path) == {0: "big cats", 12: "horses"}
+
+
+def test_edited_names_of_earlier_clusters_are_kept(tmp_path: Path) -> None:
+    write_names(tmp_path, {0: "cat"}, earlier={})
+    write_names(tmp_path, {0: "dog"}, earlier={"0": "cat"})  # nobody has changed it
+    assert not (tmp_path / EARLIER_NAMES).exists()
+    (tmp_path / NAMES).write_text('{"0": "my dogs"}')
+    write_names(tmp_path, {0: "cow"}, earlier={"0": "dog"})
+    assert json.loads((tmp_path / EARLIER_NAMES).read_text()) == {"0": "my dogs"}
+    assert read_names(tmp_path) == {0: "cow"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '{"a": "cat"}', '{"-1": "cat"}', '{"²": "cat"}', '{"0": 5}', '{"0": null}', "\xff", "[" * 9999],
+)
+def test_a_file_that_names_no_clusters_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / NAMES).write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"names.json does not name clusters: .*; mend it, or remove it"):
+        read_names(tmp_path)
+
+
+def test_folders_have_the_number_and_the_name() -> None:
+    names = {3: "../black  cats/", 4: "x" * 999, 5: "?!", 6: "Füße"}
+    assert make_folder_name(2, names) == "cluster_002"
+    assert make_folder_name(3, names) == "cluster_003_black_cats"
+    assert make_folder_name(4, names) == "cluster_004_" + "x" * 60
+    assert make_folder_name(5, names) == "cluster_005" and make_folder_name(6, names) == "cluster_006_Füße"
