@@ -85,3 +85,9 @@ def mine_neighbors(features: Tensor, k: int) -> Tensor:
     own = torch.arange(first, stop, device=rows.device)
     nearest = nearest_neighbors(rows[first:stop], rows, k, metric="inner_product", exclude=own)[1]
     return distributed.all_gather(torch.cat([own[:, None], nearest], 1))
+
+
+def draw_one_neighbor(neighbors: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one entry (N, 1) of each row of `neighbors` (N, k), with equal chances."""
+    columns = torch.randint(neighbors.shape[1], (len(neighbors), 1), generator=generator)
+    return neighbors.gather(1, columns)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.neighbors import mine_neighbors
+from deepclust.clustering.neighbors import draw_one_neighbor, mine_neighbors
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
@@ -214,9 +214,7 @@ class TEMI(ClusteringMethod):
 
     def companions(self, indices: Tensor, draws: Draws) -> Tensor:
         """Return one companion (N, 1) of each image: one of its neighbours, with equal chances."""
-        num_columns = self.neighbors_on_cpu.shape[1]
-        columns = torch.randint(num_columns, (len(indices),), generator=draws.make_generator("companions"))
-        return self.neighbors_on_cpu[indices, columns][:, None]
+        return draw_one_neighbor(self.neighbors_on_cpu[indices], draws.make_generator("companions"))
 
     # One step
 
