@@ -34,11 +34,12 @@ from deepclust.runs.earlier_stage import find_earlier_run, list_trusted
 from deepclust.runs.folder import CHECKPOINT, acquire_run_lock, check_run_files
 from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.memory_check import check_memory
-from deepclust.runs.resolve_config import record_choices, resolve_config, resolve_num_threads
+from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
 from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
 from deepclust.runs.summary import print_summary
 from deepclust.runs.training_length import lower_max_epochs_to_max_steps
+from deepclust.runs.trusted_targets import read_run_config
 from deepclust.runs.write_run import write_run
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if (results := read_results(folder)) is not None:
         if (folder / CHECKPOINT).exists():
             checkpoint = load_checkpoint(folder)
-            check_same_recipe(checkpoint, resolve_to_dict(fill_open_values(cfg, checkpoint)))
+            check_same_recipe(read_run_config(checkpoint), resolve_to_dict(fill_open_values(cfg, checkpoint)))
         log.info("%s is finished already; nothing to do", folder)
     else:
         with acquire_run_lock(folder) if is_first else nullcontext():
@@ -101,16 +102,22 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
     """
     silence_lightning()
     images: ImageSet = build(cfg.dataset.source)
-    cfg, estimate = resolve_config(cfg, images, earlier)
-    checkpoint = load_checkpoint(folder) if (folder / CHECKPOINT).exists() else None
-    with num_threads_set(resolve_num_threads(cfg, checkpoint)):
-        return train_on_images(cfg, images, folder, estimate)
+    saved_config = read_run_config(load_checkpoint(folder)) if (folder / CHECKPOINT).exists() else None
+    cfg, estimate = resolve_config(cfg, images, earlier, saved_config)
+    with num_threads_set(cfg.hardware.threads):
+        return train_on_images(cfg, images, folder, estimate, saved_config)
 
 
 def train_on_images(
-    cfg: DictConfig, images: ImageSet, folder: Path, estimate: ClusterNumberEstimate | None
+    cfg: DictConfig,
+    images: ImageSet,
+    folder: Path,
+    estimate: ClusterNumberEstimate | None,
+    saved_config: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Do what is left of `train` once the configuration is resolved; `estimate` is that of the number of clusters.
+
+    `saved_config` is the configuration in the checkpoint from which the run goes on; None: it begins.
 
     Raises:
         InputError: if configuration and the checkpoint in the folder do not fit each other, or the memory is too small.
@@ -119,9 +126,8 @@ def train_on_images(
     datamodule = build_datamodule(cfg, images)
     cfg = lower_max_epochs_to_max_steps(cfg, datamodule.batches_per_epoch)
     method = build_method(cfg)
-    checkpoint = folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
-    if checkpoint is not None:
-        check_same_recipe(load_checkpoint(folder), resolve_to_dict(cfg))
+    if saved_config is not None:
+        check_same_recipe(saved_config, resolve_to_dict(cfg))
     elif cfg.earlier.run is not None:
         earlier_checkpoint = load_checkpoint(Path(cfg.earlier.run))
         method.start_from(load_method(earlier_checkpoint, trust=list_trusted(cfg))[1])
@@ -129,7 +135,7 @@ def train_on_images(
     evaluator = build_evaluator(cfg, images)
     trainer = build_trainer(cfg, folder, evaluator)
 
-    train_seconds = fit(trainer, method, datamodule, checkpoint)
+    train_seconds = fit(trainer, method, datamodule, None if saved_config is None else folder / CHECKPOINT)
     method.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
     if method.e_step_every_n_epochs:
         method.run_e_step(trainer.current_epoch)  # what the last E-step inferred lags behind the weights

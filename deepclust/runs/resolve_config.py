@@ -21,7 +21,6 @@ from deepclust.engine.devices import count_devices, select_device
 from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
 from deepclust.runs.batch_size import lower_batch_size
-from deepclust.runs.trusted_targets import read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +36,16 @@ def record_choices(cfg: DictConfig) -> DictConfig:
 
 
 def resolve_config(
-    cfg: DictConfig, images: ImageSet, earlier: dict[str, Any] | None
+    cfg: DictConfig,
+    images: ImageSet,
+    earlier: dict[str, Any] | None,
+    saved_config: dict[str, Any] | None = None,
 ) -> tuple[DictConfig, ClusterNumberEstimate | None]:
     """Return the configuration with every open value filled in.
 
-    `earlier` describes the run that this one starts from (`describe_earlier_run`). With `dataset.num_clusters=auto` the
-    number of clusters is estimated, and the estimate is returned too.
+    `earlier` describes the run that this one starts from (`describe_earlier_run`), and `saved_config` is what an
+    interrupted start of this run was resolved to. With `dataset.num_clusters=auto` the number of clusters is estimated,
+    and the estimate is returned too.
 
     Raises:
         InputError: if the configuration contradicts the images; it names the key to change.
@@ -63,11 +66,13 @@ def resolve_config(
     check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
     check_processes_have_images(cfg, images)
     lower_batch_size(cfg, len(images.fit))
+    with open_dict(cfg.hardware):  # a configuration of the user need not have the key
+        cfg.hardware.threads = resolve_num_threads(cfg, saved_config)
     return cfg, estimate
 
 
-def resolve_num_threads(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> int:
-    """Fill in `hardware.threads` of a resolved configuration, say what was chosen, and return the number.
+def resolve_num_threads(cfg: DictConfig, saved_config: dict[str, Any] | None) -> int:
+    """Return the number of threads on the CPU, and say what was chosen.
 
     A run that goes on takes what it began with, for the number decides on the last bits of sums. With a GPU, or with
     several processes, the threads are left as they are.
@@ -77,7 +82,7 @@ def resolve_num_threads(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> i
     num_threads = torch.get_num_threads()
     if setting != "auto" or (num_processes == 1 and select_device(cfg.hardware.accelerator).type == "cpu"):
         num_views = cfg.batch_size * len(cfg.view_names)
-        saved = {} if checkpoint is None else read_run_config(checkpoint).get("hardware") or {}
+        saved = (saved_config or {}).get("hardware") or {}
         num_threads = choose_num_threads(
             setting,
             values_in_batch=num_views * cfg.dataset.channels * (cfg.dataset.image_size or 1) ** 2,
@@ -85,8 +90,6 @@ def resolve_num_threads(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> i
         )
         if message := describe_num_threads(num_threads, setting):
             log.info(message)
-    with open_dict(cfg.hardware):
-        cfg.hardware.threads = num_threads
     return num_threads
 
 

@@ -48,13 +48,12 @@ def fill_open_values(cfg: DictConfig, checkpoint: dict[str, Any]) -> DictConfig:
     return cfg
 
 
-def check_same_recipe(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint that another recipe made.
+def check_same_recipe(saved_config: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint that another recipe made; `saved_config` is the configuration in it.
 
     Raises:
         InputError: naming the first key that differs.
     """
-    saved_config = read_run_config(checkpoint)
     saved, current = select_recipe(saved_config), select_recipe(config)
     for key, saved_value, current_value in find_differences(saved, current):
         advice = f"set {format_override(key, saved_value)}"

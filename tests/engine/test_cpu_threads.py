@@ -51,13 +51,10 @@ def test_threads_are_put_back():
 
 def test_a_run_records_its_threads_and_takes_them_again(no_variables):
     from deepclust.config.build import build
-    from deepclust.config.values import resolve_to_dict
-    from deepclust.runs.resolve_config import resolve_config, resolve_num_threads
+    from deepclust.runs.resolve_config import resolve_config
     from tests.conftest import compose_train
 
     cfg = compose_train("dataset=digits", "hardware=cpu")
-    cfg, _ = resolve_config(cfg, build(cfg.dataset.source), None)
-    again = cfg.copy()
-    assert resolve_num_threads(cfg, None) == 1 and cfg.hardware.threads == 1
-    checkpoint = {"config": resolve_to_dict(cfg) | {"hardware": {"threads": 5}}}
-    assert resolve_num_threads(again, checkpoint) == 5 and again.hardware.threads == 5
+    images = build(cfg.dataset.source)
+    assert resolve_config(cfg, images, None)[0].hardware.threads == 1
+    assert resolve_config(cfg, images, None, {"hardware": {"threads": 5}})[0].hardware.threads == 5
