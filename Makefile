@@ -39,11 +39,12 @@ install: $(VENV)/.core ## set up the virtual environment .venv
 demo: $(VENV)/.core ## train ProPos on the embedded digits and show the clusters (two to three minutes)
 	$(BIN)/deepclust train
 
+# Tests that stand together run in one process where they can, so that the runs that they share are trained once.
 test: $(VENV)/.dev lint ## lint, then every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
 test-all: $(VENV)/.dev lint ## every test, with new random examples
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

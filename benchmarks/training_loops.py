@@ -16,10 +16,10 @@ from propos_by_hand import ProPosByHand
 from torch import Tensor
 
 from deepclust.commands.train import run
-from deepclust.config.build import build, build_each
+from deepclust.config.build import build
 from deepclust.datasets.datamodule import prefetch
 from deepclust.methods.base import ClusteringMethod
-from deepclust.runs.assemble import build_datamodule, build_evaluator, build_method, prepare_for_hardware
+from deepclust.runs.assemble import build_datamodule, build_evaluator, build_method, build_trainer, prepare_for_hardware
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.resolve_config import resolve_config
@@ -62,9 +62,8 @@ class TrainingSetup:
 
     def make_trainer(self, folder: Path, *extra_callbacks: Callback, **arguments: Any) -> Any:
         """Return the trainer of `deepclust train`, with its callbacks, its logger and `extra_callbacks`."""
-        available = {"folder": folder, "evaluator": build_evaluator(self.cfg, self.images), "config": {}}
-        callbacks = [*build_each(self.cfg.callbacks, available), *extra_callbacks]
-        return build(self.cfg.trainer, callbacks=callbacks, logger=build_each(self.cfg.logger, available), **arguments)
+        evaluator = build_evaluator(self.cfg, self.images)
+        return build_trainer(self.cfg, folder, evaluator, extra_callbacks, **arguments)
 
 
 class BareLoop:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from deepclust.cli.process_state import process_state_kept
 from deepclust.config.handed_over import objects_handed_over
 from deepclust.config.override_format import format_value
 from deepclust.datasets.image_lists import write_image_list
+from deepclust.datasets.input_paths import ARRAY_SUFFIXES
+from deepclust.engine.output_folders import folders_above
 from deepclust.errors import InputError
 from deepclust.result_objects import Clusters, Run
 from deepclust.runs.inputs_in_memory import (
@@ -38,11 +40,12 @@ from deepclust.runs.inputs_in_memory import (
 )
 from deepclust.runs.locate_run import is_on_hub, locate_run
 from deepclust.runs.own_parts import choose_backbone, choose_method
-from deepclust.runs.trusted_targets import list_targets
+from deepclust.runs.run_folder import CHECKPOINT, METRICS_FILE
+from deepclust.runs.trusted_targets import list_trusted, split_trust
 
 __all__ = ["Clusters", "InputError", "Run", "cluster", "load_run", "train"]
 
-Overrides = Sequence[str] | Mapping[str, Any]
+Overrides = Iterable[str] | Mapping[str, Any]
 DEFAULTS = {"method": "propos", "dataset": "digits"}  # of conf/train.yaml
 DATA_FOLDER = "data"  # in a run folder, with what was given in memory
 
@@ -101,25 +104,26 @@ def train(
     objects = {"method": own_method.handed_over, "backbone": own_backbone.handed_over}
     if own_method.is_own or own_backbone.is_own:
         chosen.append("hydra.searchpath=[pkg://deepclust.conf.own]")
+    if isinstance(dataset, str | os.PathLike) and labels is not None:
+        raise InputError(
+            f"labels are given, and dataset is {dataset}", expected="labels of an array", do="leave labels out"
+        )
     folder = None if run_dir is None else as_path(run_dir)
-    if isinstance(dataset, str):
-        if labels is not None:
-            raise InputError(
-                f"labels are given, and dataset is {dataset}", expected="labels of an array", do="leave labels out"
-            )
-        chosen.append(f"dataset={dataset}")
-    elif isinstance(dataset, os.PathLike):
-        chosen += choose_data_set(as_path(dataset))
-    else:
-        folder = (new_run_folder() if folder is None else folder).absolute()
-        name, path = write_data_set(to_array(dataset, "dataset"), labels, folder / DATA_FOLDER, folder)
-        chosen += [f"dataset={name}", name_path("dataset.path", path)]
-    named = {override.partition("=")[0] for override in given}
-    if named & {"experiment", "method", "dataset"}:  # they choose themselves what is left as it is here
-        is_chosen_there = {f"{name}={value}" for name, value in DEFAULTS.items() if named & {name, "experiment"}}
-        chosen = [override for override in chosen if override not in is_chosen_there]
-    outcomes = run_command("train", [*chosen, *given], folder, objects=objects, verbose=verbose)
-    return Run(outcomes.folders[0], trust=list_trusted(outcomes), objects=objects)
+    with contextlib.ExitStack() as stack:
+        if isinstance(dataset, str):
+            chosen.append(f"dataset={dataset}")
+        elif isinstance(dataset, os.PathLike):
+            chosen += choose_data_set(as_path(dataset))
+        else:
+            folder = (stack.enter_context(new_run_folder()) if folder is None else folder).absolute()
+            name, path = write_data_set(to_array(dataset, "dataset"), labels, folder / DATA_FOLDER, folder)
+            chosen += [f"dataset={name}", name_path("dataset.path", path)]
+        named = {override.partition("=")[0] for override in given}
+        if named & {"experiment", "method", "dataset"}:  # they choose themselves what is left as it is here
+            is_chosen_there = {f"{name}={value}" for name, value in DEFAULTS.items() if named & {name, "experiment"}}
+            chosen = [override for override in chosen if override not in is_chosen_there]
+        outcomes = run_command("train", [*chosen, *given], folder, objects=objects, verbose=verbose)
+    return Run(outcomes.folders[0], trust=list_trusted(outcomes.configs[0]), objects=objects)
 
 
 def cluster(
@@ -169,10 +173,12 @@ def cluster(
     try:
         source = as_path(images) if is_path(images) else write_input(images, folder)
         outcomes = run_command("cluster", [name_path("images", source), *given], folder, verbose=verbose)
-        result = Clusters(outcomes.folders[0], trust=list_trusted(outcomes))
-    except BaseException:
+        result = Clusters(outcomes.folders[0], trust=list_trusted(outcomes.configs[0]))
+    except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):  # it names the folder from which the run would go on
+                raise KeyboardInterrupt("give run_dir=DIR, so that a stopped run can go on") from None
         raise
     if temporary is not None:
         weakref.finalize(result, shutil.rmtree, temporary, ignore_errors=True)
@@ -212,10 +218,9 @@ def load_run(
         >>> run.predict(vectors[:5]).labels_.shape, run.features(vectors[:5]).shape
         ((5,), (5, 4))
     """
-    packages = trust.split(",") if isinstance(trust, str) else list(trust)
     objects = {"method": method, "backbone": backbone}
     run_dir = locate_run(folder) if is_on_hub(folder) else as_path(folder)
-    return Run(run_dir, trust=packages, objects=objects)
+    return Run(run_dir, trust=split_trust(trust), objects=objects)
 
 
 # What the functions above have in common ---------------------------------------------------------------------------
@@ -235,17 +240,12 @@ def run_command(
         InputError: if it cannot be done.
         Exception: what the job raises.
     """
-    is_named = any(argument.partition("=")[0] == "hydra.run.dir" for argument in arguments)
-    if run_folder is not None and is_named:
-        raise InputError(
-            "run_dir is given, and overrides hold hydra.run.dir", expected="one run folder", do="leave one of them out"
-        )
     if run_folder is not None:
         arguments = [*arguments, name_path("hydra.run.dir", run_folder)]
-    elif verb == "train" and not is_named:
-        wait_for_free_default_folder()
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_state_kept())
+        while run_folder is None and verb == "train" and default_folder().exists():
+            time.sleep(0.02)  # a run has begun in this second: both would have the same folder
         stack.enter_context(objects_handed_over(**(objects or {})))
         if not verbose:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -259,24 +259,29 @@ def list_overrides(overrides: Overrides) -> list[str]:
     """Return overrides as on the command line.
 
     Raises:
-        InputError: if they are something else, or flags.
+        InputError: if they are something else, flags, or name the run folder.
     """
-    if isinstance(overrides, Mapping):
-        return name_values(overrides, with_none=True)
     if isinstance(overrides, str) or not isinstance(overrides, Iterable):
         raise InputError(
             f"overrides is {overrides!r}",
             expected="a list of KEY=VALUE, or a mapping",
             do="write overrides=['trainer.max_epochs=2'] or overrides={'trainer.max_epochs': 2}",
         )
-    for override in overrides:
+    listed = name_values(overrides, with_none=True) if isinstance(overrides, Mapping) else list(overrides)
+    for override in listed:
         if not isinstance(override, str) or override.startswith("-"):
             raise InputError(
                 f"overrides hold {override!r}",
                 expected="KEY=VALUE, without flags of the command line",
                 do="leave it out; for a sweep, call this function once for each value",
             )
-    return list(overrides)
+        if override.lstrip("+").partition("=")[0] == "hydra.run.dir":
+            raise InputError(
+                f"overrides hold {override}",
+                expected="the run folder as the argument run_dir of deepclust.train or cluster",
+                do="leave it out, and give run_dir if the run is to be kept",
+            )
+    return listed
 
 
 def name_values(values: Mapping[str, Any], *, with_none: bool = False) -> list[str]:
@@ -293,7 +298,7 @@ def to_plain(value: Any) -> Any:
 
 def choose_data_set(path: Path) -> list[str]:
     """Return the overrides for a data set on disk: an array file, a folder of vectors, or a folder of images."""
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix in ARRAY_SUFFIXES:
         name = "arrays"
     else:
         name = "features" if (path / "train_features.npy").is_file() else "folder"
@@ -310,23 +315,31 @@ def as_path(path: Any) -> Path:
     return Path(os.fsdecode(path)).expanduser()
 
 
-def new_run_folder() -> Path:
-    """Make a run folder as `deepclust train` names it, and return it."""
-    wait_for_free_default_folder()
-    folder = default_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextlib.contextmanager
+def new_run_folder() -> Iterator[Path]:
+    """Make a run folder as `deepclust train` names it.
+
+    Where the `with` block is left by an error of the user before anything was trained, the folder is removed.
+    """
+    with folders_above(default_folder()):
+        while True:
+            folder = default_folder()
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # a run has begun in this second
+                time.sleep(0.02)
+        try:
+            yield folder
+        except InputError:
+            if not any((*folder.rglob(Path(CHECKPOINT).name), *folder.rglob(METRICS_FILE))):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def default_folder() -> Path:
     """Return the run folder of a training that begins now, as conf/train.yaml names it."""
     return Path("outputs", time.strftime("%Y-%m-%d"), time.strftime("%H-%M-%S"))
-
-
-def wait_for_free_default_folder() -> None:
-    """Wait for the next second if a run has begun in this one: both would have the same folder."""
-    while default_folder().exists():
-        time.sleep(0.02)
 
 
 def write_input(images: Any, folder: Path | None) -> Path:
@@ -338,13 +351,7 @@ def write_input(images: Any, folder: Path | None) -> Path:
         write_image_list(place / "images.txt", list_paths(images, "images"))
         return place / "images.txt"
     if is_list_of_pictures(images):
+        shutil.rmtree(place / "pictures", ignore_errors=True)  # those of an earlier call may be more
         write_pictures(images, place / "pictures", "images")
         return place / "pictures"
     return write_input_array(to_array(images, "images"), place, folder)
-
-
-def list_trusted(outcomes: JobOutcomes) -> list[str]:
-    """Return what the caller's own configuration names, and may thus be built from the run again."""
-    from omegaconf import OmegaConf
-
-    return list_targets(OmegaConf.to_container(outcomes.configs[0]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepclust.engine.randomness import make_generator, seed_global_generators
+from deepclust.errors import InputError
 
 
 @dataclass
@@ -140,6 +141,19 @@ class TrainBatch:
     def replace_views(self, *views: Tensor) -> "TrainBatch":
         """Return the same batch with other views."""
         return replace(self, views=views)
+
+    def refuse_extra_images(self, reason: str) -> None:
+        """Refuse images that only help the representation; `reason` ends the sentence that says that there are some.
+
+        Raises:
+            InputError: if this is a batch of such images.
+        """
+        if self.extra:
+            raise InputError(
+                f"the data set has extra images, {reason}",
+                expected="only images that are clustered",
+                do="set dataset.source.extra=[]",
+            )
 
 
 def split_to_cache_size(images: Tensor) -> tuple[Tensor, ...]:

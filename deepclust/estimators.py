@@ -25,10 +25,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from deepclust.api import Overrides, list_overrides, train
 from deepclust.cli.process_state import process_state_kept
 from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
+from deepclust.errors import InputError
 from deepclust.result_objects import Run
-from deepclust.runs.folder import CHECKPOINT, RESULTS
 from deepclust.runs.inputs_in_memory import to_array
 from deepclust.runs.own_parts import choose_backbone, choose_method
+from deepclust.runs.run_folder import CHECKPOINT, RESULTS
 
 __all__ = ["DeepClustering", "score_silhouette"]
 
@@ -140,19 +141,26 @@ class DeepClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         """
         data = self._check_input(X, is_fitted_now=True)
         overrides = list_overrides(() if self.overrides is None else self.overrides)
-        backbone, fitting = self._fit_recipe_to_data(data, overrides)
+        backbone = self._choose_backbone(data, overrides)
         with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-            run = train(
-                self.method,
-                data,
-                backbone=backbone,
-                num_clusters=self.n_clusters,
-                seed=draw_seed(self.random_state),
-                method_arguments=self.method_arguments,
-                overrides=[*WITHOUT_REPORT, *fitting, *overrides],
-                run_dir=Path(folder) / "run",
-                verbose=self.verbose,
-            )
+            try:
+                run = train(
+                    self.method,
+                    data,
+                    backbone=backbone,
+                    num_clusters=self.n_clusters,
+                    seed=draw_seed(self.random_state),
+                    method_arguments=self.method_arguments,
+                    overrides=[*WITHOUT_REPORT, *overrides],
+                    run_dir=Path(folder) / "run",
+                    verbose=self.verbose,
+                )
+            except InputError as error:
+                texts = (error.what, error.expected, error.do)
+                what, expected, do = (text.replace("dataset.num_clusters", "n_clusters") for text in texts)
+                raise InputError(what, expected=expected, do=do) from error
+            except KeyboardInterrupt:  # it names the folder, which is about to go
+                raise KeyboardInterrupt from None
             self.results_ = run.results
             self.labels_ = run.labels_
             self.confidence_ = run.confidence
@@ -200,22 +208,16 @@ class DeepClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
                 del self.feature_names_in_
         return images
 
-    def _fit_recipe_to_data(self, data: NDArray[Any], overrides: list[str]) -> tuple[Any, list[str]]:
-        """Return the backbone, and overrides that make batches no larger than the data, also of earlier stages."""
+    def _choose_backbone(self, data: NDArray[Any], overrides: list[str]) -> Any:
+        """Return the backbone for `deepclust.train`, None where it or the overrides choose one."""
         is_on_vectors = data.ndim == 2
         cfg = self._compose(["dataset=features" if is_on_vectors else "dataset=arrays"], overrides)
-        if cfg is None:
-            return self.backbone, []
-        backbone = self.backbone
-        if backbone is None and not any(override.startswith("backbone=") for override in overrides):
-            is_trained = cfg.trainer.max_epochs != 0
-            backbone = ("mlp" if is_on_vectors else None) if is_trained else "identity"
-        fitting, stage, prefix = [], cfg, ""
-        while stage is not None:
-            if (stage.get("batch_size") or 0) > len(data):
-                fitting.append(f"{prefix}batch_size={len(data)}")
-            stage, prefix = stage.get("before"), f"{prefix}before."
-        return backbone, fitting
+        is_chosen = self.backbone is not None or any(override.startswith("backbone=") for override in overrides)
+        if cfg is None or is_chosen:
+            return self.backbone
+        if cfg.trainer.max_epochs == 0:
+            return "identity"
+        return "mlp" if is_on_vectors else None
 
     def _compose(self, dataset: list[str], overrides: list[str]) -> Any:
         """Return the configuration as far as it depends on the method; None where `train` will say what is wrong."""

@@ -4,12 +4,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from deepclust.cli.process_state import computing_state_kept
 from deepclust.commands.export_program import Program
 from deepclust.commands.new_images import open_new_images
 from deepclust.config.build import build
+from deepclust.config.composition import CONFIG_PACKAGE
 from deepclust.config.handed_over import objects_handed_over
 from deepclust.datasets.features import open_vectors
 from deepclust.datasets.image_sources import ImageSet
@@ -27,12 +30,17 @@ from deepclust.errors import InputError
 from deepclust.report.show_report import make_html_table, show_report
 from deepclust.runs.assemble import build_datamodule
 from deepclust.runs.assignments_csv import read_assignments
-from deepclust.runs.folder import HUB_CONFIG, REPORT
-from deepclust.runs.prediction import Prediction, make_frame, no_readable_image_error, place_rows
+from deepclust.runs.prediction_object import Prediction, make_frame, no_readable_image_error, place_rows
 from deepclust.runs.results import read_results
+from deepclust.runs.run_folder import REPORT, is_in_hub_form
 from deepclust.runs.trained_model import TrainedModel, load_trained_model
 
-READING: dict[str, Any] = {"batch_size": 512, "max_megapixels": 180}  # as in conf/predict.yaml
+
+@cache
+def read_reading_options() -> dict[str, Any]:
+    """Return how new images are read unless somebody says otherwise, as conf/predict.yaml has it."""
+    text = resources.files(CONFIG_PACKAGE).joinpath("predict.yaml").read_text(encoding="utf-8")
+    return {name: yaml.safe_load(text)[name] for name in ("batch_size", "max_megapixels")}
 
 
 class FinishedRun:
@@ -48,7 +56,7 @@ class FinishedRun:
         self._trust = tuple(trust)
         self._objects = dict(objects or {})
         results = read_results(run_dir)
-        if results is None and not (run_dir / HUB_CONFIG).is_file():
+        if results is None and not is_in_hub_form(run_dir):
             raise InputError(
                 f"{run_dir} is no finished run",
                 expected="a folder with results.json",
@@ -157,7 +165,7 @@ class FinishedRun:
         columns: tuple[list[Any], ...] = ([], [], [])  # labels, confidence and distance, in chunks
         num_images = 0
         positions, skipped, paths = [], [], None
-        with self._computing(), open_new_images(images, self._model, **READING) as (chunks, files):
+        with self._computing(), open_new_images(images, self._model, **read_reading_options()) as (chunks, files):
             for chunk in chunks:
                 skipped += chunk.unreadable
                 num_images += len(chunk.images) + len(chunk.unreadable)
@@ -182,7 +190,7 @@ class FinishedRun:
     def _encode_new(self, images: Any) -> NDArray[np.float32]:
         """Return the features (M, D) of new images as float32, nan for those that cannot be read."""
         features, positions, num_images, skipped = [], [], 0, []
-        with self._computing(), open_new_images(images, self._model, **READING) as (chunks, _):
+        with self._computing(), open_new_images(images, self._model, **read_reading_options()) as (chunks, _):
             for chunk in chunks:
                 skipped += chunk.unreadable
                 num_images += len(chunk.images) + len(chunk.unreadable)
@@ -222,14 +230,20 @@ class FinishedRun:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the run into a new or empty folder, all of it or nothing, and return that.
 
+        What the run only links to is copied, too.
+
         Raises:
-            InputError: if there is something in the folder already, or it cannot be written.
+            InputError: if there is something in the folder already, it lies in the run, or it cannot be written.
         """
         target = Path(os.path.abspath(os.path.expanduser(os.fsdecode(folder))))
+        if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(self.run_dir)):
+            raise InputError(
+                f"{target} lies in the run folder itself", expected="a place outside of it", do="name another folder"
+            )
         check_new_folder(target, key="folder", entry=REPORT)
         try:
             with make_folder(target) as made:
-                shutil.copytree(self.run_dir, made.work, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(self.run_dir, made.work, dirs_exist_ok=True)
                 made.move_into_place()
         except (OSError, shutil.Error) as error:
             raise InputError(

@@ -7,9 +7,10 @@ import sys
 
 import torch
 from torch import distributed as dist
-from torch.multiprocessing import spawn
+from torch.multiprocessing import set_forkserver_preload, start_processes
 
 PROGRAM = "from deepclust.cli.main import main; raise SystemExit(main())"
+set_forkserver_preload(["lightning", "torchmetrics"])  # imported once, not by every process of `run_on_processes`
 TWO_PROCESSES = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
 
 
@@ -24,7 +25,8 @@ def run_deepclust(*arguments: str, check: bool = True) -> subprocess.CompletedPr
 
 def run_on_processes(function, num_processes, folder, *arguments):
     """Call `function(rank, *arguments)` on several processes, and return a list of what each returned."""
-    spawn(_call_in_process, (function, num_processes, _find_free_port(), folder, arguments), nprocs=num_processes)
+    arguments = (function, num_processes, _find_free_port(), folder, arguments)
+    start_processes(_call_in_process, arguments, nprocs=num_processes, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(num_processes)]
 
 

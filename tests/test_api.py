@@ -30,7 +30,7 @@ from torch import nn
 
 import deepclust
 from deepclust import InputError
-from deepclust.api import DEFAULTS
+from deepclust.api import DEFAULTS, list_overrides
 from deepclust.cli.jobs import run_verb
 from deepclust.cli.main import main
 from deepclust.cli.process_state import process_state_kept
@@ -208,8 +208,16 @@ def test_errors_are_those_of_the_command_line(tmp_path, capfd, monkeypatch):
         train(folder=tmp_path, overrides=["-m", "seed=1,2"])
     with pytest.raises(deepclust.InputError, match="write overrides="):
         train(folder=tmp_path, overrides="seed=1")
-    with pytest.raises(deepclust.InputError, match=r"run_dir is given.*leave one of them out"):
-        train(folder=tmp_path, overrides=["hydra.run.dir=elsewhere"])
+    for named in (["hydra.run.dir=elsewhere"], ["++hydra.run.dir=elsewhere"], {"+hydra.run.dir": "elsewhere"}):
+        with pytest.raises(deepclust.InputError, match=r"overrides hold .*hydra.run.dir=elsewhere.*run_dir"):
+            train(folder=None, overrides=named)
+    with pytest.raises(deepclust.InputError, match="labels are given"):
+        train("cc", tmp_path, labels=[0, 1], folder=tmp_path)
+    assert list_overrides(override for override in ["seed=1"]) == ["seed=1"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(deepclust.InputError, match="labels is"):
+        train("kmeans", VECTORS, labels=[0], folder=None, num_clusters=3)
+    assert not (tmp_path / "outputs").exists()
     with pytest.raises(deepclust.InputError, match=r"no finished run; expected a folder with results.json"):
         deepclust.load_run(tmp_path)
 
@@ -410,7 +418,7 @@ def test_clusters_of_vectors_in_three_lines():
     assert (
         np.array_equal(result.features, VECTORS.astype(np.float32)) and "no cluster is empty" in result.trust["message"]
     )
-    assert result.scores == {"method": None, "kmeans": None} or result.scores["kmeans"] is None
+    assert result.scores == {"method": None, "kmeans": None}
     assert np.array_equal(result.predict(VECTORS.tolist()).labels_, result.labels_)
     assert "trust" in result._repr_html_() and "kmeans" in repr(result)
     folder = result.run_dir
@@ -446,6 +454,8 @@ def test_clusters_of_files_with_one_that_cannot_be_read(tmp_path):
     assert np.array_equal(saved.predict(listed[:3]).labels_, result.labels_[:3])
     with pytest.raises(deepclust.InputError, match="is not empty; expected a new or empty folder"):
         result.save(tmp_path / "saved")
+    with pytest.raises(deepclust.InputError, match="lies in the run folder itself"):
+        result.save(tmp_path / "run/saved")
 
 
 def loaded_features(folder: Path, images) -> np.ndarray:

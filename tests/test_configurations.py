@@ -7,7 +7,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.runs.earlier_stage import configure_earlier_stage
 from tests.conftest import compose_train
 

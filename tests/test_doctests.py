@@ -10,7 +10,7 @@ import pytest
 
 import deepclust
 from deepclust import api, estimators, metrics
-from deepclust.runs.prediction import Prediction
+from deepclust.runs.prediction_object import Prediction
 
 MODULES = [
     "deepclust.api",
@@ -18,7 +18,7 @@ MODULES = [
     "deepclust.estimators",
     "deepclust.metrics",
     "deepclust.result_objects",
-    "deepclust.runs.prediction",
+    "deepclust.runs.prediction_object",
 ]
 PUBLIC = {
     thing.__qualname__: thing

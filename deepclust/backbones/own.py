@@ -48,7 +48,7 @@ class OwnNetwork(nn.Module):
     @torch.no_grad()
     def count_features(self, in_channels: int, image_size: int) -> int:
         """Return the number of features of each of two black images."""
-        was_training = self.network.training
+        was_training = {module: module.training for module in self.network.modules()}
         images = torch.zeros(2, in_channels, image_size, image_size)
         tensor = next(self.network.parameters(), images)
         try:
@@ -61,7 +61,8 @@ class OwnNetwork(nn.Module):
                 do="correct it, or set dataset.image_size and dataset.channels to what it takes",
             ) from error
         finally:
-            self.network.train(was_training)
+            for module, mode in was_training.items():
+                module.training = mode
         if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != 2:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(

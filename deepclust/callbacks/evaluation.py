@@ -22,6 +22,7 @@ from deepclust.clustering.kmeans import KMeansResult
 from deepclust.methods.base import ClusteringMethod
 from deepclust.metrics import ContingencyTable, cluster_health, compute_scores
 from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
+from deepclust.score_names import SCORE_NAMES
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Evaluator:
         if table is None:
             return None
         all_scores = compute_scores(table)
-        scores = {name: value for name in ("acc", "nmi", "ari") if (value := all_scores[name]) is not None}
+        scores = {name: value for name in SCORE_NAMES if (value := all_scores[name]) is not None}
         return scores or None
 
 

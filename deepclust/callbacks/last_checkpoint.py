@@ -70,6 +70,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started_at = self.last_saved_at = time.monotonic()
+        if trainer.ckpt_path is not None and trainer.is_global_zero:
+            log.info("goes on at epoch %d of %d, from %s", trainer.current_epoch + 1, trainer.max_epochs, self.path)
         # This replaces Lightning's own handlers. Its handler of SIGTERM communicates between processes in mid-batch.
         self.stop_signals.start_watching()
 

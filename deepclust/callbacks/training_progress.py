@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from deepclust.engine.progress import ProgressMeter, format_duration
+from deepclust.engine.progress_bar import ProgressMeter, format_duration
 from deepclust.number_types import NonNegativeFloat
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deepclust.config.override_format import is_plain_text
+from deepclust.config.override_format import is_plain_text, quote
 from deepclust.errors import InputError
 
 PATH_KEYS = {
@@ -49,8 +49,7 @@ def quote_text(value: str) -> str:
     """Return a text as Hydra's grammar takes it for this text, in quotes where it needs them."""
     if not value or (is_simple_path(value) and is_plain_text(value)):
         return value
-    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)  # a backslash counts only before a quote
-    return f"'{escaped}'"
+    return quote(value, "'")
 
 
 def is_simple_path(value: str) -> bool:

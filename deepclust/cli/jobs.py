@@ -77,8 +77,8 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
     from deepclust.config.explain_errors import check_chosen_options, explain_composition_error
     from deepclust.engine.launch import processes_exist
-    from deepclust.runs.folder import CHECKPOINT
     from deepclust.runs.provenance import GOING_ON, describe_going_on
+    from deepclust.runs.run_folder import CHECKPOINT
 
     is_sweep, typed = bool({"-m", "--multirun"} & {*arguments}), arguments
     arguments = [quote_path(argument, is_sweep=is_sweep, verb=verb) for argument in arguments]
@@ -241,13 +241,13 @@ def run_job(verb: str, cfg: Any, run_folder: Path | None, *, on_begin: Callable[
     from hydra.core.hydra_config import HydraConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    from deepclust.config.early_input_checks import check_inputs
     from deepclust.config.explain_errors import explain_value_error
-    from deepclust.config.input_checks import check_inputs
+    from deepclust.config.plain_values import resolve_to_dict
     from deepclust.config.schema import check_plain_values
-    from deepclust.config.values import resolve_to_dict
     from deepclust.engine.launch import keep_freed_memory, launched_rank, processes_exist
-    from deepclust.runs.folder import RunFolderInUse
     from deepclust.runs.hydra_files import hide_environment_of_sweep, write_hydra_files
+    from deepclust.runs.run_folder import RunFolderInUse
 
     keep_freed_memory()
     error_file = None if run_folder is None else run_folder / "error.txt"

@@ -58,7 +58,7 @@ def assign_to_centroids(features: Tensor, centroids: Tensor, scale: Tensor) -> t
         InputError: if the distances of a row give no probabilities.
     """
     assignments, confidence = [], []
-    for chunk in features.split(CHUNK_SIZE):
+    for chunk in features.split(float64_chunk_size(features.device)):
         logits = centroid_logits(chunk, centroids, metric="euclidean")
         assignments.append(logits.argmax(1))
         confidence.append((logits / (2 * scale)).softmax(1).amax(1))

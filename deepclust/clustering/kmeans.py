@@ -28,7 +28,7 @@ from deepclust.clustering.exact_products import exact_products
 from deepclust.clustering.kmeans_distances import KMeansData, Metric, assign_rows, float64_chunk_size, restart_row_pairs
 from deepclust.clustering.kmeans_empty_clusters import relocate_empty_clusters
 from deepclust.clustering.kmeans_seeding import choose_seeds
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
 from deepclust.nn.one_hot import one_hot_mask

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepclust.clustering.exact_products import exact_products
 from deepclust.clustering.kmeans_distances import KMeansData, Metric
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 
 
 def seed_kmeans_plus_plus(features: Tensor, first_seeds: Tensor, uniforms: Tensor, *, metric: Metric) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deepclust.clustering.principal_axes import BLOCK_ROWS, to_unit_rows
+from deepclust.clustering.unit_rows import BLOCK_ROWS, to_unit_rows
 
 
 @dataclass(frozen=True)

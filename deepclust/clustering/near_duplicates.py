@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from deepclust.clustering.principal_axes import BLOCK_ROWS, draw_rows, to_unit_rows
+from deepclust.clustering.unit_rows import BLOCK_ROWS, draw_rows, to_unit_rows
 
 # Distance of near-duplicates, in units of the distance to the NEIGHBOR_RANK-th nearest of some rows drawn at random: of
 # what lies around an image, but for its own duplicates. docs/photos.md says how the number was found.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deepclust.clustering.exact_products import exact_products, require_finite
 from deepclust.engine import distributed
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 
 CPU_CHUNK_PRODUCTS, GPU_CHUNK_PRODUCTS = 2**23, 2**27  # products of queries and keys that are in memory at a time

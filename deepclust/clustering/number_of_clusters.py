@@ -33,10 +33,12 @@ from torch import Tensor
 
 from deepclust.clustering.kmeans import KMeansResult, kmeans
 from deepclust.clustering.neighbor_graph import build_neighbor_graph
-from deepclust.engine.progress import track
+from deepclust.clustering.unit_rows import draw_rows
+from deepclust.engine.progress_bar import track
 from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
 
+MEASURES = ("communities", "fine communities", "separation")
 MAX_ROWS, MAX_COMPONENTS, MAX_CLUSTERS = 2000, 50, 50
 KMEANS_RESTARTS, KMEANS_MAX_ITERATIONS, KMEANS_TOLERANCE = 3, 50, 1e-4
 NUM_NEIGHBORS = 10
@@ -45,7 +47,7 @@ RESOLUTIONS = (0.1, 0.2, COARSE, FINE, 2.0)  # the others are shown in the repor
 MARGIN = 0.2
 ROUNDING_ERROR = 1e-6  # of features in float32, as a share of their length
 MAX_CANDIDATES = 3
-COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+COUNT_WORDS = {1: "one", 2: "two", 3: "three"}  # of the measures
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,7 @@ def is_close(k: int, estimate: int) -> bool:
 
 def sample_rows(num_rows: int, seed: int) -> np.ndarray:
     """Return the sorted indices of a random sample of `num_rows` rows: of all of them up to MAX_ROWS."""
-    sample = torch.randperm(num_rows, generator=make_generator(seed, "rows to count clusters in"))[:MAX_ROWS]
-    return sample.sort().values.numpy()
+    return draw_rows(num_rows, MAX_ROWS, seed, "rows to count clusters in")
 
 
 def estimate_number_of_clusters(features: Tensor, *, seed: int) -> ClusterNumberEstimate:
@@ -161,7 +162,7 @@ def estimate_number_of_clusters(features: Tensor, *, seed: int) -> ClusterNumber
     rows = project_on_principal_components(features)
     num_distinct = count_distinct_rows(features)
     if num_distinct == 1:
-        return ClusterNumberEstimate(1, {"communities": 1, "fine communities": 1, "separation": 1}, {})
+        return ClusterNumberEstimate(1, dict.fromkeys(MEASURES, 1), {})
     max_clusters = min(MAX_CLUSTERS, len(rows) // 10, num_distinct)
     graph = build_graph(rows)
     reference = torch.randn(rows.shape, generator=make_generator(seed, "one cloud")).to(rows) * rows.std(0)
@@ -174,13 +175,11 @@ def estimate_number_of_clusters(features: Tensor, *, seed: int) -> ClusterNumber
     }
     is_one_cloud = communities[COARSE][1] - expected <= MARGIN * (1 - expected) and networkx.is_connected(graph)
     if is_one_cloud or not separations:
-        return ClusterNumberEstimate(1, {"communities": 1, "fine communities": 1, "separation": 1}, curves)
+        return ClusterNumberEstimate(1, dict.fromkeys(MEASURES, 1), curves)
     coarse, fine = sorted(min(communities[resolution][0], max_clusters) for resolution in (COARSE, FINE))
     best_separated, _ = min(separations, key=lambda point: point[1])
     estimate = min(max(best_separated, coarse), fine)
-    return ClusterNumberEstimate(
-        estimate, {"communities": coarse, "fine communities": fine, "separation": estimate}, curves
-    )
+    return ClusterNumberEstimate(estimate, dict(zip(MEASURES, (coarse, fine, estimate), strict=True)), curves)
 
 
 def numbers_to_try(max_clusters: int) -> list[int]:

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from deepclust.clustering.principal_axes import draw_rows, project_unit_rows
+from deepclust.clustering.unit_rows import draw_rows, project_unit_rows
 
 # Above the upper quartile of the factors, in interquartile ranges. Scikit-learn's threshold, a factor of 1.5, is never
 # reached in features of many dimensions, where all distances are alike; see docs/photos.md.

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import TypeAdapter, ValidationError
 
-from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
+from deepclust.clustering.number_of_clusters import MEASURES, ClusterNumberEstimate
 from deepclust.commands.cluster_findings import describe_what_is_shown
 from deepclust.commands.cluster_input import holds_vectors, write_vectors_as_features
 from deepclust.commands.cluster_model import write_model
@@ -45,9 +45,9 @@ from deepclust.engine.output_files import write_text
 from deepclust.engine.plurals import format_count
 from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
-from deepclust.runs.folder import acquire_run_lock, check_run_files
 from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.results import read_results
+from deepclust.runs.run_folder import acquire_run_lock, check_run_files
 from deepclust.runs.summary import print_summary
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def check_num_images(cfg: DictConfig, images: ImageSet) -> None:
 
 def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEstimate:
     """Estimate how many clusters the features hold, once for these features and this seed: number.json keeps it."""
-    file, key = features / "number.json", [read_features_key(features), cfg.seed]
+    file, key = features / "number.json", [read_features_key(features), cfg.seed, *MEASURES]
     saved = read_state(file, check_estimate, expected="the number of clusters in the features beside it")
     if saved is not None and saved["key"] == key:
         curves = {name: [(k, value) for k, value in curve] for name, curve in saved["curves"].items()}

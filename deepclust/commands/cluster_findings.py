@@ -10,10 +10,10 @@ from deepclust.backbones.imagenet_words import name_clusters, predict_classes, r
 from deepclust.clustering.merge_order import order_merges
 from deepclust.clustering.near_duplicates import find_near_duplicates, join_groups
 from deepclust.clustering.outliers import choose_outliers, score_outliers
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.identical_files import find_identical_files
 from deepclust.datasets.image_sources import ImageSet
-from deepclust.engine.progress import announce
+from deepclust.engine.progress_bar import announce
 from deepclust.report.findings import Findings
 
 log = logging.getLogger(__name__)

@@ -14,17 +14,17 @@ from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.commands.cluster_findings import describe_what_is_shown, find_in_images
 from deepclust.commands.cluster_trust import measure_trust
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet, read_vectors
 from deepclust.engine.devices import select_device
 from deepclust.engine.output_files import write_bytes
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.cluster_names import write_names
-from deepclust.runs.folder import CHECKPOINT, METRICS
+from deepclust.runs.names_json import NAMES, write_names
 from deepclust.runs.provenance import read_command_line
 from deepclust.runs.results import describe_estimate, read_results
-from deepclust.runs.trusted_targets import list_targets
+from deepclust.runs.run_folder import CHECKPOINT, METRICS_FILE
+from deepclust.runs.trusted_targets import list_trusted
 from deepclust.runs.write_run import write_run
 
 
@@ -47,7 +47,7 @@ def write_model(
     """
     first_run = runs[cfg.seed]
     checkpoint = load_checkpoint(first_run)
-    vectors_cfg, method = load_method(checkpoint, trust=list_targets(OmegaConf.to_container(cfg)))
+    vectors_cfg, method = load_method(checkpoint, trust=list_trusted(cfg))
     vectors_cfg.dataset.source.path = str(features)  # the folder may have been moved since
     vectors: ImageSet = build(vectors_cfg.dataset.source)
     evaluator = build_evaluator(vectors_cfg, vectors)
@@ -93,8 +93,8 @@ def write_model(
         results["timing"]["earlier_seconds"] += (read_results(network_run) or {})["timing"]["train_seconds"]
     if estimate is not None:
         results["number"] = describe_estimate(estimate)
-    if (first_run / METRICS).is_file():
-        write_bytes(folder / METRICS, (first_run / METRICS).read_bytes())
+    if (first_run / METRICS_FILE).is_file():
+        write_bytes(folder / METRICS_FILE, (first_run / METRICS_FILE).read_bytes())
     # The map shows the network's features: on LNSCC's own, clusters are apart whatever the images, by its training.
     rows = read_vectors(vectors.fit, np.arange(len(vectors.fit)))
     findings = find_in_images(
@@ -105,8 +105,10 @@ def write_model(
         network_cfg=network_cfg,
         is_own_network=is_own_network,
     )
-    earlier = (read_results(folder) or {}).get("names", {})
-    write_names(folder, findings.names, earlier=earlier)
+    earlier = read_results(folder) or {}
+    are_same_clusters = Path(earlier.get("run", "")).name == first_run.name  # wherever the folder lies by now
+    if not (are_same_clusters and (folder / NAMES).exists()):  # somebody may have changed them
+        write_names(folder, findings.names, earlier=earlier.get("names", {}))
     results |= findings.summarize() | {"shown": describe_what_is_shown(cfg)}
     write_run(folder, results, replace(evaluation, features=rows), images, model_cfg, findings=findings)
     return results
@@ -116,7 +118,7 @@ def open_network(cfg: DictConfig, network_cfg: DictConfig, network_run: Path | N
     """Return the network that made the features: a ready-made one, or that of the run that trained it."""
     if network_run is None:
         return build(network_cfg.backbone)
-    return load_method(load_checkpoint(network_run), trust=list_targets(OmegaConf.to_container(cfg)))[1].backbone
+    return load_method(load_checkpoint(network_run), trust=list_trusted(cfg))[1].backbone
 
 
 def stack_configs(network_cfg: DictConfig, vectors_cfg: DictConfig) -> DictConfig:

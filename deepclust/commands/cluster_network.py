@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from deepclust.commands import features as features_command
-from deepclust.commands.cluster_input import ARRAY_SUFFIXES, describe_array_source
+from deepclust.commands.cluster_input import describe_array_source
 from deepclust.commands.network_choice import Network
 from deepclust.commands.train import run
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.dataset_checks import infer_dataset_values
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.datasets.input_paths import ARRAY_SUFFIXES
 from deepclust.engine.plurals import format_count
 from deepclust.runs.checkpoint import load_checkpoint
-from deepclust.runs.folder import CHECKPOINT
 from deepclust.runs.results import read_results
 from deepclust.runs.resume_checks import flatten_recipe
-from deepclust.runs.trusted_targets import list_targets, open_run_config, read_run_config
+from deepclust.runs.run_folder import CHECKPOINT
+from deepclust.runs.trusted_targets import list_trusted, open_run_config, read_run_config
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def compose_network_config(
         network_cfg.backbone = network.backbone
         network_cfg.names.backbone = network.name
     else:
-        network_cfg = open_run_config(load_checkpoint(network_run), trust=list_targets(OmegaConf.to_container(cfg)))
+        network_cfg = open_run_config(load_checkpoint(network_run), trust=list_trusted(cfg))
         network_cfg.dataset = dataset
     network_cfg.dataset.update(infer_dataset_values(network_cfg.dataset, images))
     return network_cfg
@@ -158,7 +159,7 @@ def write_features(cfg: DictConfig, network_cfg: DictConfig, network_run: Path |
     else:
         features_cfg = compose_for_cluster(cfg, "features", "run=DIR", dataset=dataset)
         features_cfg.run = str(network_run)
-        features_cfg.trust = list_targets(OmegaConf.to_container(cfg))
+        features_cfg.trust = list_trusted(cfg)
     features_cfg.output = str(folder / "features")
     features_cfg.batch_size = cfg.batch_size
     features_cfg.accelerator = cfg.hardware.accelerator

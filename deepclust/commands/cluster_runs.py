@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from deepclust.commands.cluster_network import compose_for_cluster, make_key, read_features_key, run_or_resume
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.engine.plurals import format_count
 from deepclust.runs.results import read_results
 

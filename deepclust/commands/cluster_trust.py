@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.datasets.image_sources import ImageSet, read_vectors
-from deepclust.runs.assignments_csv import read_clusters
+from deepclust.runs.assignments_csv import read_assignments
 from deepclust.runs.results import read_results
 
 LEVELS = {0.8: "well", 0.5: "fairly"}  # by the least mean ARI between seeds; below the last one: hardly
@@ -30,7 +30,7 @@ def measure_trust(
     every image, or each image has its own, seeds agree whatever the features are; then the message says that in place
     of a level.
     """
-    clusters = {seed: read_clusters(run) for seed, run in runs.items()}
+    clusters = {seed: np.array(read_assignments(run)["cluster"]) for seed, run in runs.items()}
     sizes = np.bincount(clusters[cfg.seed])
     results = read_results(runs[cfg.seed]) or {}
     num_clusters, largest = results["num_clusters"], float(sizes.max() / sizes.sum())

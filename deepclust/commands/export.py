@@ -21,14 +21,14 @@ from deepclust.commands.export_program import (
 from deepclust.config.build import build
 from deepclust.engine.output_files import check_output_file, is_standard_output, is_written_through, write_text
 from deepclust.engine.output_folders import check_new_folder, folders_above, make_folder
-from deepclust.engine.progress import announce
+from deepclust.engine.progress_bar import announce
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_finished_checkpoint, load_method
-from deepclust.runs.folder import HUB_WEIGHTS
 from deepclust.runs.hub_form import write_hub_form
 from deepclust.runs.locate_run import locate_run
 from deepclust.runs.model_card import compose_model_card
 from deepclust.runs.results import read_results
+from deepclust.runs.run_folder import HUB_WEIGHTS
 from deepclust.runs.trusted_targets import split_trust
 
 REQUIRED_PACKAGES = {

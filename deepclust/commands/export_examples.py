@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deepclust.commands.predict_folders import shorten_name
+from deepclust.engine.output_files import shorten_name
 
 EXAMPLE_SUFFIX = ".example.py"
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepclust import __version__
 from deepclust.clustering.kmeans_distances import centroid_logits
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.checkpoint import find_kept, stored_image_shape

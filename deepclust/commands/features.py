@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from deepclust.batch import PaddedImages, split_to_cache_size
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.dataset_checks import infer_dataset_values
-from deepclust.datasets.image_sources import ImageSet, ImageSource, read_pictures
+from deepclust.datasets.image_sources import ImageSet, ImageSource, read_pictures, spread_positions
 from deepclust.datasets.one_time_conversion import write_labels, write_whole_images
 from deepclust.engine.devices import select_network_device
 from deepclust.engine.output_files import check_output_file, write_array, write_text
 from deepclust.engine.plurals import format_count
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint, load_method
@@ -43,11 +43,12 @@ def main(cfg: DictConfig) -> Path:
     """
     if cfg.output is not None:
         check_output_file(Path(cfg.output) / MADE_BY, key="output")
-    source_cfg = select_source_config(cfg)
+    checkpoint = None if cfg.run is None else load_checkpoint(locate_run(cfg.run))
+    source_cfg = select_source_config(cfg, checkpoint)
     images: ImageSet = build(source_cfg.dataset.source)
     with open_dict(source_cfg.dataset):  # value_ranges need not be there
         source_cfg.dataset.update(infer_dataset_values(source_cfg.dataset, images))
-    network_name, network, encode = build_network(cfg, source_cfg)
+    network_name, network, encode = build_network(cfg, source_cfg, checkpoint)
     made_by = describe_features(source_cfg, images, network)
     key = sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
     default_folder = f"{cfg.data_dir}/features/{source_cfg.dataset.name}-{network_name}-{key[:8]}"
@@ -97,15 +98,15 @@ def read_made_by(folder: Path) -> str | None:
     return None if content is None else content["sha256"]
 
 
-def select_source_config(cfg: DictConfig) -> DictConfig:
+def select_source_config(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> DictConfig:
     """Return the configuration that holds the data set and its views: the run's, or this command's own.
 
-    Of a run, the data set is replaced where another one is named.
+    `checkpoint` is that of the run, None without one. Of a run, the data set is replaced where another one is named.
 
     Raises:
         InputError: if neither a run nor a backbone with a data set is named.
     """
-    if cfg.run is None:
+    if checkpoint is None:
         if "backbone" not in cfg or "source" not in cfg.dataset:
             raise InputError(
                 "neither a run nor a backbone with a data set is named",
@@ -113,7 +114,7 @@ def select_source_config(cfg: DictConfig) -> DictConfig:
                 do="add run=DIR, or dataset=NAME backbone=NAME",
             )
         return cfg
-    run_cfg = open_run_config(load_checkpoint(locate_run(cfg.run)), trust=split_trust(cfg.trust))
+    run_cfg = open_run_config(checkpoint, trust=split_trust(cfg.trust))
     if "source" in cfg.dataset:
         dataset = resolve_to_dict(cfg)["dataset"]
         if "value_ranges" in dataset and dataset["value_ranges"] is None:  # scaled as what the network has seen
@@ -123,10 +124,12 @@ def select_source_config(cfg: DictConfig) -> DictConfig:
     return run_cfg
 
 
-def build_network(cfg: DictConfig, source_cfg: DictConfig) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
+def build_network(
+    cfg: DictConfig, source_cfg: DictConfig, checkpoint: dict[str, Any] | None
+) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
     """Return a name, the network in evaluation mode, and the function from clean images to features (N, D)."""
-    if cfg.run is not None:
-        run_cfg, method = load_method(load_checkpoint(locate_run(cfg.run)), trust=split_trust(cfg.trust))
+    if checkpoint is not None:
+        run_cfg, method = load_method(checkpoint, trust=split_trust(cfg.trust))
         return run_cfg.names.method, method, method.encode
     torch.manual_seed(cfg.seed)
     backbone = build(source_cfg.backbone).eval()
@@ -151,8 +154,7 @@ def describe_features(source_cfg: DictConfig, images: ImageSet, network: nn.Modu
 
 def fingerprint(source: ImageSource, num_rows: int = 1000) -> str:
     """Return the SHA-256 of the number of images and of up to `num_rows` of them, evenly spread."""
-    rows = np.unique(np.linspace(0, len(source) - 1, min(num_rows, len(source)), dtype=np.int64))
-    images = source.read(rows)
+    images = source.read(spread_positions(source, num_rows))
     if isinstance(images, PaddedImages):
         return compute_checksum({str(len(source)): images.pixels, "shapes": images.shapes})
     return compute_checksum({str(len(source)): images})

@@ -111,7 +111,7 @@ def find_ready_made(*, download: bool, is_best: bool) -> tuple[list[str], str] |
         return choose_timm(BEST_PACKAGED), on_this_machine
     if (resnet := find_cached_resnet()) is not None:
         depth, weights = resnet
-        return [f"backbone=resnet{depth}", f"backbone.weights={weights}"], on_this_machine
+        return [f"backbone=resnet{depth}", f"backbone.weights={format_value(str(weights))}"], on_this_machine
     for name in PACKAGED_WEIGHTS:
         if find_packaged_weights(name) is not None:
             return choose_timm(name), on_this_machine

@@ -17,8 +17,9 @@ from deepclust.datasets.features import convert_vectors, read_vector_file, read_
 from deepclust.datasets.image_decoding import convert_images, decode_in_chunks, find_image_files, find_value_ranges
 from deepclust.datasets.image_formats import describe_passed_over
 from deepclust.datasets.image_lists import is_image_list, read_image_list
+from deepclust.datasets.input_paths import ARRAY_SUFFIXES
 from deepclust.datasets.value_ranges import describe_ranges, list_some
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 from deepclust.runs.inputs_in_memory import (
     is_list_of_paths,
@@ -31,8 +32,6 @@ from deepclust.runs.inputs_in_memory import (
 from deepclust.runs.trained_model import TrainedModel
 
 log = logging.getLogger(__name__)
-
-ARRAY_SUFFIXES = (".npy", ".npz")
 
 
 @dataclass

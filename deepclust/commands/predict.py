@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from deepclust.commands.new_images import read_chunks
-from deepclust.commands.predict_folders import shorten_name, sort_images
+from deepclust.commands.predict_folders import sort_images
 from deepclust.datasets.image_formats import IMAGE_FORMATS
 from deepclust.engine.csv_cells import path_cell, text_cell
 from deepclust.engine.output_files import (
@@ -17,13 +17,14 @@ from deepclust.engine.output_files import (
     is_standard_output,
     is_written_through,
     replace_text_file,
+    shorten_name,
     write_text,
 )
 from deepclust.engine.output_folders import check_new_folder, folders_above
 from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
-from deepclust.runs.cluster_names import read_names
 from deepclust.runs.locate_run import locate_run
+from deepclust.runs.names_json import read_names
 from deepclust.runs.trained_model import load_trained_model
 from deepclust.runs.trusted_targets import split_trust
 

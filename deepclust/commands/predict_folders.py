@@ -1,17 +1,15 @@
 """Image files sorted into one folder for each cluster: all of them, or none."""
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from deepclust.engine.output_files import MAX_NAME_BYTES, name_file_in_errors
+from deepclust.engine.output_files import name_file_in_errors, shorten_name
 from deepclust.engine.output_folders import NewFolder, make_folder
 from deepclust.errors import InputError
-from deepclust.runs.cluster_names import make_folder_name
 
-MAX_SUFFIX_BYTES = 32
+MAX_LETTERS = 60  # of a cluster's name in the name of its folder
 
 
 class SortedImages:
@@ -61,24 +59,7 @@ def sort_images(folder: Path | None, *, link: bool, names: Mapping[int, str]) ->
         yield SortedImages(made, link=link, names=names)
 
 
-def shorten_name(name: str) -> str:
-    """Return a file name that is not too long for a file system: the end before its suffix is left out."""
-    encoded = os.fsencode(name)
-    if len(encoded) <= MAX_NAME_BYTES:
-        return name
-    suffix = os.fsencode(os.path.splitext(name)[1])
-    if len(suffix) > MAX_SUFFIX_BYTES:  # what follows the last dot is no suffix then
-        suffix = b""
-    stem = encoded[: MAX_NAME_BYTES - len(suffix)]
-    while ends_within_character(stem):
-        stem = stem[:-1]
-    return os.fsdecode(stem + suffix)
-
-
-def ends_within_character(encoded: bytes) -> bool:
-    """Return whether UTF-8 text ends in the middle of a character. Bytes that are no such text are left alone."""
-    try:
-        encoded.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return False
+def make_folder_name(cluster: int, names: Mapping[int, str]) -> str:
+    """Return the name of the folder for the images of a cluster: `cluster_003`, or `cluster_003_black_cats`."""
+    letters = "".join(letter if letter.isalnum() else " " for letter in names.get(cluster, ""))
+    return "_".join([f"cluster_{cluster:03d}", *letters[:MAX_LETTERS].split()])

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from deepclust.callbacks.last_checkpoint import LastCheckpoint
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine import cuda_graphs
 from deepclust.engine.cpu_threads import num_threads_set
@@ -30,16 +30,16 @@ from deepclust.runs.assemble import (
 )
 from deepclust.runs.check_run import check_run
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.earlier_stage import find_earlier_run, list_trusted
-from deepclust.runs.folder import CHECKPOINT, acquire_run_lock, check_run_files
+from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.memory_check import check_memory
 from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
 from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
+from deepclust.runs.run_folder import CHECKPOINT, acquire_run_lock, check_run_files
 from deepclust.runs.summary import print_summary
 from deepclust.runs.training_length import lower_max_epochs_to_max_steps
-from deepclust.runs.trusted_targets import read_run_config
+from deepclust.runs.trusted_targets import list_trusted, read_run_config
 from deepclust.runs.write_run import write_run
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from deepclust.engine.small_files import read_json, read_small_text
+from deepclust.score_names import SCORE_NAMES
 
 IDENTITY_KEYS = ("dataset", "method", "backbone", "num_clusters", "epochs")  # of results.json; runs of a group agree
-METRICS = ("acc", "nmi", "ari")
 EXPECTED_TYPES = {"dataset": str, "method": str, "backbone": str, "num_clusters": int, "epochs": int, "seed": int}
 
 
@@ -75,7 +75,7 @@ def _has_expected_type(key: str, value: Any) -> bool:
     if key == "timing":
         return all(isinstance(value.get(name) or 0, int | float) for name in ("train_seconds", "earlier_seconds"))
     return all(
-        isinstance(scores, dict) and all(isinstance(scores.get(metric), int | float) for metric in METRICS)
+        isinstance(scores, dict) and all(isinstance(scores.get(metric), int | float) for metric in SCORE_NAMES)
         for scores in value.values()
         if scores is not None
     )

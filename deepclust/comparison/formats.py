@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepclust.comparison.finished_runs import IDENTITY_KEYS, METRICS
+from deepclust.comparison.finished_runs import IDENTITY_KEYS
 from deepclust.comparison.table import Comparison, Row, compare_to_published, format_percent
 from deepclust.engine.csv_cells import text_cell
+from deepclust.score_names import SCORE_NAMES
 
 COLUMNS = ["Data set", "Method", "Backbone", "K", "Epochs", "Settings", "Clusters by"]
-COLUMNS += [*(metric.upper() for metric in METRICS), "p", "Seeds", "Minutes"]
+COLUMNS += [*(metric.upper() for metric in SCORE_NAMES), "p", "Seeds", "Minutes"]
 TEXT_COLUMNS = {"Data set", "Method", "Backbone", "Settings", "Clusters by"}  # the others hold numbers
 FILE_WIDTH = 200  # characters in a line of a text file; on a terminal, its own width holds
 
@@ -24,10 +25,10 @@ def to_csv(comparison: Comparison) -> str:
     file = io.StringIO()
     fields = [*IDENTITY_KEYS, "settings", "rule", "seeds"]
     writer = csv.writer(file, lineterminator="\n")
-    score_columns = [name for m in METRICS for name in (m, f"{m}_spread")]
+    score_columns = [name for m in SCORE_NAMES for name in (m, f"{m}_spread")]
     writer.writerow([*fields, *score_columns, "p_value", "minutes", "protocol", "source"])
     for row in comparison.rows:
-        pairs = [(s.mean, s.spread) if (s := row.scores.get(m)) else (None, None) for m in METRICS]
+        pairs = [(s.mean, s.spread) if (s := row.scores.get(m)) else (None, None) for m in SCORE_NAMES]
         scores = [value for pair in pairs for value in pair]
         identity = [getattr(row, field) for field in fields]
         values = [*identity, *scores, row.p_value, row.minutes, row.protocol, row.source]
@@ -110,7 +111,7 @@ def format_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[tuple[str, b
         num_clusters, epochs, seeds = ("" if count is None else str(count) for count in counts)
         line = [(text, False) for text in (row.dataset, row.method, row.backbone, num_clusters, epochs, row.settings)]
         line += [(rule or "no scores", False)]
-        line += [(format_percent(row.scores.get(m)), m in row.best) for m in METRICS]
+        line += [(format_percent(row.scores.get(m)), m in row.best) for m in SCORE_NAMES]
         line += [("" if row.p_value is None else f"{row.p_value:.2g}", False)]
         line += [(seeds, False), (_format_minutes(row.minutes), False)]
         lines.append(line)

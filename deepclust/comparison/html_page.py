@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepclust.comparison.formats import TEXT_COLUMNS, format_cells, make_notes
 from deepclust.comparison.table import Comparison, Row, format_percent
+from deepclust.engine.plurals import format_count
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -67,11 +68,6 @@ def to_html(comparison: Comparison, runs: Path, *, page_folder: Path) -> str:
     return (
         f"<!doctype html><html lang=en>{head}<title>deepclust compare</title><style>{STYLE}</style>{''.join(parts)}\n"
     )
-
-
-def format_count(count: int, noun: str) -> str:
-    """Return a count with its noun, which gets an s in the plural."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _render_bars(rows: Sequence[Row]) -> str:

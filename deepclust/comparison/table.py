@@ -9,12 +9,12 @@ from typing import Any
 
 from deepclust.comparison.finished_runs import (
     IDENTITY_KEYS,
-    METRICS,
     FinishedRun,
     find_run_folders,
     read_finished_run,
 )
 from deepclust.errors import InputError
+from deepclust.score_names import SCORE_NAMES
 
 RULE_NAMES = {"method": "method", "kmeans": "k-means"}  # key in results.json -> name in the table
 PIXELS = "pixels"
@@ -173,7 +173,7 @@ def _summarize_over_seeds(scores_by_seed: Mapping[int, Mapping]) -> dict[str, An
     """Return the fields of a row that follow from the scores of each seed."""
     return {
         "seeds": len(scores_by_seed),
-        "scores": {m: _summarize([scores[m] for scores in scores_by_seed.values()]) for m in METRICS},
+        "scores": {m: _summarize([scores[m] for scores in scores_by_seed.values()]) for m in SCORE_NAMES},
         "acc_by_seed": {seed: scores["acc"] for seed, scores in scores_by_seed.items()},
     }
 
@@ -259,7 +259,7 @@ def _make_published_rows(published: Sequence[Mapping], rows: Sequence[Row]) -> l
             settings="",
             rule="published",
             seeds=None,
-            scores={m: Score(f[m], f.get("spread", {}).get(m)) for m in METRICS if m in f},
+            scores={m: Score(f[m], f.get("spread", {}).get(m)) for m in SCORE_NAMES if m in f},
             minutes=None,
             protocol=entry["protocol"],
             source=entry["source"],

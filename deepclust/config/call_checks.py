@@ -8,10 +8,10 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from deepclust.config.foreign_types import find_foreign_types
+from deepclust.config.missing_values import missing_value_error
 from deepclust.config.suggestions import find_nearest_name
 from deepclust.config.targets import locate_target
-from deepclust.config.value_checks import check_value
-from deepclust.config.value_errors import missing_value_error
+from deepclust.config.type_checks import check_value
 from deepclust.errors import InputError
 
 HYDRA_KEYS: dict[str, Any] = {  # are not arguments

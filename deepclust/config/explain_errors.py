@@ -16,8 +16,8 @@ from yaml import YAMLError
 
 from deepclust.config.composition import list_groups_and_keys, list_options
 from deepclust.config.keys import list_settable_keys
+from deepclust.config.missing_values import explain_value_error, quoted_name
 from deepclust.config.suggestions import find_nearest_name, suggest_known_key
-from deepclust.config.value_errors import explain_value_error, quoted_name
 from deepclust.errors import InputError
 
 # Sweeps that list their values. An interval(...) of a sweeper that searches names no options, glob(...) existing ones.

@@ -1,6 +1,5 @@
 """Values as they are typed on the command line: `null`, not `None`, so that advice works when it is followed."""
 
-import json
 import re
 import shlex
 from typing import Any
@@ -20,8 +19,15 @@ def format_value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{name}:{format_value(child)}' for name, child in value.items())}}}"
     if isinstance(value, str) and not is_plain_text(value):
-        return json.dumps(value, ensure_ascii=False)
+        return quote(value)
     return str(value)
+
+
+def quote(text: str, mark: str = '"') -> str:
+    """Return a text between two quotation marks, as Hydra's grammar takes it for this text and no other."""
+    # A backslash counts only before the mark, and the last mark follows the text.
+    escaped = re.sub(rf"(\\+)(?={mark}|\Z)", r"\1\1", text).replace(mark, f"\\{mark}")
+    return f"{mark}{escaped}{mark}"
 
 
 def is_plain_text(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 
 from deepclust.config.keys import iterate_entries
-from deepclust.config.value_checks import check_value, is_section
+from deepclust.config.type_checks import check_value, is_section
 from deepclust.number_types import (
     AnyInt,
     FiniteFloat,

@@ -36,12 +36,14 @@ def load_array_file(
 ) -> ImageSet:
     """Load the images of a .npy or .npz file; all are both fitted and evaluated.
 
-    `channels` is 3 to read grey images with three equal channels; None keeps the channels of the file. Other values
-    than uint8 are scaled by `value_ranges`; where those say nothing, by what `choose_range` finds in the file.
+    A .npy file holds the images; uint8 is read memory-mapped. A .npz file holds an array `images`, or a single array of
+    any name besides `labels`, which may be missing. `channels` is 3 to read grey images with three equal channels; None
+    keeps the channels of the file. Other values than uint8 are scaled by `value_ranges`; where those say nothing, by
+    what `choose_range` finds in the file.
 
     Raises:
-        InputError: as `open_array_file`, or if the labels are not `num_classes` classes, or if `channels` is 1 and the
-            images have colours, or if the images have one pixel only.
+        InputError: if the file is missing or holds something else, or if the labels are not `num_classes` classes, or
+            if `channels` is 1 and the images have colours, or if the images have one pixel only.
     """
     file = Path(path).expanduser()
     array, labels = read_array_file(file)
@@ -55,21 +57,6 @@ def load_array_file(
         check_channels(file, images, channels)
     source = ArraySource([images], channels)
     return ImageSet(source, source, labels=labels, class_names=class_names, value_ranges=ranges or None)
-
-
-def open_array_file(path: str, value_ranges: ValueRanges | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return images as uint8 (M, H, W, 1 or 3) and, if the file holds any, labels (M,) as int64, else None.
-
-    A .npy file holds the images; uint8 is read memory-mapped. A .npz file holds an array `images`, or a single array of
-    any name besides `labels`, which may be missing. Other values than uint8 are scaled by `value_ranges`; where those
-    say nothing, by what `choose_range` finds in the file.
-
-    Raises:
-        InputError: if the file is missing or holds something else.
-    """
-    file = Path(path).expanduser()
-    array, labels = read_array_file(file)
-    return scale_images(file, array, value_ranges), None if labels is None else labels.astype(np.int64)
 
 
 def read_array_file(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -153,10 +140,8 @@ def measure_rows(file: Path, images: np.ndarray) -> list[MeasuredValues]:
     kind = kind_of_values(images)
     if kind is None:
         raise InputError(f"{file} holds {images.dtype} values", expected="numbers", do="write the images as uint8")
-    lows, highs = (
-        np.concatenate([extreme(chunk, axis=(1, 2, 3)) for chunk in in_chunks(images)]).tolist()
-        for extreme in (np.min, np.max)
-    )
+    extremes = [(chunk.min((1, 2, 3)), chunk.max((1, 2, 3))) for chunk in in_chunks(images)]
+    lows, highs = (np.concatenate(parts).tolist() for parts in zip(*extremes, strict=True))
     bad_rows = np.flatnonzero(~np.isfinite(np.array([lows, highs], np.float64)).all(0))
     if len(bad_rows):
         raise InputError(

@@ -8,7 +8,7 @@ from torch import nn
 
 from deepclust.batch import PaddedImages
 from deepclust.datasets.image_sources import ImageSource, WholeImageSource
-from deepclust.engine.batch_norm import SyncBatchNorm
+from deepclust.engine.batch_norm import GroupedBatchNorm, SyncBatchNorm
 from deepclust.errors import InputError
 from deepclust.views.multiview import MultiView
 
@@ -31,7 +31,8 @@ def check_batch_statistics(
 ) -> None:
     """Refuse batches too small for batch normalisation: it needs two images in the share of each process.
 
-    Where the processes compute the statistics together, it needs two in the whole batch.
+    Where the processes compute the statistics together, it needs two in the whole batch, and where these are those of
+    groups, two in each group.
 
     Args:
         method: what is trained.
@@ -44,15 +45,20 @@ def check_batch_statistics(
     """
     layers = [layer for layer in method.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     are_synchronised = all(isinstance(layer, SyncBatchNorm) for layer in layers)
-    least = 2 if are_synchronised else 2 * num_processes
+    num_groups = next((layer.groups.num_groups for layer in layers if isinstance(layer, GroupedBatchNorm)), None)
+    least = 2 * (num_groups or (1 if are_synchronised else num_processes))
     smallest = min(batch_sizes, default=least)
     if not layers or smallest >= least:
         return
     on_processes = f" on {num_processes} processes" if num_processes > 1 else ""
     is_last = smallest < batch_size
     what = f"{'the last batch of an epoch holds' if is_last else 'batch_size is'} {smallest}{on_processes}"
+    larger = "drop_last=true or another batch_size, or add images" if is_last else f"batch_size={least} or more"
+    fitting_groups = smallest // (2 * num_processes) * num_processes  # they divide among the processes
+    if num_groups and fitting_groups:
+        larger = f"batch_norm_groups={fitting_groups} or less, or {larger}"
     raise InputError(
-        f"{what}, and the network normalises over batches",
+        f"{what}, and the network normalises over batches" + (f" in {num_groups} groups" if num_groups else ""),
         expected=f"{least} images in a batch at least",
-        do="set drop_last=true or another batch_size, or add images" if is_last else f"set batch_size={least} or more",
+        do=f"set {larger}",
     )

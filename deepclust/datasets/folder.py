@@ -23,7 +23,7 @@ from deepclust.datasets.one_time_conversion import (
 )
 from deepclust.datasets.value_ranges import ValueRanges, check_ranges, describe_ranges, list_some
 from deepclust.engine.plurals import format_count
-from deepclust.engine.progress import announce
+from deepclust.engine.progress_bar import announce
 from deepclust.engine.small_files import MAX_BYTES_OF_LIST, read_json_object
 from deepclust.errors import InputError
 from deepclust.number_types import PositiveFloat, PositiveInt
@@ -135,7 +135,7 @@ def find_images(root: Path) -> list[list[Any]]:
         InputError: if there is no such folder or list, it cannot be searched, or it holds no image file.
     """
     if is_image_list(root):
-        return [[path, *measure_file(path)] for path in read_image_list(root)]
+        return [[path, *read_size_and_time(path)] for path in read_image_list(root)]
     check_image_folder(root)
     try:
         files, other_counts = find_image_files(root)
@@ -159,7 +159,7 @@ def find_images(root: Path) -> list[list[Any]]:
     return [list(file) for file in files]
 
 
-def measure_file(path: str) -> tuple[int, int]:
+def read_size_and_time(path: str) -> tuple[int, int]:
     """Return size in bytes and modification time in ns of a file; zeros if it is missing, as reading will tell."""
     try:
         status = os.stat(path)

@@ -35,7 +35,7 @@ StoredSize = PositiveInt | Literal["original"]
 """The short side of decoded images in pixels, whatever it was in the file; "original": as it is there."""
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
-CHUNK_SIZE = 256  # images that are decoded at a time, which bounds the memory
+CHUNK_SIZE = 256  # images that are measured or decoded at a time, which bounds the memory
 
 # Tags of TIFF 6.0 for the range of the values; for signed and floating-point samples those of section 19.
 BITS_PER_SAMPLE_TAG, MIN_VALUE_TAGS, MAX_VALUE_TAGS = 258, (340, 280), (341, 281)
@@ -223,9 +223,12 @@ def find_value_ranges(
     Raises:
         InputError: if a range that is given is none.
     """
+    measured = []
     with ThreadPoolExecutor() as pool:
-        items = pool.map(partial(measure_file, max_megapixels=max_megapixels), paths)
-        measured = [(path, item) for path, item in zip(paths, items, strict=True) if item]
+        for start in range(0, len(paths), CHUNK_SIZE):
+            chunk = paths[start : start + CHUNK_SIZE]
+            items = pool.map(partial(measure_file, max_megapixels=max_megapixels), chunk)
+            measured += [(path, item) for path, item in zip(chunk, items, strict=True) if item]
     ranges = choose_missing_ranges((item for _, item in measured), given)
     return ranges, [path for path, item in measured if is_outside(item, ranges)]
 

@@ -2,8 +2,11 @@
 
 import os
 import re
+import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -47,6 +50,36 @@ class UnreadableImage(Exception):
     """Raised for a file that cannot be decoded; the message is one line with the reason."""
 
 
+class PillowLimit:
+    """The number of pixels that Pillow reads: one for all threads, so it is put back when none needs another one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_users = 0
+        self.before: int | None = None
+
+    @contextmanager
+    def at_least(self, num_pixels: int) -> Iterator[int | None]:
+        """Raise the limit inside the `with` block to `num_pixels` or more; give what it was before."""
+        with self.lock:
+            if self.num_users == 0:
+                self.before = Image.MAX_IMAGE_PIXELS
+            self.num_users += 1
+            if Image.MAX_IMAGE_PIXELS is not None:
+                Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, num_pixels)
+            before = self.before
+        try:
+            yield before
+        finally:
+            with self.lock:
+                self.num_users -= 1
+                if self.num_users == 0:
+                    Image.MAX_IMAGE_PIXELS = before
+
+
+PILLOW_LIMIT = PillowLimit()
+
+
 def open_image(path: str | os.PathLike[str], *, smallest_side: int, max_megapixels: float | None) -> Image.Image:
     """Open an image file; its pixels are read later. The caller closes it.
 
@@ -60,12 +93,11 @@ def open_image(path: str | os.PathLike[str], *, smallest_side: int, max_megapixe
         UnreadableImage: if the image is larger; the message names the key.
         Exception: whatever Pillow raises for a file that is broken, or no image.
     """
-    if max_megapixels is not None and Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(max_megapixels * 1e6))
     own_format = FORMAT_OF_SUFFIX.get(os.path.splitext(path)[1].lower())
     formats = IMAGE_FORMATS if own_format is None else (*dict.fromkeys((*IMAGE_FORMATS, own_format)),)
     try:
-        image = Image.open(path, formats=formats)
+        with PILLOW_LIMIT.at_least(0 if max_megapixels is None else int(max_megapixels * 1e6)) as pillow_limit:
+            image = Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:
         if not is_jpeg(path):
             size = PIXELS_IN_MESSAGE.search(str(error))
@@ -76,7 +108,7 @@ def open_image(path: str | os.PathLike[str], *, smallest_side: int, max_megapixe
         image.draft(None, (smallest_side, smallest_side))
         # All of a progressive JPEG is kept in memory, at whatever size it is decoded.
         num_pixels = full_size if image.info.get("progressive") else image.width * image.height
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or num_pixels) if max_megapixels is None else max_megapixels * 1e6
+        limit = 2 * (pillow_limit or num_pixels) if max_megapixels is None else max_megapixels * 1e6
         if num_pixels > limit:
             raise UnreadableImage(describe_too_large(num_pixels, max_megapixels))
     except BaseException:

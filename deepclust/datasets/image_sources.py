@@ -17,6 +17,8 @@ from deepclust.datasets.mapped_arrays import check_not_cut_short
 from deepclust.datasets.value_ranges import ValueRanges
 from deepclust.errors import InputError
 
+PIECE_PIXELS = 2**22  # that are copied to a device at a time, so that memory holds no second copy of all images
+
 
 class ImageSource(Protocol):
     """A fixed sequence of images, read by their positions."""
@@ -215,7 +217,15 @@ class ResidentWholeImages:
         self.shape, self.shapes = source.shape, source.shapes
         areas = self.shapes.prod(1)
         self.starts = np.cumsum(areas) - areas
-        self.pixels = torch.cat([torch.from_numpy(np.array(array)).to(device) for array in source.pixels])
+        channels = max(array.shape[1] for array in source.pixels)
+        self.pixels = torch.empty((int(areas.sum()), channels), dtype=torch.uint8, device=device)
+        stop = 0
+        for array in source.pixels:
+            check_not_cut_short(array)
+            for first in range(0, len(array), PIECE_PIXELS):
+                piece = torch.from_numpy(np.array(array[first : first + PIECE_PIXELS]))
+                start, stop = stop, stop + len(piece)
+                self.pixels[start:stop] = piece  # grey ones get equal channels
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -232,7 +242,7 @@ class ResidentWholeImages:
 def count_bytes(source: ImageSource) -> float:
     """Return the bytes that all images of a source would take on a device, infinite where they cannot be kept there."""
     if isinstance(source, WholeImageSource):
-        return sum(array.nbytes for array in source.pixels)
+        return sum(map(len, source.pixels)) * max(array.shape[1] for array in source.pixels)
     if source.shape[0] is None:  # files of shapes that are not known before they are decoded
         return math.inf
     return read_tensor(source, np.arange(1)).nbytes * len(source)
@@ -263,6 +273,11 @@ def read_pictures(source: ImageSource, indices: np.ndarray) -> list[np.ndarray]:
     if isinstance(images, PaddedImages):
         return images.take_apart()
     return list(images.permute(0, 2, 3, 1).numpy())
+
+
+def spread_positions(source: ImageSource, count: int) -> np.ndarray:
+    """Return the positions of up to `count` images, spread evenly over a source from its first to its last image."""
+    return np.unique(np.linspace(0, len(source) - 1, min(count, len(source)), dtype=np.int64))
 
 
 def crop_to_square(picture: np.ndarray) -> np.ndarray:

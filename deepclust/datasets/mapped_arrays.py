@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from deepclust.engine.memory_estimate import read_available_bytes
 from deepclust.errors import InputError
 
 ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -121,5 +122,6 @@ def check_member(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
 
 
 def measure_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the bytes of memory that can still be taken; where the system does not say, all that there are."""
+    available = read_available_bytes()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available

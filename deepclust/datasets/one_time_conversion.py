@@ -30,7 +30,7 @@ from deepclust.datasets.image_formats import describe_passed_over
 from deepclust.datasets.value_ranges import ValueRanges, describe_ranges, write_ranges
 from deepclust.engine.csv_cells import path_cell
 from deepclust.engine.output_files import write_array
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 from deepclust.number_types import PositiveInt
 

@@ -117,8 +117,8 @@ class GroupedBatchNorm(AnyDimBatchNorm):
         return torch.cat(parts, 1).flatten(0, 1)
 
 
-def check_groups(num_groups: int, *, batch_size: int, drop_last: bool, sync_batchnorm: bool) -> None:
-    """Check that batches can be normalised in `num_groups` groups on the processes of this run.
+def check_groups(num_groups: int, *, sync_batchnorm: bool) -> None:
+    """Check that batches of enough images can be normalised in `num_groups` groups on the processes of this run.
 
     Raises:
         InputError: if not.
@@ -137,14 +137,6 @@ def check_groups(num_groups: int, *, batch_size: int, drop_last: bool, sync_batc
             f"batch_norm_groups is {num_groups} on {num_processes} processes",
             expected="a number of groups that divides among the processes",
             do=f"set hardware.devices to a divisor of {num_groups}, or batch_norm_groups={num_processes}",
-        )
-    smallest_batch = batch_size if drop_last else -(-batch_size // 8)  # see `ImageDataModule.count_batches`
-    if smallest_batch < 2 * num_groups:
-        last = "" if drop_last else ", whose last batch can be an eighth of it,"
-        raise InputError(
-            f"batch_norm_groups is {num_groups} with batch_size={batch_size}{last}",
-            expected="two images or more in each group",
-            do=f"set batch_norm_groups={max(1, smallest_batch // 2)} or less",
         )
 
 

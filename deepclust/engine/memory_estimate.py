@@ -49,5 +49,18 @@ def read_available_bytes() -> int | None:
             limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())
         except (OSError, ValueError):  # "max": none
             continue
+        used -= read_reclaimable_bytes(Path(limit_file).with_name("memory.stat"))
         available = min(available, max(limit - used, 0))
     return available
+
+
+def read_reclaimable_bytes(statistics: Path) -> int:
+    """Return what a container holds of files that were read and are not in use: the system drops it when memory is low.
+
+    statistics: memory.stat of the cgroup; version 1 counts groups below it under another name.
+    """
+    try:
+        counts = dict(line.split() for line in statistics.read_text().splitlines())
+        return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return 0

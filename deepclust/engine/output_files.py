@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the command line shows its help without waiting for it
 
 SUFFIX_WHILE_WRITTEN = ".writing"
 MAX_NAME_BYTES = 255  # of one name on nearly every file system
+MAX_SUFFIX_BYTES = 32
 
 
 def check_output_file(path: Path, *, key: str) -> None:
@@ -225,3 +226,26 @@ def reserve_space(file: IO[bytes], size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ESPIPE):
             raise
+
+
+def shorten_name(name: str) -> str:
+    """Return a file name that is not too long for a file system: the end before its suffix is left out."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= MAX_NAME_BYTES:
+        return name
+    suffix = os.fsencode(os.path.splitext(name)[1])
+    if len(suffix) > MAX_SUFFIX_BYTES:  # what follows the last dot is no suffix then
+        suffix = b""
+    stem = encoded[: MAX_NAME_BYTES - len(suffix)]
+    while ends_within_character(stem):
+        stem = stem[:-1]
+    return os.fsdecode(stem + suffix)
+
+
+def ends_within_character(encoded: bytes) -> bool:
+    """Return whether UTF-8 text ends in the middle of a character. Bytes that are no such text are left alone."""
+    try:
+        encoded.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False

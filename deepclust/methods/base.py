@@ -24,7 +24,7 @@ from deepclust.engine import distributed
 from deepclust.engine.batch_norm import RowGroups
 from deepclust.engine.cuda_graphs import ReplayedFunction, ReplayedParts
 from deepclust.engine.epoch_length import count_steps_per_epoch
-from deepclust.engine.progress import track
+from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 from deepclust.nn.schedules import Schedule
 from deepclust.number_types import NonNegativeInt, PositiveInt

@@ -42,7 +42,6 @@ from deepclust.clustering.balanced_assignment import SizeConstraint, cluster_siz
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
-from deepclust.errors import InputError
 from deepclust.losses.discrimination import cross_entropy_per_row, mix_with_other_view
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.heads import three_layer_mlp, two_layer_mlp
@@ -254,12 +253,7 @@ class CoKe(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, and CoKe remembers a cluster of every image it learns from",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("and CoKe remembers a cluster of every image it learns from")
         projections = [self.projector(self.backbone(view)) for view in batch.views]
         predictions = [self.predictor(z) for z in projections] if self.predictor else None
         image_losses = self.compute_terms_and_update_clusters(

@@ -15,6 +15,9 @@ ten logged runs of each data set, and of IDEC's code.
 Differs from these codes in:
 - The result. It is the assignment by the last weights. That is the authors' own, the one of the last target, where
   training has stopped by itself. Where `trainer.max_steps` ends it, they leave out the steps since the last target.
+- Pre-training of IDEC. It is that of DEC-keras. IDEC's code starts from weights of DEC's own, which were trained layer
+  by layer.
+- Pixels of IDEC. They lie in [0, 1] (theirs: 0 to 5.1 on MNIST, 0 to 2 on USPS).
 - Batches. A last batch of less than an eighth of a batch joins the one before, and there is no empty batch where the
   number of images is a multiple of the batch size.
 - Empty clusters. A cluster to which no image is assigned at all has the target 0 (theirs: 0 / 0).
@@ -204,12 +207,7 @@ class DEC(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, and DEC has targets only for the images that are clustered",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("and DEC has targets only for the images that are clustered")
         images = batch.views[0]
         embeddings = self.backbone(images)
         reconstructions = None if self.decoder is None else self.decoder(embeddings)

@@ -169,12 +169,7 @@ class LNSCC(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, and LNSCC learns from pairs of the images that it clusters",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("and LNSCC learns from pairs of the images that it clusters")
         has_clusters = self.current_epoch >= self.clustering_after_epochs
         self.leave_untrained(() if has_clusters else [self.centres])
         z = self.backbone(torch.cat([*batch.views, *batch.companion_views]))  # of images and their graph neighbours

@@ -249,12 +249,7 @@ class SCAN(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, and SCAN mines neighbours only among the images that are clustered",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("and SCAN mines neighbours only among the images that are clustered")
         # Two passes, so that images and neighbours each have their own batch statistics.
         anchors, neighbors = (self.backbone(images) for images in (batch.views[0], batch.companion_views[0]))
         return self.compute_terms(anchors, neighbors)

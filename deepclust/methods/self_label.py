@@ -165,12 +165,7 @@ class SelfLabel(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, which belong to no cluster",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("which belong to no cluster")
         weak, strong = batch.views
         with torch.no_grad():  # in training mode, as in the authors' code, so it updates the running statistics
             weak_logits = distributed.all_gather(self.compute_logits(weak))

@@ -12,6 +12,8 @@ Differs from the authors' code in:
 - One head. It is allowed (`num_heads` 1).
 - The result. It is that of the last epoch. The authors' script reports the checkpoint with the best accuracy on the
   test images.
+- Features. Without a network or features that are there, SCAN's first stage makes them; theirs are of large pretrained
+  networks.
 - Neighbours. An image is never its own neighbour (theirs: from 80,000 images on, nearly always its first). With fewer
   images than `num_neighbors` all others are neighbours.
 - Temperatures. They are constant, as in all of the authors' settings.
@@ -219,12 +221,7 @@ class TEMI(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, and TEMI finds neighbours only among the images that are clustered",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("and TEMI finds neighbours only among the images that are clustered")
         self.leave_untrained(self.heads.last_layer if self.current_epoch < self.frozen_epochs else ())
         with torch.no_grad():
             features = self.scale_features(self.encode(torch.cat([batch.views[0], batch.companion_views[0]])))

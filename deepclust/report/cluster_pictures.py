@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from deepclust.datasets.image_sources import ImageSource, read_pictures
+from deepclust.datasets.image_sources import ImageSource, read_pictures, spread_positions
 from deepclust.engine.randomness import make_generator
 from deepclust.report.html_fragments import (
     JPEG_QUALITY,
     PIXELATED_BELOW,
     class_name,
+    count_of,
     encode_data_uri,
     image_name,
     render_note,
@@ -164,8 +165,8 @@ def _measure_jpeg_bytes_per_pixel(source: ImageSource) -> float:
     It is measured on images spread evenly over the data set, at a side in the middle of PICTURE_SIDES: smaller pictures
     take more for a pixel, larger ones less.
     """
-    rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_MEASURED, len(source)), dtype=np.int64))
-    small = [shrink_image(pixels, PICTURE_SIDES[4]) for pixels in read_pictures(source, rows)]
+    measured = read_pictures(source, spread_positions(source, NUM_MEASURED))
+    small = [shrink_image(pixels, PICTURE_SIDES[4]) for pixels in measured]
     num_characters = sum(len(encode_data_uri(pixels, **JPEG_OPTIONS)) for pixels in small)
     return 1.2 * num_characters / sum(pixels.shape[0] * pixels.shape[1] for pixels in small)
 
@@ -247,8 +248,7 @@ def _render_card(cluster: ClusterPictures, *, largest: int, name: str | None, dr
         title = f'<b class="name" data-k="{cluster.cluster}">{escape(name)}</b> <span>{title}</span>'
     if cluster.majority_class is not None and cluster.purity is not None:
         title += f" <span>{100 * cluster.purity:.0f} % are “{escape(cluster.majority_class)}”</span>"
-    noun = "image" if cluster.size == 1 else "images"
-    size = render_note([f"{cluster.size:,} {noun}, {100 * cluster.share:.1f} %"])
+    size = render_note([f"{count_of(cluster.size, 'image')}, {100 * cluster.share:.1f} %"])
     bar = f'<div class="bar"><i style="width:{100 * cluster.size / largest:.1f}%"></i></div>'
     lists = "".join(
         f"<h4>{list_title}</h4>{render_strip(pictures)}"

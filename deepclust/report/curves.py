@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from deepclust.report.html_fragments import format_number, key_to_words, render_note
+from deepclust.score_names import SCORE_NAMES
 
 MAX_POINTS = 300  # of a curve; neighbouring points of a longer one are averaged
 MAX_LINEAR_DECADES = 3  # a curve of positive values that spans more decades gets a logarithmic axis
-SCORES = ("acc", "nmi", "ari")
 CLUSTER_SIZE_ENTROPY = "eval/cluster_size_entropy"
 
 NOTES = (
@@ -47,7 +47,7 @@ def render_curves(
     curves = {name: (x * scale, y) for name, (x, y) in curves.items()}
     plots = []
     for rule, title in rule_titles.items():
-        scores = {m.upper(): curves.pop(name) for m in SCORES if (name := f"eval/{rule}/{m}") in curves}
+        scores = {m.upper(): curves.pop(name) for m in SCORE_NAMES if (name := f"eval/{rule}/{m}") in curves}
         if scores:
             percent = {name: (x, 100 * y) for name, (x, y) in scores.items()}
             plots.append(_render_plot(f"{title}, percent", percent, unit))
@@ -64,8 +64,6 @@ def render_number_of_clusters(estimate: Mapping | None) -> str:
     if estimate is None:
         return ""
     titles = {
-        "silhouette": "silhouette, minus that of a single normal cloud",
-        "stability": "stability, gain over a single normal cloud",
         "communities": "modularity of the neighbour graph at several resolutions",
         "separation": "Davies-Bouldin index of k-means, low is good",
     }

@@ -3,25 +3,19 @@
 import json
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
-from deepclust.datasets.image_sources import ImageSource, crop_to_square, read_pictures
-from deepclust.report.html_fragments import (
-    JPEG_QUALITY,
-    PIXELATED_BELOW,
-    encode_data_uri,
-    image_name,
-    shrink_image,
-    to_pillow_image,
-)
-from deepclust.report.sprites import arrange_in_grid, describe_grid
+from deepclust.datasets.image_sources import ImageSource, spread_positions
+from deepclust.report.html_fragments import JPEG_QUALITY, PIXELATED_BELOW, encode_data_uri, image_name
+from deepclust.report.sprites import arrange_in_grid, describe_grid, read_tiles
 
 MAX_BYTES = 5_500_000  # of all sheets as text
 MAX_IMAGES = 6000  # in all drawers; of more images, every n-th of each cluster is there
 TILE_SIDES = (112, 96, 80, 64, 48, 32)  # pixels; the largest that fits is taken. JPEG likes multiples of 16
 NUM_MEASURED = 64  # images by which it is judged how large the sheets become
-CHUNK_SIZE = 256  # images read at once
+JPEG_BLOCK = 16  # pixels, because colours have half the resolution
 
 
 def render_drawers(
@@ -46,16 +40,11 @@ def render_drawers(
         k: members[np.argsort(-confidence[members], kind="stable")][::every] for k, members in members_of.items()
     }
     num_shown = sum(map(len, shown_of.values()))
-    side = choose_tile_side(source, num_shown)
+    side, use_jpeg = choose_form(source, num_shown)
     drawers = {}
     for cluster, shown in shown_of.items():
-        tiles = read_tiles(source, shown, side)
-        is_small = max(tiles.shape[1:3]) < PIXELATED_BELOW and max(_longest_side(source), 1) <= side
-        uri = encode_data_uri(
-            arrange_in_grid(tiles, block=1 if is_small else 16),
-            **({} if is_small else {"quality": JPEG_QUALITY, "optimize": True}),
-        )
-        sheet = describe_grid(tiles, block=1 if is_small else 16) | {
+        uri, grid = make_sheet(read_tiles(source, shown, side), use_jpeg=use_jpeg)
+        sheet = grid | {
             "names": [image_name(index, paths) for index in shown.tolist()],
             "confidence": [round(float(value), 2) for value in confidence[shown]],
             "cluster": cluster,
@@ -77,36 +66,28 @@ def ordinal(number: int) -> str:
     return f"{number:,}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 
 
-def choose_tile_side(source: ImageSource, num_images: int) -> int:
-    """Return the largest side in pixels with which sheets of `num_images` images have MAX_BYTES at most.
+def choose_form(source: ImageSource, num_images: int) -> tuple[int, bool]:
+    """Return the longest side of a tile in pixels, and whether sheets are JPEGs, not PNGs.
 
-    It is judged by a sheet of some images, spread evenly over the data set.
+    Images of few pixels stay exact in PNGs where sheets of `num_images` images have MAX_BYTES at most. Otherwise JPEGs
+    get the largest of TILE_SIDES with which they have, or the last one. It is judged by a sheet of some images, spread
+    evenly over the data set.
     """
-    rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_MEASURED, len(source)), dtype=np.int64))
-    for side in TILE_SIDES:
-        sheet = arrange_in_grid(read_tiles(source, rows, side), block=16)
-        num_characters = len(encode_data_uri(sheet, quality=JPEG_QUALITY, optimize=True))
-        if num_characters / len(rows) * num_images <= MAX_BYTES:
+    rows = spread_positions(source, NUM_MEASURED)
+    # Images in their own shapes become squares, which are scaled to any side.
+    longest = max(TILE_SIDES[0] if side is None else side for side in source.shape[:2])
+    forms = [(side, True) for side in dict.fromkeys(min(side, longest) for side in TILE_SIDES)]
+    if longest < PIXELATED_BELOW:
+        forms.insert(0, (longest, False))
+    for side, use_jpeg in forms:
+        uri, _ = make_sheet(read_tiles(source, rows, side), use_jpeg=use_jpeg)
+        if len(uri) / len(rows) * num_images <= MAX_BYTES:
             break
-    return side
+    return side, use_jpeg
 
 
-def read_tiles(source: ImageSource, indices: np.ndarray, side: int) -> np.ndarray:
-    """Return small pictures (N, h, w, channels) of the images, with sides of at most `side` pixels.
-
-    Images in their own shapes become squares: their central ones.
-    """
-    tiles = []
-    for start in range(0, len(indices), CHUNK_SIZE):
-        for picture in read_pictures(source, indices[start : start + CHUNK_SIZE]):
-            if source.shape[0] is None:
-                square = to_pillow_image(crop_to_square(picture)).resize((side, side))
-                tiles.append(np.asarray(square).reshape(side, side, source.shape[2]))
-            else:
-                tiles.append(shrink_image(picture, side))
-    return np.stack(tiles)
-
-
-def _longest_side(source: ImageSource) -> int:
-    """Return the longer side of images of one shape in pixels; of images in their own shapes, more than any tile's."""
-    return max(TILE_SIDES[0] + 1 if side is None else side for side in source.shape[:2])
+def make_sheet(tiles: np.ndarray, *, use_jpeg: bool) -> tuple[str, dict[str, Any]]:
+    """Return tiles (N, h, w, channels) in one image, as a data URI, and where in it each tile is."""
+    block = JPEG_BLOCK if use_jpeg else 1
+    options = {"quality": JPEG_QUALITY, "optimize": True} if use_jpeg else {}
+    return encode_data_uri(arrange_in_grid(tiles, block=block), **options), describe_grid(tiles, block=block)

@@ -8,16 +8,16 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from deepclust.datasets.image_sources import ImageSource, crop_to_square, read_pictures
+from deepclust.datasets.image_sources import ImageSource
 from deepclust.engine.randomness import derive_seed, make_generator
-from deepclust.report.html_fragments import image_name, shrink_image, to_pillow_image
+from deepclust.report.html_fragments import image_name
+from deepclust.report.sprites import read_tiles
 
 NUM_COMPONENTS = 50  # principal components that t-SNE gets
 PERPLEXITY = 30
 TSNE_ITERATIONS = 500  # twice as many take twice as long and give a map that looks the same
 MIN_TSNE_POINTS = 5
 MAX_PICTURE_SIDE = 64  # pixels
-CHUNK_SIZE = 256  # pictures read at once
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def compute_embedding_map(
         confidence=confidence[indices],
         labels=None if labels is None else labels[indices],
         image_names=[image_name(index, paths) for index in indices.tolist()],
-        pictures=None if source is None else _read_pictures(source, indices),
+        pictures=None if source is None else read_tiles(source, indices, MAX_PICTURE_SIDE),
     )
 
 
@@ -105,15 +105,3 @@ def _compute_principal_components(points: np.ndarray, *, seed: int) -> np.ndarra
         return np.zeros((len(points), 1), np.float32)
     pca = PCA(min(NUM_COMPONENTS, *points.shape), random_state=derive_seed(seed, "map") % 2**32)
     return pca.fit_transform(points / scale)
-
-
-def _read_pictures(source: ImageSource, indices: np.ndarray) -> np.ndarray:
-    """Return uint8 pictures (P, h, w, channels) of the images at `indices`, with sides of at most MAX_PICTURE_SIDE."""
-    starts = range(0, len(indices), CHUNK_SIZE)
-    chunks = (read_pictures(source, indices[start : start + CHUNK_SIZE]) for start in starts)
-    pictures = (picture for chunk in chunks for picture in chunk)
-    if source.shape[0] is None:  # the map takes pictures of one size: of images in their own shapes, central squares
-        squares = (to_pillow_image(crop_to_square(picture)) for picture in pictures)
-        sized = (square.resize((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE)) for square in squares)
-        return np.stack([np.asarray(square).reshape(*square.size, source.shape[2]) for square in sized])
-    return np.stack([shrink_image(picture, MAX_PICTURE_SIDE) for picture in pictures])

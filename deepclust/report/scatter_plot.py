@@ -79,7 +79,7 @@ def render_scatter_plot(
     }
     sprite = ""
     if embedding.pictures is not None:
-        uri, data["tile"] = _make_sprite(embedding.pictures[order])
+        uri, data["tile"] = make_sprite(embedding.pictures[order], sides=PICTURE_SIDES, max_bytes=MAX_SPRITE_BYTES)
         sprite = f'<img id="sprite" src="{uri}" alt="" hidden>'
     # "<" is escaped because "</script>" would end the data and "<!--" would start a comment.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
@@ -201,8 +201,3 @@ def _render_legend(kind: str, markers: dict[int, int], titles: dict[int, str]) -
         for group in sorted(markers, key=lambda group: (group < 0, group))
     )
     return f'<div class="legend by-{kind}">{entries}</div>'
-
-
-def _make_sprite(pictures: np.ndarray) -> tuple[str, dict[str, int | bool]]:
-    """Return all pictures (P, h, w, channels) in one image, as a data URI, and where in it each picture is."""
-    return make_sprite(pictures, sides=PICTURE_SIDES, max_bytes=MAX_SPRITE_BYTES)

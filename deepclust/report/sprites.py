@@ -1,13 +1,37 @@
-"""Many small pictures in one image, from which a script of the page takes them one by one."""
+"""Many small pictures of one size in one image, from which a script of the page takes them one by one."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from deepclust.report.html_fragments import JPEG_QUALITY, PIXELATED_BELOW, encode_data_uri, shrink_image
+from deepclust.datasets.image_sources import ImageSource, crop_to_square, read_pictures
+from deepclust.report.html_fragments import (
+    JPEG_QUALITY,
+    PIXELATED_BELOW,
+    encode_data_uri,
+    shrink_image,
+    to_pillow_image,
+)
 
 JPEG_BLOCK = 8  # pixels
+CHUNK_SIZE = 256  # images read at once
+
+
+def read_tiles(source: ImageSource, indices: np.ndarray, side: int) -> np.ndarray:
+    """Return small pictures (N, h, w, channels) of the images, with sides of at most `side` pixels.
+
+    Images in their own shapes become squares: their central ones.
+    """
+    tiles = []
+    for start in range(0, len(indices), CHUNK_SIZE):
+        for picture in read_pictures(source, indices[start : start + CHUNK_SIZE]):
+            if source.shape[0] is None:
+                square = to_pillow_image(crop_to_square(picture)).resize((side, side))
+                tiles.append(np.asarray(square).reshape(side, side, source.shape[2]))
+            else:
+                tiles.append(shrink_image(picture, side))
+    return np.stack(tiles)
 
 
 def make_sprite(pictures: np.ndarray, *, sides: Sequence[int], max_bytes: int) -> tuple[str, dict[str, int | bool]]:

@@ -1,6 +1,7 @@
 """The parts of a run, built from its resolved configuration: data, method, evaluator and trainer."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 
 from deepclust.callbacks.evaluation import Evaluator
 from deepclust.config.build import build, build_each
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.batch_norm import check_groups
@@ -49,12 +50,7 @@ def prepare_for_hardware(cfg: DictConfig, method: ClusteringMethod, datamodule: 
     Raises:
         InputError: if options do not fit each other, the batch size or the number of processes.
     """
-    check_groups(
-        cfg.batch_norm_groups,
-        batch_size=cfg.batch_size,
-        drop_last=cfg.drop_last,
-        sync_batchnorm=cfg.sync_batchnorm,
-    )
+    check_groups(cfg.batch_norm_groups, sync_batchnorm=cfg.sync_batchnorm)
     apply_hardware_options(
         method,
         datamodule.views,
@@ -79,16 +75,22 @@ def build_evaluator(cfg: DictConfig, images: ImageSet) -> Evaluator:
     )
 
 
-def build_trainer(cfg: DictConfig, folder: Path, evaluator: Evaluator) -> Trainer:
-    """Build the trainer with the callbacks and loggers of the configuration."""
+def build_trainer(
+    cfg: DictConfig, folder: Path, evaluator: Evaluator, extra_callbacks: Sequence[Callback] = (), **arguments: Any
+) -> Trainer:
+    """Build the trainer with the callbacks and loggers of the configuration.
+
+    `extra_callbacks` and `arguments` of the trainer are for what measures it.
+    """
     available: dict[str, Any] = {"folder": folder, "evaluator": evaluator, "config": resolve_to_dict(cfg)}
     available |= {"going_on": read_going_on(), "shorter_ways": describe_shorter_ways(cfg)}
-    callbacks: list[Callback] = build_each(cfg.callbacks, available)
+    callbacks: list[Callback] = [*build_each(cfg.callbacks, available), *extra_callbacks]
     trainer: Trainer = build(
         cfg.trainer,
         callbacks=callbacks,
         logger=build_each(cfg.logger, available),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        **arguments,
     )
     disable_lightning_requeue(trainer)
     return trainer

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from deepclust.engine.csv_cells import path_cell
 from deepclust.engine.output_files import replace_text_file
 from deepclust.errors import InputError
-from deepclust.runs.folder import ASSIGNMENTS
+from deepclust.runs.run_folder import ASSIGNMENTS
 
 
 def write_assignments(
@@ -61,9 +60,3 @@ def read_assignments(folder: Path) -> dict[str, list[Any]]:
             expected="the assignments of a finished run",
             do="bring back a copy, or train again in another folder (hydra.run.dir=DIR)",
         ) from error
-
-
-def read_clusters(folder: Path) -> np.ndarray:
-    """Read the cluster of each image (M,) from a run folder."""
-    with (folder / ASSIGNMENTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return np.array([int(row["cluster"]) for row in csv.DictReader(file)])

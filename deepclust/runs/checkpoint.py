@@ -15,8 +15,8 @@ from deepclust.config.build import build
 from deepclust.datasets.image_decoding import Kept, StoredSize
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
-from deepclust.runs.folder import CHECKPOINT, HUB_CONFIG, HUB_WEIGHTS, check_holds_run
-from deepclust.runs.hub_form import is_in_hub_form, read_hub_form
+from deepclust.runs.hub_form import read_hub_form
+from deepclust.runs.run_folder import CHECKPOINT, HUB_CONFIG, HUB_WEIGHTS, check_holds_run, is_in_hub_form
 from deepclust.runs.trusted_targets import malformed_config_error, open_run_config, shorten, without_weight_sources
 
 
@@ -29,7 +29,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
         InputError: if there is none, it is damaged, or another version of deepclust wrote it.
     """
     path = run / CHECKPOINT
-    if not path.exists() and is_in_hub_form(run):
+    if is_in_hub_form(run):
         shared_run = read_hub_form(run)
         check_checkpoint_format(run / HUB_CONFIG, shared_run)
         return shared_run

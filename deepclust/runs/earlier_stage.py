@@ -15,10 +15,10 @@ from deepclust.engine import distributed
 from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint
-from deepclust.runs.folder import check_holds_run, check_run_files
 from deepclust.runs.locate_run import locate_run
 from deepclust.runs.results import read_results
-from deepclust.runs.trusted_targets import list_targets, open_run_config, split_trust
+from deepclust.runs.run_folder import check_holds_run, check_run_files
+from deepclust.runs.trusted_targets import list_trusted, open_run_config
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +59,6 @@ def warn_of_long_stage(cfg: DictConfig, stage_cfg: DictConfig) -> None:
             "%s is for the last stage alone: %s trains for %s, or for as many as before.trainer.max_epochs=N says",
             *(named[0], stage_cfg.names.method, format_count(stage_cfg.trainer.max_epochs, "epoch")),
         )
-
-
-def list_trusted(cfg: DictConfig) -> list[str]:
-    """Return what the run that this one starts from may name: what `trust` says, and what this configuration names."""
-    values: Any = OmegaConf.to_container(cfg)
-    del values["earlier"]  # it comes from that run
-    return [*split_trust(cfg.trust), *list_targets(values)]
 
 
 def configure_earlier_stage(cfg: DictConfig) -> DictConfig:

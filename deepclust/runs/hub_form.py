@@ -20,17 +20,12 @@ from deepclust.config.keys import iterate_entries
 from deepclust.engine.output_files import write_bytes, write_text
 from deepclust.engine.small_files import read_json
 from deepclust.errors import InputError
-from deepclust.runs.folder import HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RESULTS
+from deepclust.runs.run_folder import HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RESULTS
 
 LIBRARY = "deepclust"
 METHOD_PREFIX = "method."
 ASSIGNMENT_STATE = ("kmeans_centroids", "kmeans_scale", "cluster_means")
 SHARED_DATA_DIR = "data"  # stands in a shared run for the folder of data sets of the machine that made it
-
-
-def is_in_hub_form(folder: Path) -> bool:
-    """Return whether a folder holds a run in this form."""
-    return (folder / HUB_CONFIG).exists() and (folder / HUB_WEIGHTS).exists()
 
 
 def write_hub_form(folder: Path, checkpoint: dict[str, Any], results: dict[str, Any] | None, card: str) -> list[str]:

@@ -12,7 +12,7 @@ from deepclust.datasets.array_files import add_channel_axis, open_array
 from deepclust.datasets.features import convert_vectors
 from deepclust.engine.output_files import replace_file, write_array
 from deepclust.errors import InputError
-from deepclust.runs.folder import CHECKPOINT, RESULTS
+from deepclust.runs.run_folder import CHECKPOINT, RESULTS
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # of Pillow's images; a PNG holds them as they are
 
@@ -190,6 +190,7 @@ def write_pictures(pictures: Iterable[Any], folder: Path, name: str) -> list[str
 
     Raises:
         InputError: if something in the list is no image.
+        OSError: if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -206,7 +207,9 @@ def write_pictures(pictures: Iterable[Any], folder: Path, name: str) -> list[str
         try:
             shown = picture if picture.mode in (*PNG_MODES, "F") else picture.convert("RGB")
             shown.save(path, exif=picture.getexif(), **options)
-        except Exception:  # of a file that is cut short: it is only read here
+        except Exception as error:  # of a file that is cut short: it is only read here
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # a full disk, for example
             path.write_bytes(b"")
         files.append(str(path))
     return files

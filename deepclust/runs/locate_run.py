@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepclust.errors import InputError
-from deepclust.runs.folder import HUB_CONFIG, HUB_WEIGHTS, RESULTS
+from deepclust.runs.run_folder import HUB_CONFIG, HUB_WEIGHTS, RESULTS
 
 HUB_PREFIX = "hf://"
 # Nothing else of a stranger's files is fetched. Results are left out where there are none.

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from deepclust.engine.plurals import format_count
-from deepclust.runs.folder import HUB_WEIGHTS
+from deepclust.runs.run_folder import HUB_WEIGHTS
 
 HUB_METRICS = {"acc": "accuracy", "nmi": "nmi", "ari": "ari"}  # the Hub's names of our scores
 RULES = {"method": "the method's own rule", "kmeans": "k-means on the features"}

@@ -16,11 +16,11 @@ from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.output_files import write_text
 from deepclust.engine.small_files import read_state
-from deepclust.runs.folder import ERROR, RESULTS
 from deepclust.runs.objective import compute_objective
 from deepclust.runs.provenance import read_command_line, read_commit, read_versions
+from deepclust.runs.run_folder import ERROR, RESULTS
+from deepclust.score_names import SCORE_NAMES
 
-METRICS = ("acc", "nmi", "ari")
 # What commands read of a results.json, and its type.
 REQUIRED_RESULTS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("method", "dataset"), str),
@@ -131,7 +131,9 @@ def check_results(results: Any) -> str | None:
             return f"{key} is {str(value)[:40]}"
     rules = [*results["scores"].items(), *dict_or_empty(results.get("baseline")).items()]
     for rule, scores in rules:
-        is_complete = isinstance(scores, dict) and all(isinstance(scores.get(name), int | float) for name in METRICS)
+        is_complete = isinstance(scores, dict) and all(
+            isinstance(scores.get(name), int | float) for name in SCORE_NAMES
+        )
         if scores is not None and not is_complete:
             return f"scores.{rule} is {str(scores)[:40]}"
     return None

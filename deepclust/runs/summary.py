@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepclust.runs.folder import ASSIGNMENTS, REPORT, RESULTS
+from deepclust.runs.run_folder import ASSIGNMENTS, REPORT, RESULTS
+from deepclust.score_names import SCORE_NAMES
 
 RULE_TITLES = {
     "pixels": "k-means on pixels",
@@ -24,7 +25,7 @@ def print_summary(results: dict[str, Any], folder: Path) -> None:
     scores_by_rule = {"pixels": results.get("baseline", {}).get("kmeans_on_pixels"), **results["scores"]}
     for rule, title in RULE_TITLES.items():
         if scores := scores_by_rule.get(rule):
-            table.add_row(title, *(f"{100 * scores[metric]:.1f}" for metric in ("acc", "nmi", "ari")))
+            table.add_row(title, *(f"{100 * scores[metric]:.1f}" for metric in SCORE_NAMES))
     console = Console()
     if table.row_count:
         console.print(table)

@@ -13,7 +13,7 @@ from torch import Tensor
 from deepclust.batch import pad_images
 from deepclust.clustering.assignment_rules import assign_by_own_rule, assign_to_centroids
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_decoding import Kept, StoredSize
 from deepclust.engine.devices import select_device
 from deepclust.methods.base import ClusteringMethod

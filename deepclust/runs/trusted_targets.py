@@ -109,8 +109,15 @@ def split_trust(value: Any) -> list[str]:
     return [name.strip() for name in map(str, names) if name.strip()]
 
 
-def list_targets(config: Any) -> list[str]:
-    """Return every `_target_` below a section: what a user's own configuration names is trusted in a run, too."""
+def list_trusted(cfg: DictConfig) -> list[str]:
+    """Return what a user's own configuration lets a run name: the packages of `trust`, and whatever it names itself."""
+    values: Any = OmegaConf.to_container(cfg)
+    values.pop("earlier", None)  # it comes from a run
+    return [*split_trust(values.get("trust")), *list_targets(values)]
+
+
+def list_targets(config: dict[str, Any]) -> list[str]:
+    """Return every `_target_` below a section."""
     return [str(target) for _, target in iterate_targets(config)]
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepclust.callbacks.evaluation import EvaluationResult
 from deepclust.datasets.image_sources import ImageSet
-from deepclust.engine.progress import announce
+from deepclust.engine.progress_bar import announce
 from deepclust.report.findings import Findings
 from deepclust.report.run_report import write_run_report
 from deepclust.report.shown_paths import hide_places

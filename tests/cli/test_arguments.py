@@ -16,7 +16,20 @@ NAMES = ["0", "2024", "-3", "1.5", "1e5", "1_000", ".5", "null", "true", "False"
 
 @pytest.mark.parametrize(
     "path",
-    ["Süd, 2019", "a (1)", "it's", "x] {y}: z=1; 100%", "c:\\photos\\it's", "~/photos", "plain/path-1.0", "日本"],
+    [
+        "Süd, 2019",
+        "a (1)",
+        "it's",
+        "x] {y}: z=1; 100%",
+        "c:\\photos\\it's",
+        "a\\b",
+        "two\nlines",
+        "ends in \\",
+        "it\\'s\\",
+        "~/photos",
+        "plain/path-1.0",
+        "日本",
+    ],
 )
 def test_paths_are_taken_literally(path):
     from hydra.core.override_parser.overrides_parser import OverridesParser

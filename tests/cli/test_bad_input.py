@@ -15,9 +15,9 @@ from PIL import Image
 from deepclust.cli.main import main
 from deepclust.commands.train import run
 from deepclust.errors import InputError
-from deepclust.runs.assignments_csv import read_clusters
+from deepclust.runs.assignments_csv import read_assignments
 from deepclust.runs.checkpoint import load_checkpoint
-from deepclust.runs.folder import CHECKPOINT
+from deepclust.runs.run_folder import CHECKPOINT
 from tests.conftest import compose_train
 from tests.processes import run_deepclust
 
@@ -158,7 +158,7 @@ def test_file_names_that_are_not_utf8_are_kept_byte_for_byte(tmp_path, train_sma
         assert [line.rpartition(b",")[2].rpartition(b"/")[2] for line in lines] == names
     assert b"/broken\xff.png\t" in (tmp_path / "out.csv.unreadable.txt").read_bytes()
     assert sorted(os.fsencode(copy.name)[7:] for copy in sorted_to.rglob("*.png")) == names
-    assert len(read_clusters(folder)) == 40
+    assert len(read_assignments(folder)["cluster"]) == 40
     assert re.search(r"\d\d\?\.png", (folder / "report.html").read_text())
 
 

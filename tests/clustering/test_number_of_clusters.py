@@ -97,7 +97,7 @@ def test_separation_is_the_index_of_davies_and_bouldin_and_best_at_the_blobs():
 
 def test_the_summary_says_how_far_the_measures_agree():
     def summarize(*named: int) -> str:
-        numbers = dict(zip(("silhouette", "stability", "eigengap"), named, strict=True))
+        numbers = dict(zip(("communities", "fine communities", "separation"), named, strict=True))
         return ClusterNumberEstimate(sorted(named)[1], numbers, {}).summarize()
 
     assert summarize(5, 5, 5).endswith("all three agree") and summarize(10, 11, 9).endswith("all three agree")

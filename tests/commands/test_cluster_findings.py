@@ -65,8 +65,15 @@ def test_copies_outliers_names_and_a_tree(photos: Path, tmp_path: Path, monkeypa
     with pytest.raises(InputError, match=r"names\.json does not name clusters"):
         say(predict, "predict", *options[:2], f"output={tmp_path}/more.csv", "accelerator=cpu")
 
-    # Another number of clusters: the edited names belong to the earlier ones. What is not asked for is not looked for.
+    # The same clusters shown in another way keep the edited names, also where the folder was moved.
     (folder / "names.json").write_text('{"0": "mine"}')
+    call(folder, photos, *SMALL, "report.per_cluster=5")
+    folder = folder.rename(photos.parent / "moved run")
+    call(folder, photos, *SMALL, "report.per_cluster=5")
+    assert json.loads((folder / "names.json").read_text()) == {"0": "mine"}
+    assert not (folder / "names-of-earlier-clusters.json").exists()
+
+    # Another number of clusters: the edited names belong to the earlier ones. What is not asked for is not looked for.
     results = call(folder, photos, *SMALL, "num_clusters=2", "outliers=false", "duplicates=false")
     assert json.loads((folder / "names-of-earlier-clusters.json").read_text()) == {"0": "mine"}
     assert list(rows(folder / "assignments.csv")[0]) == ["index", "cluster", "confidence", "path"]

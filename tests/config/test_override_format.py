@@ -10,6 +10,7 @@ from deepclust.config.override_format import format_override
 VALUES = [
     *(None, True, False, 0, -3, 1.5, 1e-5, float("inf"), "weak", "a b", "12", "1e5", "null", "True", "nan", ""),
     *("it's", 'say "a"', "a:b", "a=b", "a,b", "[a]", "{a}", "é", "~", "a/b.c-d", "\\", 'end\\"', "# no"),
+    *("a\\b", "two\nlines", "a\tb", "a\\\\b\\", "a\\'b", 'it\\\'s "a\\"\\\\'),
     *(["weak", "x y", None], [], [[1, 2.5], []], {"a": 1, "b": [True, {"c": "d e"}]}),
 ]
 

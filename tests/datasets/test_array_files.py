@@ -7,7 +7,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from deepclust.datasets.array_files import load_array_file, open_array_file
+from deepclust.datasets.array_files import load_array_file
 from deepclust.datasets.image_sources import ArraySource
 from deepclust.errors import InputError
 
@@ -16,30 +16,36 @@ GREY = COLOUR[..., 0]
 LABELS = np.array([0, 1, 2, 0, 1, -1], np.int32)
 
 
+def load_images(path: Path, value_ranges: dict | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return images and labels of an array file as a data set has them."""
+    data = load_array_file(path=str(path), channels=None, num_classes=None, value_ranges=value_ranges)
+    return data.fit.joined.arrays[0], data.labels
+
+
 @pytest.mark.parametrize("array", [COLOUR, GREY, GREY[..., None]])
 def test_npy_file(tmp_path: Path, array: np.ndarray):
     np.save(tmp_path / "a.npy", array)
-    images, labels = open_array_file(str(tmp_path / "a.npy"))
+    images, labels = load_images(tmp_path / "a.npy")
     assert labels is None and isinstance(images, np.memmap)
     assert (images == array.reshape(*array.shape[:3], -1)).all()
 
 
 def test_npz_file(tmp_path: Path):
     np.savez(tmp_path / "a.npz", images=COLOUR, labels=LABELS, other=np.zeros(3))
-    images, labels = open_array_file(str(tmp_path / "a.npz"))
+    images, labels = load_images(tmp_path / "a.npz")
     assert (images == COLOUR).all()
     assert labels is not None and labels.dtype == np.int64 and (labels == LABELS).all()
     np.savez_compressed(tmp_path / "b.npz", anything=GREY)
-    images, labels = open_array_file(str(tmp_path / "b.npz"))
+    images, labels = load_images(tmp_path / "b.npz")
     assert (images[..., 0] == GREY).all() and labels is None
     np.savez(tmp_path / "c.npz", x=GREY, labels=LABELS)
-    assert open_array_file(str(tmp_path / "c.npz"))[1] is not None
+    assert load_images(tmp_path / "c.npz")[1] is not None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_floats_from_0_to_1_are_scaled(tmp_path: Path, dtype: type):
     np.save(tmp_path / "a.npy", (COLOUR / 255).astype(dtype))
-    images, _ = open_array_file(str(tmp_path / "a.npy"))
+    images, _ = load_images(tmp_path / "a.npy")
     assert images.dtype == np.uint8 and (images == COLOUR).all()
 
 
@@ -60,7 +66,7 @@ def test_other_numbers_are_scaled_by_the_rule_of_files(tmp_path: Path, array: np
     np.save(tmp_path / "a.npy", array)
     data = load_array_file(path=str(tmp_path / "a.npy"), channels=None, num_classes=None)
     assert data.value_ranges == ranges and (data.fit.joined.arrays[0] == COLOUR).all()
-    new, _ = open_array_file(str(tmp_path / "a.npy"), {kind: (low, 2 * high) for kind, (low, high) in ranges.items()})
+    new, _ = load_images(tmp_path / "a.npy", {kind: (low, 2 * high) for kind, (low, high) in ranges.items()})
     assert new.max() < 255, "given ranges are used"
 
 
@@ -97,7 +103,7 @@ NAN_IMAGES = np.full((2, 4, 4), np.nan)
 def test_arrays_that_are_not_images_are_refused(tmp_path: Path, array: np.ndarray, message: str):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(InputError, match=message) as caught:
-        open_array_file(str(tmp_path / "a.npy"))
+        load_images(tmp_path / "a.npy")
     assert str(tmp_path / "a.npy") in str(caught.value)
 
 

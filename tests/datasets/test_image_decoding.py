@@ -291,3 +291,17 @@ def test_large_jpegs_are_whole_too(tmp_path: Path):
     assert len(paths) == len(images) == 1 and images[0].shape == (60, 80, 3) and len(unreadable) == 1
     with pytest.raises(InputError, match=r"dataset\.keep=whole_images"):
         decode_in_chunks([], image_size="original", channels=3).__next__()
+
+
+def test_the_limit_of_pillow_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # an image of twice as many pixels is refused
+    paths = [str(tmp_path / f"{number}.png") for number in range(20)]
+    for path in paths:
+        Image.new("L", (20, 20)).save(path)
+
+    def count_readable(max_megapixels: float | None) -> int:
+        chunks = decode_in_chunks(paths, image_size=8, channels=1, max_megapixels=max_megapixels)
+        return sum(len(readable) for readable, _, _ in chunks)
+
+    assert [count_readable(limit) for limit in (None, 0.001, None)] == [0, 20, 0]
+    assert Image.MAX_IMAGE_PIXELS == 100

@@ -7,8 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
+from deepclust.datasets import image_sources
 from deepclust.datasets.image_decoding import decode_image
-from deepclust.datasets.image_sources import ArraySource, FileSource, ResidentSource, VectorSource
+from deepclust.datasets.image_sources import (
+    ArraySource,
+    FileSource,
+    ResidentSource,
+    ResidentWholeImages,
+    VectorSource,
+    WholeImageSource,
+    count_bytes,
+)
 from deepclust.errors import InputError
 
 
@@ -97,3 +106,19 @@ def test_a_resident_source_gives_the_images_of_its_source(kind):
     assert torch.equal(images, expected) and images.dtype == expected.dtype
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert len(resident) == 5000 and resident.shape == source.shape
+
+
+def test_whole_images_of_grey_and_colour_splits_are_kept_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(image_sources, "PIECE_PIXELS", 7)
+    rng = np.random.default_rng(0)
+    shapes = [np.array([[3, 4], [5, 2]]), np.array([[2, 2], [4, 6]])]
+    pixels = [
+        rng.integers(0, 256, (int(sizes.prod(1).sum()), channels), dtype=np.uint8)
+        for sizes, channels in zip(shapes, (1, 3), strict=True)
+    ]
+    source = WholeImageSource(pixels, shapes, channels=3)
+    resident = ResidentWholeImages(source, torch.device("cpu"))
+    indices = np.array([2, 0, 3, 1, 0])
+    images, expected = resident.read(indices), source.read(indices)
+    assert torch.equal(images.pixels, expected.pixels) and torch.equal(images.shapes, expected.shapes)
+    assert count_bytes(source) == resident.pixels.nbytes

@@ -1,5 +1,6 @@
 """The values of black and white: how they are chosen for a set, and how values are scaled by them."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ def test_files_are_measured_together(tmp_path: Path):
     ranges, outside = find_value_ranges(paths, {"integer": (0, 2500)})
     assert ranges["integer"] == (0, 2500) and outside == [paths[2]]
     assert find_value_ranges([str(tmp_path / "c.png")], None) == ({}, [])
+
+
+def test_the_memory_does_not_grow_with_the_number_of_files_that_have_8_bits(tmp_path: Path):
+    tracemalloc.start()
+    try:
+        assert find_value_ranges([str(tmp_path / "missing.png")] * 10_000, None) == ({}, [])
+        assert tracemalloc.get_traced_memory()[1] < 3e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_tags_of_a_tiff_state_the_range(tmp_path: Path):

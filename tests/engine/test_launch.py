@@ -27,6 +27,7 @@ SHORT_RUN = [
     "+trainer.limit_train_batches=3",
     "callbacks.checkpoint.min_seconds=0",
     "callbacks.evaluation.every_n_epochs=1",
+    "report.map_points=0",
 ]
 
 

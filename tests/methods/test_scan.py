@@ -20,7 +20,7 @@ from deepclust.methods.scan import SCAN, Pretext, entropy, pretext_loss, scan_lo
 from deepclust.nn.schedules import Constant
 from deepclust.runs.assemble import build_trainer
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.folder import CHECKPOINT, RESULTS
+from deepclust.runs.run_folder import CHECKPOINT, RESULTS
 from tests.conftest import compose_train
 
 IMAGES, CLUSTERS = 30, 4

@@ -56,11 +56,11 @@ def test_curves_over_many_decades_are_logarithmic(tmp_path: Path, values: list[s
 
 
 def test_an_estimated_number_of_clusters_has_a_curve_for_each_measure(tmp_path: Path) -> None:
-    measures = ("silhouette", "stability", "eigengap")
+    measures = ("communities", "fine communities", "separation")
     estimate = {
         "message": "10 clusters by the features alone",
         "curves": {measure: [(2, 0.1), (5, 0.4), (10, 0.9)] for measure in measures},
-        "named": {"silhouette": 10, "stability": 5, "eigengap": 10},
+        "named": {"communities": 10, "fine communities": 5, "separation": 10},
     }
     page = write_page(tmp_path, results=make_results(number=estimate))
     assert page.tags.count("figure") == 3

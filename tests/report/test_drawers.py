@@ -80,6 +80,17 @@ def test_drawers_stay_within_their_bytes_and_their_number_of_images(monkeypatch:
     assert render_drawers(assignments, np.ones(300), source=None, paths=None, links=None, clusters=[0]) == {}
 
 
+@pytest.mark.parametrize(("max_bytes", "kind"), [(2_000_000, "png"), (400_000, "jpeg")])
+def test_small_images_are_jpegs_where_pngs_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, max_bytes: int, kind: str
+) -> None:
+    monkeypatch.setattr(drawers_module, "MAX_BYTES", max_bytes)
+    source, assignments = ArraySource([make_noise(300, 32, 32, 3)]), np.arange(300) % 4
+    drawers = render_drawers(assignments, np.ones(300), source=source, paths=None, links=None, clusters=[0, 1, 2, 3])
+    uris = [uri for drawer in drawers.values() for uri in Page(drawer).values("img", "src")]
+    assert all(uri.startswith(f"data:image/{kind};") for uri in uris) and sum(map(len, uris)) < 1.1 * max_bytes
+
+
 def test_the_page_has_a_title_of_the_folder_names_and_findings(tmp_path: Path) -> None:
     page = make_page(tmp_path)
     text = (tmp_path / "report.html").read_text()

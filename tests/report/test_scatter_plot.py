@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from deepclust.report.embedding_map import compute_embedding_map
-from deepclust.report.scatter_plot import MAX_SPRITE_BYTES, NUM_MARKERS, _choose_markers, _find_medoids, _make_sprite
+from deepclust.report.scatter_plot import (
+    MAX_SPRITE_BYTES,
+    NUM_MARKERS,
+    PICTURE_SIDES,
+    _choose_markers,
+    _find_medoids,
+)
+from deepclust.report.sprites import make_sprite
 from tests.report.pages import Page, decode_image, make_digits_map, make_noise, make_numbered_images, write_page
 
 
@@ -111,10 +118,11 @@ def test_the_name_of_a_group_in_pieces_stands_in_one_of_them() -> None:
 
 
 def test_pictures_of_the_map_keep_to_their_size() -> None:
-    uri, tile = _make_sprite(make_noise(600, 64, 64, 3))
+    limits = {"sides": PICTURE_SIDES, "max_bytes": MAX_SPRITE_BYTES}
+    uri, tile = make_sprite(make_noise(600, 64, 64, 3), **limits)
     assert MAX_SPRITE_BYTES / 4 < len(uri) <= MAX_SPRITE_BYTES and 16 <= tile["w"] < 64
     gradient = np.broadcast_to(np.linspace(0, 255, 60, dtype=np.uint8)[:, None, None], (100, 60, 40, 3))
-    uri, tile = _make_sprite(gradient)
+    uri, tile = make_sprite(gradient, **limits)
     assert tile == {"w": 40, "h": 60, "dx": 40, "dy": 64, "columns": 10, "sharp": False}
     sprite = decode_image(uri).astype(int)
     assert sprite.shape == (640, 400, 3)

@@ -20,18 +20,18 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from deepclust.cli.main import main
-from deepclust.commands.predict_folders import shorten_name
 from deepclust.commands.train import run
 from deepclust.comparison.formats import to_csv
-from deepclust.datasets.array_files import open_array_file
+from deepclust.datasets.array_files import load_array_file
 from deepclust.datasets.folder import load_folder
 from deepclust.datasets.image_decoding import UnreadableImage, decode_image, decode_in_chunks, find_image_files
 from deepclust.datasets.image_formats import FORMAT_OF_SUFFIX, has_heif
 from deepclust.datasets.mapped_arrays import MAX_UNPACKED_BYTES
 from deepclust.engine.csv_cells import FORMULA_STARTS, path_cell, text_cell
+from deepclust.engine.output_files import shorten_name
 from deepclust.errors import InputError
-from deepclust.runs.assignments_csv import read_clusters, write_assignments
-from deepclust.runs.folder import ASSIGNMENTS, CHECKPOINT, METRICS, REPORT, RESULTS
+from deepclust.runs.assignments_csv import read_assignments, write_assignments
+from deepclust.runs.run_folder import ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT, RESULTS
 from tests.comparison.run_folders import compare, write_run
 from tests.conftest import compose_train
 from tests.processes import PROGRAM
@@ -223,7 +223,7 @@ def test_standard_output_gets_the_output_and_nothing_else(output, finished_run, 
 # Run folders ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS, REPORT])
+@pytest.mark.parametrize("name", [RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT])
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_something_else_in_the_place_of_a_file_of_a_run(name, kind, tmp_path, refuse):
     place = tmp_path / "run" / name
@@ -345,7 +345,7 @@ def test_npz_files_that_are_not_what_they_say(case, tmp_path):
     if case == "cut short":
         file.write_bytes(file.read_bytes()[:-300])
     with pytest.raises(InputError, match=BAD_NPZ[case]) as caught:
-        open_array_file(str(file))
+        load_array_file(path=str(file), channels=None, num_classes=None)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -353,8 +353,8 @@ def test_foreign_members_are_not_read(tmp_path):
     members = {"images.npy": npy_bytes(DIGITS), "notes.txt": b"hello", "__MACOSX/._images.npy": b"\0" * 40}
     members |= {"other.npy": b"no array", "folder/": b""}
     write_zip(tmp_path / "a.npz", members)
-    images, labels = open_array_file(str(tmp_path / "a.npz"))
-    assert (images[..., 0] == DIGITS).all() and labels is None
+    data = load_array_file(path=str(tmp_path / "a.npz"), channels=None, num_classes=None)
+    assert (data.fit.joined.arrays[0][..., 0] == DIGITS).all() and data.labels is None
 
 
 def test_a_bomb_is_not_unpacked(tmp_path):
@@ -362,7 +362,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     assert (tmp_path / "a.npz").stat().st_size < 2**25 < MAX_UNPACKED_BYTES
     started = time.monotonic()
     with pytest.raises(InputError, match=r"unpacks from .* MB to 1\.2 GB; .*numpy\.save"):
-        open_array_file(str(tmp_path / "a.npz"))
+        load_array_file(path=str(tmp_path / "a.npz"), channels=None, num_classes=None)
     assert time.monotonic() - started < 2
 
 
@@ -387,7 +387,7 @@ def test_npy_files_that_are_not_what_they_say(case, tmp_path):
     }[case]
     file.write_bytes(content)
     with pytest.raises(InputError, match=BAD_NPY[case]) as caught:
-        open_array_file(str(file))
+        load_array_file(path=str(file), channels=None, num_classes=None)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -591,7 +591,7 @@ def test_no_cell_is_a_formula_and_paths_stay_paths(start, tmp_path, monkeypatch)
     rows = read_rows(tmp_path / ASSIGNMENTS)
     assert [Path(row["path"]) for row in rows] == [Path(name), Path("/x/=1.png")]
     assert all(not cell.startswith(FORMULA_STARTS) for row in rows for cell in row.values())
-    assert read_clusters(tmp_path).tolist() == [2, 0]
+    assert read_assignments(tmp_path)["cluster"] == [2, 0]
 
 
 def test_predict_writes_no_formulas(finished_run, photos, tmp_path, monkeypatch):

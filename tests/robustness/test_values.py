@@ -23,13 +23,21 @@ REQUIRED = {
     "features": ["dataset.path=x", "dataset.num_clusters=2"],
 }
 GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
-METHODS = list_options("method")
+METHODS = [  # IDEC is the class of DEC with other weights
+    pytest.param(method, marks=pytest.mark.slow) if method == "idec" else method for method in list_options("method")
+]
 
 
 @pytest.fixture(autouse=True)
 def quick_references(monkeypatch):
     """Parse each reference once: most of the time would go into that."""
     monkeypatch.setattr(omegaconf.base, "parse", functools.cache(omegaconf.base.parse))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Ask nobody for pretrained weights: without a network, most of the time would be pauses between attempts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def check_options(group: str, options: list[str], seen: set[tuple[str, str]] | None = None) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from deepclust.config.build import build
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.config.schema import check_plain_values
-from deepclust.config.values import resolve_to_dict
 from deepclust.errors import InputError
 from deepclust.runs.check_run import check_run, fill_open_values_with_ones
 

@@ -47,7 +47,7 @@ def test_the_lower_size_is_told_recorded_and_taken_again(caplog, monkeypatch):
         resolved, _ = resolve_config(cfg, ImageSet(source, source), None)
     assert cfg.batch_size > 90 and resolved.batch_size == 90
     assert f"batch_size is 90 in place of {cfg.batch_size}, for there are 90 images" in caplog.text
-    from deepclust.config.values import resolve_to_dict
+    from deepclust.config.plain_values import resolve_to_dict
 
     again = fill_open_values(cfg, {"config": resolve_to_dict(resolved)})
     assert again.batch_size == 90

@@ -25,13 +25,13 @@ from sklearn.datasets import load_digits
 
 from deepclust.commands import evaluate, export, features, predict
 from deepclust.config.build import build
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint, load_finished_checkpoint, load_method
-from deepclust.runs.folder import CHECKPOINT, HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RESULTS
 from deepclust.runs.hub_form import find_paths, read_hub_form, write_hub_form
 from deepclust.runs.locate_run import is_on_hub, locate_run
 from deepclust.runs.model_card import compose_model_card
+from deepclust.runs.run_folder import CHECKPOINT, HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RESULTS
 from tests.conftest import SMALL_RUN, compose_train, compose_verb
 from tests.processes import PROGRAM
 

@@ -59,6 +59,10 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_estimate, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory_estimate, "LIMITS", [(str(tmp_path / "max"), str(tmp_path / "used"))])
     assert read_available_bytes() == 600
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 100\nactive_file 50\n")  # of version 2
+    assert read_available_bytes() == 700
+    (tmp_path / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 200\n")  # of version 1
+    assert read_available_bytes() == 800
     (tmp_path / "max").write_text("max\n")
     assert read_available_bytes() == 5000 * 1024
     (tmp_path / "meminfo").write_text("")

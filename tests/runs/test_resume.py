@@ -15,7 +15,7 @@ import torch
 
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint
-from deepclust.runs.folder import acquire_run_lock
+from deepclust.runs.run_folder import acquire_run_lock
 from tests.processes import PROGRAM
 
 TRAIN_ARGUMENTS = [
@@ -29,6 +29,7 @@ TRAIN_ARGUMENTS = [
     "callbacks.checkpoint.min_seconds=0",
     "callbacks.checkpoint.every_n_steps=3",
     "callbacks.evaluation.every_n_epochs=2",
+    "report.map_points=0",
 ]
 
 
@@ -85,7 +86,7 @@ def assert_same_outcome(expected_folder: Path, folder: Path) -> None:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_killed_at_random_moments(uninterrupted, tmp_path, seed):
     delays = random.Random(seed)
-    kills = 0
+    kills, printed = 0, ""
     while not (tmp_path / "results.json").exists():
         process = start_training(tmp_path)
         checkpoint = tmp_path / "checkpoints/last.ckpt"
@@ -99,8 +100,9 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, seed):
                 kills += 1
                 break
             time.sleep(0.005)
-        process.communicate(timeout=300)
+        printed += process.communicate(timeout=300)[0]
     assert kills >= 1
+    assert "goes on at epoch" in printed
     assert_same_outcome(uninterrupted, tmp_path)
 
 

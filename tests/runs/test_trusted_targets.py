@@ -14,7 +14,7 @@ import yaml
 from deepclust.cli.main import main
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.folder import CHECKPOINT
+from deepclust.runs.run_folder import CHECKPOINT
 from deepclust.runs.trusted_targets import (
     SECTIONS_NOT_BUILT,
     TRUSTED_TARGETS,

@@ -11,7 +11,7 @@ from deepclust.errors import InputError
 RESULTS = "results.json"
 ASSIGNMENTS = "assignments.csv"
 CHECKPOINT = "checkpoints/last.ckpt"
-METRICS = "metrics.csv"
+METRICS_FILE = "metrics.csv"
 REPORT = "report.html"
 ERROR = "error.txt"
 # of a run that was exported for the Hugging Face Hub; it has no checkpoint
@@ -20,13 +20,19 @@ HUB_CONFIG = "config.json"
 HUB_CARD = "README.md"
 
 
+def is_in_hub_form(folder: Path) -> bool:
+    """Return whether a folder holds a run as it is on the Hugging Face Hub, without a checkpoint."""
+    is_whole = (folder / HUB_CONFIG).exists() and (folder / HUB_WEIGHTS).exists()
+    return is_whole and not (folder / CHECKPOINT).exists()
+
+
 def check_run_files(folder: Path) -> None:
     """Refuse a run folder in which something else has the name of a file that the run writes: it would fail at its end.
 
     Raises:
         InputError: naming what is in the way.
     """
-    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS, REPORT):
+    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT):
         file = folder / name
         if file.exists() and not file.is_file():
             raise InputError(
@@ -47,8 +53,7 @@ def check_holds_run(folder: Path, *, key: str = "run") -> None:
             raise InputError(f"{folder} is no finished run", expected="a folder with results.json", do="set start=DIR")
         return
     path = folder / CHECKPOINT
-    is_in_hub_form = not path.exists() and (folder / HUB_CONFIG).exists() and (folder / HUB_WEIGHTS).exists()
-    if not (path.is_file() or is_in_hub_form):
+    if not (path.is_file() or is_in_hub_form(folder)):
         raise InputError(
             f"{folder} holds no {CHECKPOINT}" if not path.exists() else f"{path} is no file",
             expected="the folder of a run",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from deepclust.config.values import resolve_to_dict
+from deepclust.config.plain_values import resolve_to_dict
 from deepclust.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepclust.errors import InputError
-from deepclust.runs.cluster_names import EARLIER_NAMES, NAMES, make_folder_name, read_names, write_names
+from deepclust.runs.names_json import EARLIER_NAMES, NAMES, read_names, write_names
 
 
 def test_names_are_read_as_they_were_written_and_edited(tmp_path: Path) -> None:
@@ -35,11 +35,3 @@ def test_a_file_that_names_no_clusters_is_refused(tmp_path: Path, content: str) 
     (tmp_path / NAMES).write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=r"names.json does not name clusters: .*; mend it, or remove it"):
         read_names(tmp_path)
-
-
-def test_folders_have_the_number_and_the_name() -> None:
-    names = {3: "../black  cats/", 4: "x" * 999, 5: "?!", 6: "Füße"}
-    assert make_folder_name(2, names) == "cluster_002"
-    assert make_folder_name(3, names) == "cluster_003_black_cats"
-    assert make_folder_name(4, names) == "cluster_004_" + "x" * 60
-    assert make_folder_name(5, names) == "cluster_005" and make_folder_name(6, names) == "cluster_006_Füße"

@@ -21,7 +21,7 @@ from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.commands.evaluate import main as evaluate
 from deepclust.datasets.one_time_conversion import write_image_array
 from deepclust.engine import distributed, progress
-from deepclust.engine.progress import ProgressMeter, format_duration, track
+from deepclust.engine.progress_bar import ProgressMeter, format_duration, track
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
 
@@ -98,8 +98,8 @@ def test_durations(seconds, text):
 
 PROGRAM = """
 import time
-from deepclust.engine import progress
-from deepclust.engine.progress import track
+from deepclust.engine import progress_bar
+from deepclust.engine.progress_bar import track
 
 progress.SECONDS_BEFORE_BAR, progress.SECONDS_BETWEEN_UPDATES = 0.1, 0.02
 

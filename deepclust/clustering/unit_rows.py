@@ -1,4 +1,4 @@
-"""Rows scaled to unit length and turned into the axes in which they differ most, block by block."""
+"""Rows drawn at random, scaled to unit length, and turned into the axes in which they differ most, block by block."""
 
 import numpy as np
 import torch

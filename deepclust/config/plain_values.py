@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deepclust.config.keys import iterate_entries
-from deepclust.config.value_errors import explain_value_error, missing_value_error
+from deepclust.config.missing_values import explain_value_error, missing_value_error
 
 
 def resolve_to_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from deepclust.engine.output_folders import check_new_folder
 from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
 from deepclust.runs.batch_size import is_batch_size_named, must_batches_be_full
-from deepclust.runs.folder import check_holds_run
 from deepclust.runs.locate_run import is_on_hub
+from deepclust.runs.run_folder import check_holds_run
 
 FOLDER_SOURCE = "deepclust.datasets.folder.load_folder"
 

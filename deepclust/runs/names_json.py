@@ -13,7 +13,6 @@ from deepclust.errors import InputError
 
 NAMES = "names.json"
 EARLIER_NAMES = "names-of-earlier-clusters.json"
-MAX_LETTERS = 60  # of a name in a folder's name
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +69,3 @@ def write_names(folder: Path, names: Mapping[int, str], *, earlier: Mapping[str,
         file.replace(folder / EARLIER_NAMES)
         log.info("the names of the earlier clusters are now in %s", folder / EARLIER_NAMES)
     write_text(file, json.dumps(suggested, indent=2, ensure_ascii=False) + "\n")
-
-
-def make_folder_name(cluster: int, names: Mapping[int, str]) -> str:
-    """Return the name of the folder for the images of a cluster: `cluster_003`, or `cluster_003_black_cats`."""
-    letters = "".join(letter if letter.isalnum() else " " for letter in names.get(cluster, ""))
-    return "_".join([f"cluster_{cluster:03d}", *letters[:MAX_LETTERS].split()])

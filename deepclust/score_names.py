@@ -1,0 +1,3 @@
+"""The scores against labels, in the order in which they are shown."""
+
+SCORE_NAMES = ("acc", "nmi", "ari")
