@@ -1,4 +1,4 @@
-"""The contingency table of clusters and classes, as a heat map."""
+"""The contingency table of clusters and classes, a confusion matrix without a matching, as a heat map."""
 
 from collections.abc import Sequence
 from html import escape

@@ -1,9 +1,10 @@
 """names.json in a run folder: what its clusters are called, by the network's words or by whoever has looked at them."""
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,26 @@ def write_names(folder: Path, names: Mapping[int, str], *, earlier: Mapping[str,
     """Write the suggested names of the clusters of a run.
 
     Names of earlier clusters in its folder, the suggestions for which were `earlier`, are kept in another file if
-    somebody has changed them: they belong to other clusters.
+    somebody has changed them: they belong to other clusters. A file that holds the suggestions already is left alone: a
+    run that was killed after this has written it.
     """
     file, suggested = folder / NAMES, {str(cluster): name for cluster, name in names.items()}
     try:
-        is_edited = read_json(file) != dict(earlier)
+        is_edited = read_json(file) not in (dict(earlier), suggested)
     except FileNotFoundError:
         is_edited = False
     except (ValueError, OSError):
         is_edited = True
     if is_edited and file.is_file():
-        file.replace(folder / EARLIER_NAMES)
-        log.info("the names of the earlier clusters are now in %s", folder / EARLIER_NAMES)
+        kept = next(path for path in list_places_for_earlier_names(folder) if not path.exists())
+        file.replace(kept)
+        log.info("the names of the earlier clusters are now in %s", kept)
     write_text(file, json.dumps(suggested, indent=2, ensure_ascii=False) + "\n")
+
+
+def list_places_for_earlier_names(folder: Path) -> Iterator[Path]:
+    """Yield `names-of-earlier-clusters.json`, then the same with -2, -3 and so on."""
+    first = folder / EARLIER_NAMES
+    yield first
+    for number in itertools.count(2):
+        yield first.with_stem(f"{first.stem}-{number}")

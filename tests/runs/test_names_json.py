@@ -25,6 +25,12 @@ def test_edited_names_of_earlier_clusters_are_kept(tmp_path: Path) -> None:
     write_names(tmp_path, {0: "cow"}, earlier={"0": "dog"})
     assert json.loads((tmp_path / EARLIER_NAMES).read_text()) == {"0": "my dogs"}
     assert read_names(tmp_path) == {0: "cow"}
+    write_names(tmp_path, {0: "cow"}, earlier={"0": "dog"})  # a run that was killed here and goes on
+    assert not (tmp_path / "names-of-earlier-clusters-2.json").exists()
+    (tmp_path / NAMES).write_text('{"0": "my cows"}')
+    write_names(tmp_path, {0: "pig"}, earlier={"0": "cow"})
+    assert json.loads((tmp_path / EARLIER_NAMES).read_text()) == {"0": "my dogs"}
+    assert json.loads((tmp_path / "names-of-earlier-clusters-2.json").read_text()) == {"0": "my cows"}
 
 
 @pytest.mark.parametrize(
