@@ -351,7 +351,6 @@ def write_input(images: Any, folder: Path | None) -> Path:
         write_image_list(place / "images.txt", list_paths(images, "images"))
         return place / "images.txt"
     if is_list_of_pictures(images):
-        shutil.rmtree(place / "pictures", ignore_errors=True)  # those of an earlier call may be more
         write_pictures(images, place / "pictures", "images")
         return place / "pictures"
     return write_input_array(to_array(images, "images"), place, folder)

@@ -37,10 +37,11 @@ from deepclust.runs.trained_model import TrainedModel, load_trained_model
 
 
 @cache
-def read_reading_options() -> dict[str, Any]:
+def load_predict_defaults() -> dict[str, Any]:
     """Return how new images are read unless somebody says otherwise, as conf/predict.yaml has it."""
     text = resources.files(CONFIG_PACKAGE).joinpath("predict.yaml").read_text(encoding="utf-8")
-    return {name: yaml.safe_load(text)[name] for name in ("batch_size", "max_megapixels")}
+    options = yaml.safe_load(text)
+    return {name: options[name] for name in ("batch_size", "max_megapixels")}
 
 
 class FinishedRun:
@@ -165,7 +166,7 @@ class FinishedRun:
         columns: tuple[list[Any], ...] = ([], [], [])  # labels, confidence and distance, in chunks
         num_images = 0
         positions, skipped, paths = [], [], None
-        with self._computing(), open_new_images(images, self._model, **read_reading_options()) as (chunks, files):
+        with self._computing(), open_new_images(images, self._model, **load_predict_defaults()) as (chunks, files):
             for chunk in chunks:
                 skipped += chunk.unreadable
                 num_images += len(chunk.images) + len(chunk.unreadable)
@@ -190,7 +191,7 @@ class FinishedRun:
     def _encode_new(self, images: Any) -> NDArray[np.float32]:
         """Return the features (M, D) of new images as float32, nan for those that cannot be read."""
         features, positions, num_images, skipped = [], [], 0, []
-        with self._computing(), open_new_images(images, self._model, **read_reading_options()) as (chunks, _):
+        with self._computing(), open_new_images(images, self._model, **load_predict_defaults()) as (chunks, _):
             for chunk in chunks:
                 skipped += chunk.unreadable
                 num_images += len(chunk.images) + len(chunk.unreadable)
@@ -230,7 +231,7 @@ class FinishedRun:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the run into a new or empty folder, all of it or nothing, and return that.
 
-        What the run only links to is copied, too.
+        What the run only links to is copied, too, where it is there.
 
         Raises:
             InputError: if there is something in the folder already, it lies in the run, or it cannot be written.
@@ -243,13 +244,13 @@ class FinishedRun:
         check_new_folder(target, key="folder", entry=REPORT)
         try:
             with make_folder(target) as made:
-                shutil.copytree(self.run_dir, made.work, dirs_exist_ok=True)
+                shutil.copytree(self.run_dir, made.work, dirs_exist_ok=True, ignore_dangling_symlinks=True)
                 made.move_into_place()
         except (OSError, shutil.Error) as error:
             raise InputError(
                 f"{self.run_dir} cannot be copied to {target}: {' '.join(str(error).split())[:200]}",
                 expected="a place with room that can be written",
-                do="name another folder",
+                do="name another folder, or mend what is named here",
             ) from error
         return target
 

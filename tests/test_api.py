@@ -450,6 +450,7 @@ def test_clusters_of_files_with_one_that_cannot_be_read(tmp_path):
     in_folder = deepclust.load_run(tmp_path / "run").predict(tmp_path)
     assert in_folder.paths == sorted(map(str, [*paths, tmp_path / "broken.png"]))
     # A saved run is whole, wherever the first one goes.
+    (result.run_dir / "dangling").symlink_to("nowhere")
     saved = deepclust.load_run(result.save(tmp_path / "saved"))
     assert np.array_equal(saved.predict(listed[:3]).labels_, result.labels_[:3])
     with pytest.raises(deepclust.InputError, match="is not empty; expected a new or empty folder"):

@@ -46,6 +46,7 @@ from deepclust.engine.plurals import format_count
 from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.hydra_files import write_hydra_files
+from deepclust.runs.names_json import read_names
 from deepclust.runs.results import read_results
 from deepclust.runs.run_folder import acquire_run_lock, check_run_files
 from deepclust.runs.summary import print_summary
@@ -153,6 +154,7 @@ def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
     if cfg.num_seeds < 1:
         raise InputError(f"num_seeds is {cfg.num_seeds}", expected="1 or more", do="set num_seeds")
     check_images_or_vectors(root)
+    read_names(folder)  # it may have been edited, and is read again at the end
     earlier = read_results(folder)
     if earlier is not None and earlier.get("images") != str(root):
         raise InputError(

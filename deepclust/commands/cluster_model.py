@@ -20,7 +20,7 @@ from deepclust.engine.devices import select_device
 from deepclust.engine.output_files import write_bytes
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
-from deepclust.runs.names_json import NAMES, write_names
+from deepclust.runs.names_json import NAMES, read_names, write_names
 from deepclust.runs.provenance import read_command_line
 from deepclust.runs.results import describe_estimate, read_results
 from deepclust.runs.run_folder import CHECKPOINT, METRICS_FILE
@@ -110,7 +110,8 @@ def write_model(
     if not (are_same_clusters and (folder / NAMES).exists()):  # somebody may have changed them
         write_names(folder, findings.names, earlier=earlier.get("names", {}))
     results |= findings.summarize() | {"shown": describe_what_is_shown(cfg)}
-    write_run(folder, results, replace(evaluation, features=rows), images, model_cfg, findings=findings)
+    shown = replace(findings, names=read_names(folder))
+    write_run(folder, results, replace(evaluation, features=rows), images, model_cfg, findings=shown)
     return results
 
 

@@ -56,7 +56,7 @@ def check_batch_statistics(
     larger = "drop_last=true or another batch_size, or add images" if is_last else f"batch_size={least} or more"
     fitting_groups = smallest // (2 * num_processes) * num_processes  # they divide among the processes
     if num_groups and fitting_groups:
-        larger = f"batch_norm_groups={fitting_groups} or less, or {larger}"
+        larger = f"batch_norm_groups={fitting_groups}, or {larger}"
     raise InputError(
         f"{what}, and the network normalises over batches" + (f" in {num_groups} groups" if num_groups else ""),
         expected=f"{least} images in a batch at least",

@@ -80,8 +80,11 @@ class PillowLimit:
 PILLOW_LIMIT = PillowLimit()
 
 
-def open_image(path: str | os.PathLike[str], *, smallest_side: int, max_megapixels: float | None) -> Image.Image:
-    """Open an image file; its pixels are read later. The caller closes it.
+@contextmanager
+def open_image(
+    path: str | os.PathLike[str], *, smallest_side: int, max_megapixels: float | None
+) -> Iterator[Image.Image]:
+    """Open an image file, whose pixels can be read in the `with` block.
 
     A JPEG is going to be decoded at a fraction of its size, so that both sides keep `smallest_side` pixels or more.
 
@@ -93,11 +96,22 @@ def open_image(path: str | os.PathLike[str], *, smallest_side: int, max_megapixe
         UnreadableImage: if the image is larger; the message names the key.
         Exception: whatever Pillow raises for a file that is broken, or no image.
     """
+    # Pillow compares an image with its limit when it is opened, and some formats again when the pixels are read.
+    with (
+        PILLOW_LIMIT.at_least(0 if max_megapixels is None else int(max_megapixels * 1e6)) as pillow_limit,
+        open_within_limit(path, smallest_side, max_megapixels, pillow_limit) as image,
+    ):
+        yield image
+
+
+def open_within_limit(
+    path: str | os.PathLike[str], smallest_side: int, max_megapixels: float | None, pillow_limit: int | None
+) -> Image.Image:
+    """Do the opening of `open_image`, where Pillow would read `pillow_limit` pixels by itself."""
     own_format = FORMAT_OF_SUFFIX.get(os.path.splitext(path)[1].lower())
     formats = IMAGE_FORMATS if own_format is None else (*dict.fromkeys((*IMAGE_FORMATS, own_format)),)
     try:
-        with PILLOW_LIMIT.at_least(0 if max_megapixels is None else int(max_megapixels * 1e6)) as pillow_limit:
-            image = Image.open(path, formats=formats)
+        image = Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:
         if not is_jpeg(path):
             size = PIXELS_IN_MESSAGE.search(str(error))

@@ -1,7 +1,7 @@
 """Images and vectors of a Python program as files, so that the commands read them like any others."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,17 +183,15 @@ def is_same_array(there: np.ndarray | None, array: np.ndarray) -> bool:
     return all(there[start : start + 4096].tobytes() == array[start : start + 4096].tobytes() for start in starts)
 
 
-def write_pictures(pictures: Iterable[Any], folder: Path, name: str) -> list[str]:
+def write_pictures(pictures: Sequence[Any], folder: Path, name: str) -> list[str]:
     """Write images of Pillow as files named by their positions, and return these; `name` is the argument.
 
-    The file of an image that cannot be read is empty.
+    The file of an image that cannot be read is empty. Other files in the folder, of an earlier call, are removed.
 
     Raises:
         InputError: if something in the list is no image.
         OSError: if a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
     for index, picture in enumerate(pictures):
         if not isinstance(picture, Image.Image):
             raise InputError(
@@ -201,6 +199,9 @@ def write_pictures(pictures: Iterable[Any], folder: Path, name: str) -> list[str
                 expected="a list of paths, or a list of PIL images",
                 do="give one kind at a time",
             )
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for index, picture in enumerate(pictures):
         suffix = ".tiff" if picture.mode == "F" else ".png"
         options: dict[str, Any] = {} if picture.mode == "F" else {"compress_level": 1}
         path = folder / f"{index:06d}{suffix}"
@@ -212,4 +213,6 @@ def write_pictures(pictures: Iterable[Any], folder: Path, name: str) -> list[str
                 raise  # a full disk, for example
             path.write_bytes(b"")
         files.append(str(path))
+    for path in set(folder.iterdir()).difference(map(Path, files)):
+        path.unlink()
     return files

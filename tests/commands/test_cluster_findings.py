@@ -71,6 +71,7 @@ def test_copies_outliers_names_and_a_tree(photos: Path, tmp_path: Path, monkeypa
     folder = folder.rename(photos.parent / "moved run")
     call(folder, photos, *SMALL, "report.per_cluster=5")
     assert json.loads((folder / "names.json").read_text()) == {"0": "mine"}
+    assert "mine" in (folder / "report.html").read_text()
     assert not (folder / "names-of-earlier-clusters.json").exists()
 
     # Another number of clusters: the edited names belong to the earlier ones. What is not asked for is not looked for.

@@ -37,10 +37,10 @@ def test_batches_that_are_large_enough(network, sizes, num_processes):
         (NORMALISED, [2], 2, "batch_size is 2 on 2 processes, and .*; expected 4 images .*; set batch_size=4"),
         (NORMALISED, [8, 3], 2, "the last batch of an epoch holds 3 on 2 processes.*; set drop_last=true"),
         (SYNCHRONISED, [1], 1, "batch_size is 1.*set batch_size=2"),
-        (GROUPED, [7], 1, "batch_size is 7, and .* in 4 groups; expected 8 .*; set batch_norm_groups=3 or less"),
-        (GROUPED, [7], 2, "batch_size is 7 on 2 processes, .*; set batch_norm_groups=2 or less, or batch_size=8"),
+        (GROUPED, [7], 1, "batch_size is 7, and .* in 4 groups; expected 8 .*; set batch_norm_groups=3"),
+        (GROUPED, [7], 2, "batch_size is 7 on 2 processes, .*; set batch_norm_groups=2, or batch_size=8"),
         (GROUPED, [3], 2, "batch_size is 3 on 2 processes, .* in 4 groups; .*; set batch_size=8"),
-        (GROUPED, [16, 7], 1, "the last batch .* holds 7, and .* in 4 groups; .*groups=3 or less, or drop_last=true"),
+        (GROUPED, [16, 7], 1, "the last batch .* holds 7, and .* in 4 groups; .*groups=3, or drop_last=true"),
     ],
 )
 def test_batches_that_are_too_small(network, sizes, num_processes, message):

@@ -18,6 +18,7 @@ from deepclust.datasets.image_decoding import (
     find_image_files,
 )
 from deepclust.errors import InputError
+from tests.datasets.test_deep_colour import write_png
 
 RED, BLUE = (220, 30, 40), (20, 60, 200)
 
@@ -295,9 +296,12 @@ def test_large_jpegs_are_whole_too(tmp_path: Path):
 
 def test_the_limit_of_pillow_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # an image of twice as many pixels is refused
-    paths = [str(tmp_path / f"{number}.png") for number in range(20)]
+    paths = [str(tmp_path / f"{number}.png") for number in range(18)]
     for path in paths:
         Image.new("L", (20, 20)).save(path)
+    paths += [str(tmp_path / "grey.tiff"), str(tmp_path / "deep.png")]  # they are compared with the limit twice
+    Image.new("L", (20, 20)).save(paths[-2])
+    write_png(Path(paths[-1]), np.zeros((20, 20, 3), np.uint16))
 
     def count_readable(max_megapixels: float | None) -> int:
         chunks = decode_in_chunks(paths, image_size=8, channels=1, max_megapixels=max_megapixels)

@@ -20,7 +20,7 @@ from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.commands.evaluate import main as evaluate
 from deepclust.datasets.one_time_conversion import write_image_array
-from deepclust.engine import distributed, progress
+from deepclust.engine import distributed, progress_bar
 from deepclust.engine.progress_bar import ProgressMeter, format_duration, track
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
@@ -37,8 +37,8 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(progress, "_last_line_at", -float("inf"))
+    monkeypatch.setattr(progress_bar, "time", clock)
+    monkeypatch.setattr(progress_bar, "_last_line_at", -float("inf"))
     return clock
 
 
@@ -101,7 +101,7 @@ import time
 from deepclust.engine import progress_bar
 from deepclust.engine.progress_bar import track
 
-progress.SECONDS_BEFORE_BAR, progress.SECONDS_BETWEEN_UPDATES = 0.1, 0.02
+progress_bar.SECONDS_BEFORE_BAR, progress_bar.SECONDS_BETWEEN_UPDATES = 0.1, 0.02
 
 list(track(range(1000), "short work"))
 print("BEGIN")
@@ -122,7 +122,7 @@ try:
     fail()
 except ValueError as error:
     kept_error = error  # and with it every frame, so that nothing is closed by the garbage collector
-    print("display:", progress._live_display)
+    print("display:", progress_bar._live_display)
 """
 
 
@@ -161,8 +161,8 @@ def test_on_a_terminal():
 @pytest.fixture
 def slow_clock(monkeypatch):
     """A clock by which every step takes 100 seconds, so that each is shown."""
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=count(1000, 100).__next__))
-    monkeypatch.setattr(progress, "_last_line_at", -float("inf"))
+    monkeypatch.setattr(progress_bar, "time", SimpleNamespace(monotonic=count(1000, 100).__next__))
+    monkeypatch.setattr(progress_bar, "_last_line_at", -float("inf"))
 
 
 def test_long_operations_show_their_progress(slow_clock, capsys, tmp_path):
@@ -195,11 +195,11 @@ def test_evaluate_keeps_standard_output_for_its_result(slow_clock, capsys, train
 
 
 def test_work_that_cannot_tell_how_far_it_is_is_announced(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SECONDS_BEFORE_LINE", 0.05)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 100.0)
-    with progress.announce("map"):
+    monkeypatch.setattr(progress_bar, "SECONDS_BEFORE_LINE", 0.05)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 100.0)
+    with progress_bar.announce("map"):
         pass
     assert capsys.readouterr().out == "", "short work shows nothing"
-    with progress.announce("map"):
+    with progress_bar.announce("map"):
         time.sleep(0.5)
     assert capsys.readouterr().out == "map: 0 s so far\n"

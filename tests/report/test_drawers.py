@@ -88,6 +88,7 @@ def test_small_images_are_jpegs_where_pngs_do_not_fit(
     source, assignments = ArraySource([make_noise(300, 32, 32, 3)]), np.arange(300) % 4
     drawers = render_drawers(assignments, np.ones(300), source=source, paths=None, links=None, clusters=[0, 1, 2, 3])
     uris = [uri for drawer in drawers.values() for uri in Page(drawer).values("img", "src")]
+    assert len(uris) == 4
     assert all(uri.startswith(f"data:image/{kind};") for uri in uris) and sum(map(len, uris)) < 1.1 * max_bytes
 
 
