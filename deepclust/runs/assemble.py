@@ -21,6 +21,8 @@ from deepclust.engine.lightning_settings import disable_lightning_requeue
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.provenance import read_going_on
 
+# What `needs` of a callback or logger can name.
+NAMES_IN_NEEDS = ("folder", "evaluator", "config", "going_on", "shorter_ways")
 SMALL_IMAGE_SIZE = 32  # pixels, for which backbone=conv_small is made
 
 
@@ -82,8 +84,8 @@ def build_trainer(
 
     `extra_callbacks` and `arguments` of the trainer are for what measures it.
     """
-    available: dict[str, Any] = {"folder": folder, "evaluator": evaluator, "config": resolve_to_dict(cfg)}
-    available |= {"going_on": read_going_on(), "shorter_ways": describe_shorter_ways(cfg)}
+    objects = (folder, evaluator, resolve_to_dict(cfg), read_going_on(), describe_shorter_ways(cfg))
+    available = dict(zip(NAMES_IN_NEEDS, objects, strict=True))
     callbacks: list[Callback] = [*build_each(cfg.callbacks, available), *extra_callbacks]
     trainer: Trainer = build(
         cfg.trainer,

@@ -14,6 +14,7 @@ from deepclust.engine.launch import check_launcher
 from deepclust.engine.lightning_settings import silence_lightning
 from deepclust.engine.precision import check_precision
 from deepclust.errors import InputError
+from deepclust.runs.assemble import NAMES_IN_NEEDS
 from deepclust.runs.earlier_stage import configure_earlier_stage, name_keys_of_earlier_stage
 from deepclust.runs.objective import check_objective
 from deepclust.runs.training_length import refuse_fast_dev_run
@@ -139,6 +140,12 @@ def check_callbacks_or_loggers(cfg: DictConfig, section: str) -> None:
         node = copy.deepcopy(nodes[name])
         OmegaConf.set_struct(node, False)
         needs = node.pop("needs", {})
+        if not OmegaConf.is_dict(needs) or any(needed not in NAMES_IN_NEEDS for needed in needs.values()):
+            raise InputError(
+                f"{section}.{name}.needs is {needs!r}",
+                expected=f"for each argument one of {', '.join(NAMES_IN_NEEDS)}",
+                do=f"leave {section}.{name}.needs out, or change it in the YAML file of {section}",
+            )
         check_calls(node, needs)
 
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 
 from deepclust.cli.main import main
-from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
+from deepclust.clustering.number_of_clusters import MEASURES, ClusterNumberEstimate
 from deepclust.commands.cluster import estimate_from_features
 from deepclust.datasets.array_files import read_class_names
 from deepclust.datasets.features import read_paths
@@ -163,7 +163,7 @@ def test_an_estimated_number_of_clusters(kind, tmp_path):
         damage(file, kind)
     else:
         content = ESTIMATE if kind is None else WRONG_ESTIMATES[kind.removeprefix("wrong ")]
-        file.write_text(json.dumps(content | {"key": ["0", 0]}))
+        file.write_text(json.dumps(content | {"key": ["0", 0, *MEASURES]}))
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         cfg = compose("cluster", overrides=["images=x", "num_clusters=auto"])
     if kind is None:
