@@ -1,6 +1,7 @@
 """The whole configuration of a run, checked before anything is done that takes time, its earlier stages included."""
 
 import copy
+from collections.abc import Mapping
 
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -140,7 +141,8 @@ def check_callbacks_or_loggers(cfg: DictConfig, section: str) -> None:
         node = copy.deepcopy(nodes[name])
         OmegaConf.set_struct(node, False)
         needs = node.pop("needs", {})
-        if not OmegaConf.is_dict(needs) or any(needed not in NAMES_IN_NEEDS for needed in needs.values()):
+        is_mapping = isinstance(needs, Mapping | DictConfig)
+        if not is_mapping or any(needed not in NAMES_IN_NEEDS for needed in needs.values()):
             raise InputError(
                 f"{section}.{name}.needs is {needs!r}",
                 expected=f"for each argument one of {', '.join(NAMES_IN_NEEDS)}",
