@@ -68,7 +68,7 @@ class FinishedRun:
     @property
     def num_clusters(self) -> int:
         """The number of clusters K."""
-        return int(self.results.get("num_clusters") or self._model.cfg.dataset.num_clusters)
+        return int(self.results.get("num_clusters") or self._model.method.num_clusters)
 
     @property
     def scores(self) -> dict[str, Any]:

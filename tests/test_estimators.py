@@ -39,7 +39,7 @@ SHORT_BY_METHOD = {  # where two epochs, or twenty rows, are too few; the rates 
         **{f"before.{key}": value for key, value in SHORT_SCAN.items()},
     },
 }
-METHODS = list_options("method")  # all of them take vectors
+METHODS = sorted(set(list_options("method")) - {"conv_autoencoder", "decs"})  # the others take vectors
 
 
 class OwnMethod(CC):

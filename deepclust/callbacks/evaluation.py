@@ -3,7 +3,7 @@
 Labels enter here and nowhere in training: without this callback the learned weights are the same, bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from deepclust.clustering.assignment_rules import (
     cluster_means,
     mean_squared_distance,
 )
+from deepclust.clustering.cluster_tree import ClusterTree
+from deepclust.clustering.dendrogram_purity import dendrogram_purity
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.kmeans import KMeansResult
 from deepclust.methods.base import ClusteringMethod
@@ -37,6 +39,8 @@ class EvaluationResult:
         features: (M, D).
         assignment_state: what assigns new images, for the checkpoint: k-means' centroids and scale, and cluster means.
         contingency_table: (C, K) counts of images by class and assignment; None without labels.
+        tree: of the images of the fit set; None if the method finds none.
+        dendrogram_purity: of the tree; None without one, or without labels of the images that it is of.
     """
 
     scores: dict[str, dict[str, float] | None]
@@ -46,6 +50,13 @@ class EvaluationResult:
     features: Tensor
     assignment_state: dict[str, Tensor]
     contingency_table: Tensor | None
+    tree: ClusterTree | None = None
+    dendrogram_purity: float | None = None
+
+    @property
+    def num_clusters(self) -> int:
+        """The number of clusters K, empty ones included."""
+        return len(self.assignment_state["cluster_means"])
 
     @property
     def ami(self) -> float | None:
@@ -61,7 +72,7 @@ class Evaluator:
         images: the source of the M evaluation images.
         labels: their labels (M,) int64, -1 where unknown; None if there are none.
         num_classes: the number of classes C among the labels.
-        num_clusters: the number of clusters K.
+        num_clusters: the number of clusters K, where the method has not found another.
         kmeans_restarts: how often k-means starts anew; the best result counts.
         kmeans_max_iterations: of one restart.
         kmeans_tolerance: as in `kmeans`.
@@ -79,12 +90,15 @@ class Evaluator:
 
     def __call__(self, method: ClusteringMethod, datamodule: LightningDataModule) -> EvaluationResult:
         """Evaluate `method` as it is now. Every process calls this and gets the same result."""
+        if method.num_clusters != self.num_clusters:
+            return replace(self, num_clusters=method.num_clusters)(method, datamodule)
         batches = datamodule.clean_batches(self.images, method.device)  # type: ignore[attr-defined]
         features = method.encode_all(batches, len(self.images))
         kmeans_result = self.run_kmeans(features, purpose="k-means on the features")
         centroids = kmeans_result.centroids
         scale = mean_squared_distance(features, centroids, kmeans_result.assignments)
         by_own_rule = assign_by_own_rule(method.cluster_logits, features)
+        tree = method.cluster_tree()
         assignments, confidence = by_own_rule or assign_to_centroids(features, centroids, scale)
         return EvaluationResult(
             scores={
@@ -101,7 +115,13 @@ class Evaluator:
                 "cluster_means": cluster_means(features, assignments, self.num_clusters),
             },
             contingency_table=self.compute_contingency_table(assignments),
+            tree=tree,
+            dendrogram_purity=self.score_tree(tree) if self.images is datamodule.fit else None,  # type: ignore[attr-defined]
         )
+
+    def score_tree(self, tree: ClusterTree | None) -> float | None:
+        """Return the dendrogram purity of a tree of the evaluation images, or None without tree or labels."""
+        return None if tree is None or self.labels is None else dendrogram_purity(tree.partitions, self.labels)
 
     def score_pixels(self, *, max_values: int) -> dict[str, float] | None:
         """Score k-means on the pixels of the evaluation images, a baseline for the features.

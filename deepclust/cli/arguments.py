@@ -19,7 +19,7 @@ PATH_KEYS = {
 NULL_MEANS_NONE = {
     "": {"dataset.root", "backbone.weights"},
     "train": {"start"},
-    "cluster": {"data_dir"},
+    "cluster": {"data_dir", "sort_to"},
     "evaluate": {"data_dir"},
     "predict": {"sort_to"},
     "features": {"run", "output"},
@@ -35,6 +35,8 @@ def quote_path(argument: str, *, is_sweep: bool, verb: str = "train") -> str:
     """
     key, _, value = argument.partition("=")
     name = key.lstrip("+")
+    if verb == "cluster" and name == "num_clusters" and not is_sweep and re.fullmatch(r"\d+(,\d+)+", value):
+        return f"{key}=[{value}]"  # several numbers are one job here, which computes the features once
     means_none = value.lower() == "null" and name in NULL_MEANS_NONE[""] | NULL_MEANS_NONE.get(verb, set())
     is_expression = value.startswith(("'", '"', "[")) or "${" in value
     if name not in {*PATH_KEYS, "trust"} or is_expression or means_none:

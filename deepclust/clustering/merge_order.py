@@ -25,18 +25,12 @@ def order_merges(features: NDArray[np.float32], assignments: NDArray[np.int64]) 
     linkage).
     """
     from scipy.cluster.hierarchy import linkage
-    from scipy.sparse import csr_array
     from scipy.spatial.distance import squareform
 
     clusters, positions, sizes = np.unique(assignments, return_inverse=True, return_counts=True)
     if len(clusters) < 2:
         return []
-    sums = np.zeros((len(clusters), features.shape[1]))
-    for start in range(0, len(features), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        unit_rows = to_unit_rows(features[block])
-        places = positions[block], np.arange(len(unit_rows))
-        sums += csr_array((np.ones(len(unit_rows)), places), (len(clusters), len(unit_rows))) @ unit_rows
+    sums = sum_unit_rows(features, positions, len(clusters))
     means = sums / sizes[:, None]
     distances = 1 - means @ means.T
     np.fill_diagonal(distances, 0)
@@ -46,3 +40,18 @@ def order_merges(features: NDArray[np.float32], assignments: NDArray[np.int64]) 
         merges.append(Merge(members[int(first)], members[int(second)], float(distance)))
         members.append([*members[int(first)], *members[int(second)]])
     return merges
+
+
+def sum_unit_rows(
+    features: NDArray[np.float32], assignments: NDArray[np.integer], num_clusters: int
+) -> NDArray[np.float64]:
+    """Return the sums (K, D) over each cluster of the rows (M, D), scaled to length 1."""
+    from scipy.sparse import csr_array
+
+    sums = np.zeros((num_clusters, features.shape[1]))
+    for start in range(0, len(features), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        unit_rows = to_unit_rows(features[block])
+        places = assignments[block], np.arange(len(unit_rows))
+        sums += csr_array((np.ones(len(unit_rows)), places), (num_clusters, len(unit_rows))) @ unit_rows
+    return sums

@@ -1,19 +1,22 @@
-"""A weighted graph of nearest neighbours, normalised around each row, and pairs drawn along its edges.
+"""Weighted graphs of nearest neighbours, by cosine or normalised around each row, and pairs drawn along their edges.
 
-The weights are those of UMAP (McInnes, Healy and Melville 2018, arXiv 1802.03426, section 3.1), as LNSCC uses them. The
-affinities of each row to its k nearest start from 1 for the nearest other row and add up to log2 k, wherever the row
-lies; then both directions of an edge are joined. All of it is computed in float64 and for all rows at once.
+The weights of `build_neighbor_graph` are those of UMAP (McInnes, Healy and Melville 2018, arXiv 1802.03426, section
+3.1), as LNSCC uses them. The affinities of each row to its k nearest start from 1 for the nearest other row and add up
+to log2 k, wherever the row lies; then both directions of an edge are joined. All of it is computed in float64 and for
+all rows at once.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
-from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
 
+EDGES_AT_A_TIME = 2**16  # whose cosines are computed
 MAX_HALVINGS, TOLERANCE = 64, 1e-5  # of the bisection for sigma
 MIN_SCALE = 1e-3  # the smallest sigma, as a share of the mean distance
 
@@ -26,9 +29,19 @@ class NeighborGraph:
     neighbors: Tensor  # (E,) int64
     weights: Tensor  # (E,) float64 in (0, 1], the same in both directions
 
+    @property
+    def num_rows(self) -> int:
+        """The number of rows M."""
+        return len(self.starts) - 1
+
+    def to_sparse(self) -> csr_array:
+        """Return all weights as a sparse array (M, M) of SciPy."""
+        parts = self.weights.cpu().numpy(), self.neighbors.int().cpu().numpy(), self.starts.cpu().numpy()
+        return csr_array(parts, shape=(self.num_rows, self.num_rows))
+
     def dense(self) -> Tensor:
         """Return all weights (M, M), 0 where there is no edge."""
-        size = len(self.starts) - 1
+        size = self.num_rows
         rows = torch.arange(size, device=self.starts.device).repeat_interleave(self.starts.diff())
         weights = self.weights.new_zeros(size, size)
         weights[rows, self.neighbors] = self.weights
@@ -43,6 +56,33 @@ def build_neighbor_graph(rows: Tensor, k: int) -> NeighborGraph:
     indices = torch.cat([itself[:, None], indices], 1)
     rho, sigma = compute_local_scales(distances)
     return symmetrize(indices, compute_affinities(indices, distances, rho, sigma))
+
+
+def build_cosine_graph(rows: Tensor, k: int) -> NeighborGraph:
+    """Build the graph of rows (M, D) and their exact `k` nearest by cosine, the row itself included; all rows if M < k.
+
+    The weight of an edge is the cosine of its rows, in float32 and at most 1. If one of them is not positive, all are
+    (1 + cosine) / 2 instead, and rows in opposite directions have no edge. All processes share the search.
+    """
+    size = len(rows)
+    table = mine_neighbors(rows, min(k, size) - 1)
+    ends = table[:, 1:].flatten(), table[:, :1].expand(-1, table.shape[1] - 1).flatten()
+    codes = (torch.minimum(*ends) * size + torch.maximum(*ends)).unique()
+    first, second = codes // size, codes % size
+    unit_rows, cosines = normalize(rows, dim=1), torch.empty(len(codes), dtype=torch.float32, device=rows.device)
+    for start in range(0, len(codes), EDGES_AT_A_TIME):
+        part = slice(start, start + EDGES_AT_A_TIME)
+        cosines[part] = (unit_rows[first[part]].double() * unit_rows[second[part]].double()).sum(1)
+    weights = cosines.clamp(max=1)
+    if bool((weights <= 0).any()):
+        weights = (1 + weights) / 2
+    is_edge = (weights > 0).repeat(2)
+    codes, order = torch.cat([codes, second * size + first])[is_edge].sort()
+    return NeighborGraph(
+        starts=torch.searchsorted(codes, torch.arange(size + 1, device=codes.device) * size),
+        neighbors=codes % size,
+        weights=weights.repeat(2)[is_edge][order].double(),
+    )
 
 
 def compute_local_scales(distances: Tensor) -> tuple[Tensor, Tensor]:

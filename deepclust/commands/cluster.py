@@ -2,11 +2,12 @@
 
 Every step leaves a folder of its own in the run folder, and what is complete is not made again:
 
-    data/               the images, decoded
+    data/               the images, decoded: where a network is trained on them, or with keep_images=true
     network-KEY/        a network trained on these images, where no other is to be had: a run of `deepclust train`
-    features/           the features: a data set for `deepclust train dataset=features dataset.path=...`
+    features/           the features: a data set for `deepclust train dataset=features dataset.path=...`; thumbnails
     clusters/KEY/       a run for each rule, number of clusters and seed; LNSCC's first stage knows of no number
     report.html, assignments.csv, results.json, checkpoints/last.ckpt   the result of the latest call
+    numbers/K/          the same for further numbers of clusters, where several are asked for
 """
 
 import json
@@ -27,15 +28,20 @@ from deepclust.commands.cluster_findings import describe_what_is_shown
 from deepclust.commands.cluster_input import holds_vectors, write_vectors_as_features
 from deepclust.commands.cluster_model import write_model
 from deepclust.commands.cluster_network import (
+    are_decoded_once,
     compose_network_config,
     describe_images,
     name_of,
     read_features_key,
     train_network,
     write_features,
+    write_features_of_photos,
 )
+from deepclust.commands.cluster_numbers import choose_folder, list_numbers, write_tabbed_report
 from deepclust.commands.cluster_runs import cluster_features, configure_clustering
+from deepclust.commands.cluster_sorting import check_sorting, sort_clustered
 from deepclust.commands.network_choice import choose_network
+from deepclust.commands.photo_features import find_photos
 from deepclust.config.build import build
 from deepclust.datasets.dataset_checks import estimate_num_clusters
 from deepclust.datasets.image_sources import ImageSet
@@ -102,33 +108,76 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         log.info("features: the vectors themselves")
         features = write_vectors_as_features(root, folder)
         images = build(configure_clustering(cfg, features).dataset.source)
-        check_num_images(cfg, images)
+        check_num_images(cfg, len(images.evaluation))
     else:
         network = choose_network(cfg)
         log.info(network.message)
         dataset = describe_images(cfg, network, root, folder)
-        images = open_images(dataset)
-        check_num_images(cfg, images)
-        network_run = None if network.is_trained else train_network(cfg, network, dataset, images, folder)
-        network_cfg = compose_network_config(cfg, network, dataset, images, network_run)
-        features = write_features(cfg, network_cfg, network_run, folder)
-    num_clusters, estimate = cfg.num_clusters, None
-    if num_clusters == "auto":
+        if are_decoded_once(cfg, network, dataset):
+            with cures_named_for_this_command():
+                photos = find_photos(dataset)
+                check_num_images(cfg, len(photos.files))
+                images = write_features_of_photos(cfg, network, dataset, photos, folder)
+            check_num_images(cfg, len(images.fit))
+            network_cfg = compose_network_config(cfg, network, dataset, images, None)
+            features = folder / "features"
+        else:
+            with cures_named_for_this_command():
+                images = build(dataset["source"])
+            check_num_images(cfg, len(images.fit))
+            network_run = None if network.is_trained else train_network(cfg, network, dataset, images, folder)
+            network_cfg = compose_network_config(cfg, network, dataset, images, network_run)
+            features = write_features(cfg, network_cfg, network_run, folder)
+    numbers, estimate = list_numbers(cfg.num_clusters), None
+    if numbers == ["auto"]:
         estimate = estimate_from_features(cfg, features)
         log.info(estimate.summarize())
-        num_clusters = estimate.require_several_clusters("num_clusters")
+        numbers = [estimate.require_several_clusters("num_clusters")]
 
-    rule = cfg.rule or ("lnscc" if len(images.fit) >= 10 * num_clusters else "kmeans")
+    def write_number(number: int) -> dict[str, Any]:
+        place = choose_folder(folder, numbers, number)
+        place.mkdir(parents=True, exist_ok=True)
+        given = (root, images, network_cfg, network_run, features)
+        return cluster_into(cfg, folder, place, number, *given, estimate)
+
+    others = {number: write_number(number) for number in numbers[1:]}
+    results = write_number(numbers[0])  # the last: where its results are, all are complete
+    write_tabbed_report(folder, numbers, title=f"{name_of(root)}: {', '.join(map(str, numbers))} clusters")
+    for number, result in others.items():
+        print(f"{number} clusters, in {choose_folder(folder, numbers, number)}: {result['trust']['message']}")
+    if cfg.sort_to is not None:
+        sort_clustered(cfg, folder, images.paths or [])
+    return results
+
+
+def cluster_into(
+    cfg: DictConfig,
+    folder: Path,
+    place: Path,
+    num_clusters: int,
+    root: Path,
+    images: ImageSet,
+    network_cfg: DictConfig | None,
+    network_run: Path | None,
+    features: Path,
+    estimate: ClusterNumberEstimate | None,
+) -> dict[str, Any]:
+    """Make one number of clusters of the features and write the result into the run folder `place`.
+
+    `folder` is that of the command, which keeps the clusterings; for the rest see `write_model`.
+    """
+    num_fitted = min(len(images.fit), cfg.max_fitted)
+    rule = cfg.rule or ("lnscc" if num_fitted >= 10 * num_clusters else "kmeans")
     seeds = range(cfg.seed, cfg.seed + cfg.num_seeds)
     runs = {
         seed: cluster_features(features, cfg, rule, num_clusters, seed, name=name_of(root), folder=folder)
         for seed in seeds
     }
-    results = read_results(folder)
+    results = read_results(place)
     if results is not None and is_result_of(results, runs[cfg.seed], list(seeds), cfg):
-        log.info("%s is finished already; nothing to do", folder)
+        log.info("%s is finished already; nothing to do", place)
         return results
-    return write_model(cfg, folder, root, images, network_cfg, network_run, features, runs, estimate)
+    return write_model(cfg, place, root, images, network_cfg, network_run, features, runs, estimate)
 
 
 def is_result_of(results: dict[str, Any], run: Path, seeds: list[int], cfg: DictConfig) -> bool:
@@ -144,9 +193,18 @@ def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
     Raises:
         InputError: naming the key to change.
     """
-    if cfg.num_clusters != "auto" and not (isinstance(cfg.num_clusters, int) and cfg.num_clusters > 0):
+    numbers = list_numbers(cfg.num_clusters)
+    if numbers != ["auto"] and not all(isinstance(number, int) and number > 0 for number in numbers):
         raise InputError(
-            f"num_clusters is {cfg.num_clusters}", expected="a whole number above 0, or auto", do="set num_clusters"
+            f"num_clusters is {cfg.num_clusters}",
+            expected="a whole number above 0, several of them, or auto",
+            do="set num_clusters",
+        )
+    if numbers != ["auto"] and max(numbers) > cfg.max_fitted:
+        raise InputError(
+            f"num_clusters is {max(numbers)}, and {cfg.max_fitted} images at most are fitted",
+            expected="several fitted images for each cluster",
+            do=f"set max_fitted={10 * max(numbers)}",
         )
     check_accelerator(cfg.hardware.accelerator, key="hardware.accelerator")
     if cfg.rule not in (None, "lnscc", "kmeans"):
@@ -154,6 +212,7 @@ def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
     if cfg.num_seeds < 1:
         raise InputError(f"num_seeds is {cfg.num_seeds}", expected="1 or more", do="set num_seeds")
     check_images_or_vectors(root)
+    check_sorting(cfg, root)
     read_names(folder)  # it may have been edited, and is read again at the end
     earlier = read_results(folder)
     if earlier is not None and earlier.get("images") != str(root):
@@ -164,33 +223,31 @@ def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
         )
 
 
-def open_images(dataset: dict[str, Any]) -> ImageSet:
-    """Open the images, decoding them if they are new.
-
-    Raises:
-        InputError: if there are none; it names this command's key `images`.
-    """
+@contextmanager
+def cures_named_for_this_command() -> Iterator[None]:
+    """Let an InputError about the images name this command's key `images`."""
     try:
-        return build(dataset["source"])
+        yield
     except InputError as error:  # it names the key of `deepclust train`
         cure = error.do.replace("dataset.path", "images")
         raise InputError(error.what, expected=error.expected, do=cure) from error
 
 
-def check_num_images(cfg: DictConfig, images: ImageSet) -> None:
+def check_num_images(cfg: DictConfig, num_images: int) -> None:
     """Refuse a single image, or fewer images than clusters.
 
     Raises:
         InputError: naming the key to change.
     """
-    least = 20 if cfg.num_clusters == "auto" else max(2, cfg.num_clusters)
-    if len(images.fit) < least:
+    numbers = list_numbers(cfg.num_clusters)
+    least = 20 if numbers == ["auto"] else max(2, *numbers)
+    if num_images < least:
         smaller = "" if cfg.num_clusters == "auto" else "smaller "
         raise InputError(
-            f"{cfg.images} holds {format_count(len(images.fit), 'image')} that can be read, "
+            f"{cfg.images} holds {format_count(num_images, 'image')} that can be read, "
             f"and num_clusters is {cfg.num_clusters}",
             expected=f"{least} images at least",
-            do="add images" if len(images.fit) < 2 else f"set num_clusters to a {smaller}number, or add images",
+            do="add images" if num_images < 2 else f"set num_clusters to a {smaller}number, or add images",
         )
 
 

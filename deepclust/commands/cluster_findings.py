@@ -10,6 +10,7 @@ from deepclust.backbones.imagenet_words import name_clusters, predict_classes, r
 from deepclust.clustering.merge_order import order_merges
 from deepclust.clustering.near_duplicates import find_near_duplicates, join_groups
 from deepclust.clustering.outliers import choose_outliers, score_outliers
+from deepclust.commands.cluster_numbers import list_numbers
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.identical_files import find_identical_files
 from deepclust.datasets.image_sources import ImageSet
@@ -21,7 +22,9 @@ log = logging.getLogger(__name__)
 
 def describe_what_is_shown(cfg: DictConfig) -> dict[str, Any]:
     """Return the keys of `deepclust cluster` that decide on what is looked for and shown, not on the clusters."""
-    return {"duplicates": cfg.duplicates, "outliers": cfg.outliers, "report": resolve_to_dict(cfg.report)}
+    numbers = list_numbers(cfg.num_clusters)
+    shown = {"duplicates": cfg.duplicates, "outliers": cfg.outliers, "report": resolve_to_dict(cfg.report)}
+    return shown | ({"numbers": numbers} if len(numbers) > 1 else {})
 
 
 def find_in_images(

@@ -42,7 +42,8 @@ def write_vectors_as_features(root: Path, folder: Path) -> Path:
     """
     arrays = open_array(root)
     vectors, labels = convert_vectors(arrays["images"], str(root)), arrays.get("labels")
-    digest = sha256(f"{vectors.dtype} {vectors.shape}".encode() + vectors.tobytes())
+    digest = sha256(f"{vectors.dtype} {vectors.shape}".encode())
+    digest.update(vectors.data)  # without a copy: there may be gigabytes of them
     if labels is not None:
         if labels.dtype.kind not in "iu" or labels.shape != (len(vectors),):
             raise InputError(

@@ -15,7 +15,7 @@ from deepclust.commands.cluster_findings import describe_what_is_shown, find_in_
 from deepclust.commands.cluster_trust import measure_trust
 from deepclust.config.build import build
 from deepclust.config.plain_values import resolve_to_dict
-from deepclust.datasets.image_sources import ImageSet, read_vectors
+from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import select_device
 from deepclust.engine.output_files import write_bytes
 from deepclust.runs.assemble import build_datamodule, build_evaluator
@@ -79,6 +79,7 @@ def write_model(
         "backbone": model_cfg.names.backbone,
         "command": read_command_line(),
         "images": str(root),
+        "num_images": len(vectors.evaluation),  # that of the run is the number that it was trained on
         "run": str(first_run),
         "trust": measure_trust(cfg, vectors, evaluation.health, runs, is_own_network=is_own_network),
     }
@@ -96,7 +97,8 @@ def write_model(
     if (first_run / METRICS_FILE).is_file():
         write_bytes(folder / METRICS_FILE, (first_run / METRICS_FILE).read_bytes())
     # The map shows the network's features: on LNSCC's own, clusters are apart whatever the images, by its training.
-    rows = read_vectors(vectors.fit, np.arange(len(vectors.fit)))
+    # They are mapped, not read: what follows looks at them in blocks, or at some of them.
+    rows = torch.from_numpy(np.load(features / "train_features.npy", mmap_mode="c"))
     findings = find_in_images(
         cfg,
         images,

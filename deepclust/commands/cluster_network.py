@@ -12,9 +12,13 @@ from omegaconf import DictConfig, open_dict
 from deepclust.commands import features as features_command
 from deepclust.commands.cluster_input import describe_array_source
 from deepclust.commands.network_choice import Network
+from deepclust.commands.photo_features import PhotoFiles, write_photo_features
+from deepclust.commands.time_forecast import foretell_time
 from deepclust.commands.train import run
+from deepclust.config.early_input_checks import FOLDER_SOURCE
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.dataset_checks import infer_dataset_values
+from deepclust.datasets.decoding_processes import count_free_processes
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.datasets.input_paths import ARRAY_SUFFIXES
 from deepclust.engine.plurals import format_count
@@ -51,7 +55,6 @@ def describe_images(cfg: DictConfig, network: Network, root: Path, folder: Path)
         "stored_size": stored_size,
         "stem": stem,
         "source": source,
-        "num_clusters": 1,  # a network knows of none
     }
     return described | (describe_array_source(root, described) if root.suffix in ARRAY_SUFFIXES else {})
 
@@ -153,17 +156,52 @@ def write_features(cfg: DictConfig, network_cfg: DictConfig, network_run: Path |
     """Write the features of all images, unless they are there already; return their folder."""
     dataset = resolve_to_dict(network_cfg)["dataset"]
     if network_run is None:
-        overrides = ["views=propos", "backbone=identity"]
-        features_cfg = compose_for_cluster(cfg, "features", *overrides, dataset=dataset)
-        features_cfg.backbone = network_cfg.backbone
+        features_cfg = configure_features(cfg, network_cfg.backbone, dataset, folder)
     else:
         features_cfg = compose_for_cluster(cfg, "features", "run=DIR", dataset=dataset)
         features_cfg.run = str(network_run)
         features_cfg.trust = list_trusted(cfg)
+        name_output(features_cfg, cfg, folder)
+    return features_command.main(features_cfg)
+
+
+def configure_features(cfg: DictConfig, backbone: Any, dataset: dict[str, Any], folder: Path) -> DictConfig:
+    """Return the configuration of `deepclust features` with a ready-made network."""
+    features_cfg = compose_for_cluster(cfg, "features", "views=propos", "backbone=identity", dataset=dataset)
+    features_cfg.backbone = backbone
+    name_output(features_cfg, cfg, folder)
+    return features_cfg
+
+
+def name_output(features_cfg: DictConfig, cfg: DictConfig, folder: Path) -> None:
+    """Let features be written into the run folder. Of the images, which are kept elsewhere, there is no copy there."""
     features_cfg.output = str(folder / "features")
     features_cfg.batch_size = cfg.batch_size
     features_cfg.accelerator = cfg.hardware.accelerator
-    return features_command.main(features_cfg)
+    features_cfg.max_pictures = 0
+
+
+def are_decoded_once(cfg: DictConfig, network: Network, dataset: dict[str, Any]) -> bool:
+    """Return whether photos are decoded as they are read: where no network is trained on them and no copy is wanted."""
+    source = dataset["source"]
+    is_folder_of_squares = source["_target_"] == FOLDER_SOURCE and source["keep"] == "central_squares"
+    return network.is_trained and not cfg.keep_images and is_folder_of_squares and source["image_size"] != "original"
+
+
+def write_features_of_photos(
+    cfg: DictConfig, network: Network, dataset: dict[str, Any], photos: PhotoFiles, folder: Path
+) -> ImageSet:
+    """Write the features of photos by a ready-made network, decoding them as they are read; return the images."""
+    return write_photo_features(
+        configure_features(cfg, network.backbone, dataset, folder),
+        photos,
+        folder / "features",
+        num_processes=count_free_processes() if cfg.decoding_processes is None else cfg.decoding_processes,
+        thumbnail_side=cfg.thumbnail_size,
+        on_first_block=lambda features, seconds: log.info(
+            foretell_time(cfg, features, seconds_per_image=seconds, num_images=len(photos.files))
+        ),
+    )
 
 
 def make_key(made_of: Any) -> str:

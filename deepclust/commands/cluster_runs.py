@@ -3,11 +3,12 @@
 import logging
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from deepclust.commands.cluster_network import compose_for_cluster, make_key, read_features_key, run_or_resume
 from deepclust.config.build import build
 from deepclust.config.plain_values import resolve_to_dict
+from deepclust.datasets.mapped_arrays import map_array
 from deepclust.engine.plurals import format_count
 from deepclust.runs.results import read_results
 
@@ -22,6 +23,7 @@ def cluster_features(
         read_features_key(features),
         *(rule, num_clusters, seed),
         *(resolve_to_dict(cfg.evaluation), cfg.min_steps, cfg.max_steps),
+        *list_sample(features, cfg),
     ]
     run_folder = folder / "clusters" / f"{rule}-{num_clusters}-seed{seed}-{make_key(made_of)}"
     if read_results(run_folder) is not None:
@@ -40,7 +42,7 @@ def cluster_features(
 
 def train_embedding(features: Path, cfg: DictConfig, seed: int, *, name: str, folder: Path) -> Path:
     """Train LNSCC up to where it sets centres, the same whatever the number of clusters; return its run folder."""
-    made_of = [read_features_key(features), seed, cfg.min_steps, cfg.max_steps]
+    made_of = [read_features_key(features), seed, cfg.min_steps, cfg.max_steps, *list_sample(features, cfg)]
     run_folder = folder / "clusters" / f"embedding-seed{seed}-{make_key(made_of)}"
     if read_results(run_folder) is None:
         run_cfg = configure_rule(features, cfg, "lnscc", 1, seed, name=name)
@@ -50,10 +52,18 @@ def train_embedding(features: Path, cfg: DictConfig, seed: int, *, name: str, fo
     return run_folder
 
 
+def list_sample(features: Path, cfg: DictConfig) -> list[int]:
+    """Return what decides which vectors are trained on: nothing unless there are more than `cfg.max_fitted`."""
+    return [cfg.max_fitted, cfg.seed] if len(map_array(features / "train_features.npy")) > cfg.max_fitted else []
+
+
 def configure_clustering(cfg: DictConfig, features: Path, *overrides: str) -> DictConfig:
     """Return a configuration of `deepclust train` on the features."""
     run_cfg = compose_for_cluster(cfg, "train", "dataset=features", *overrides)
     run_cfg.dataset.path = str(features)
+    if list_sample(features, cfg):  # without the keys, the recipe is what it was before there were any
+        with open_dict(run_cfg.dataset.source):
+            run_cfg.dataset.source.update({"max_fitted": cfg.max_fitted, "seed": cfg.seed})
     return run_cfg
 
 

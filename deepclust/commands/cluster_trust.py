@@ -10,12 +10,14 @@ from omegaconf import DictConfig
 from sklearn.metrics import adjusted_rand_score
 
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
+from deepclust.clustering.unit_rows import draw_rows
 from deepclust.datasets.image_sources import ImageSet, read_vectors
 from deepclust.runs.assignments_csv import read_assignments
 from deepclust.runs.results import read_results
 
 LEVELS = {0.8: "well", 0.5: "fairly"}  # by the least mean ARI between seeds; below the last one: hardly
 NEXT_LOWER_LEVEL = {"well": "fairly", "fairly": "hardly", "hardly": "hardly"}
+MAX_COMPARED = 20_000  # images that plain k-means clusters for comparison
 GIANT_FACTOR = 4.0  # a cluster this many times as large as the mean one is a giant
 
 
@@ -48,7 +50,9 @@ def measure_trust(
         level = NEXT_LOWER_LEVEL[level] if is_giant or health["empty_clusters"] else level
         phrases.append(f"{len(clusters)} seeds agree to {trust['ari_between_seeds']:.2f} (ARI; 1 is the same)")
     if results["method"] != "kmeans" and trivial is None:
-        rows = read_vectors(vectors.fit, np.arange(len(vectors.fit)))
+        # Of many images a sample tells as much, and k-means on all of them would take longer than the clusters did.
+        drawn = draw_rows(num_images, MAX_COMPARED, cfg.seed, "k-means beside the clusters")
+        rows = read_vectors(vectors.evaluation, drawn)
         kmeans = kmeans_on_all_ranks(
             rows,
             num_clusters=num_clusters,
@@ -58,7 +62,9 @@ def measure_trust(
             tolerance=cfg.evaluation.kmeans_tolerance,
             key=(cfg.seed, "k-means beside the clusters"),
         )
-        trust["ari_with_kmeans"] = float(adjusted_rand_score(clusters[cfg.seed], kmeans.assignments.cpu().numpy()))
+        trust["ari_with_kmeans"] = float(
+            adjusted_rand_score(clusters[cfg.seed][drawn], kmeans.assignments.cpu().numpy())
+        )
         phrases.append(f"plain k-means on the same features to {trust['ari_with_kmeans']:.2f}")
     empty = int(health["empty_clusters"])
     phrases.append(f"{empty or 'no'} cluster{'s are' if empty > 1 else ' is'} empty")

@@ -119,7 +119,7 @@ def describe_program(run_cfg: DictConfig, program: Program, example: Tensor) -> 
         "method": run_cfg.names.method,
         "backbone": run_cfg.names.backbone,
         "dataset": run_cfg.dataset.name,
-        "num_clusters": run_cfg.dataset.num_clusters,
+        "num_clusters": program.method.num_clusters,
         "num_features": features.shape[1],
         "channels": channels,
         "image_size": [height, width],

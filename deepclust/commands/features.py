@@ -33,6 +33,7 @@ from deepclust.views.multiview import MultiView
 log = logging.getLogger(__name__)
 
 MADE_BY = "made_by.json"  # written last: where it is, the folder is complete
+JOURNAL = "blocks.json"  # where it is, features are being written block by block
 
 
 def main(cfg: DictConfig) -> Path:
@@ -58,6 +59,24 @@ def main(cfg: DictConfig) -> Path:
         return folder
 
     prepare_folder(folder)
+    encode_images = prepare_encoder(cfg, source_cfg, network, encode, lambda: images.fit.read(np.arange(1)))
+    write_data_set(folder, images, encode_images, batch_size=cfg.batch_size, max_pictures=cfg.max_pictures)
+    write_text(folder / MADE_BY, json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
+    print(f"features of {format_count(len(images.fit), 'image')}: {folder}")
+    return folder
+
+
+def prepare_encoder(
+    cfg: DictConfig,
+    source_cfg: DictConfig,
+    network: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    read_example: Callable[[], Tensor | PaddedImages],
+) -> Callable[[Tensor | PaddedImages], Tensor]:
+    """Bring the network to its device; return the function from pixels (uint8) to features (N, D), float32.
+
+    `read_example` gives an image by which it is tried whether Apple's GPU can run the network.
+    """
     device = select_network_device(cfg.accelerator)
     scale = source_cfg.get("multi_view") or source_cfg.dataset  # a run may have been given other mean and std
     views = MultiView(pipelines=build(source_cfg.views), names=[], mean=scale.mean, std=scale.std)
@@ -70,18 +89,14 @@ def main(cfg: DictConfig) -> Path:
     try:
         network.to(device).to(memory_format=torch.channels_last)
         if device.type == "mps":
-            encode_images(images.fit.read(np.arange(1)))
+            encode_images(read_example())
     except (RuntimeError, TypeError, AssertionError) as error:  # in which ways torch says that it lacks an operation
         if device.type != "mps":
             raise
         log.warning("the network runs on the CPU, for Apple's GPU cannot: %s", str(error).partition("\n")[0])
         device = torch.device("cpu")
         network.to(device).to(memory_format=torch.channels_last)
-
-    write_data_set(folder, images, encode_images, batch_size=cfg.batch_size, max_pictures=cfg.max_pictures)
-    write_text(folder / MADE_BY, json.dumps({"sha256": key, **made_by}, indent=2) + "\n")
-    print(f"features of {format_count(len(images.fit), 'image')}: {folder}")
-    return folder
+    return encode_images
 
 
 def read_made_by(folder: Path) -> str | None:
@@ -161,12 +176,18 @@ def fingerprint(source: ImageSource, num_rows: int = 1000) -> str:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder, and remove features of another kind: their labels and pictures would pass for the new ones'."""
+    """Make the folder, and remove features of another kind: their labels and pictures would pass for the new ones'.
+
+    Features whose making was stopped are removed by their journal, those of a folder without either are not ours.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MADE_BY).is_file():
-        for file in [*folder.glob("*_*.npy"), *folder.glob("*_paths.json"), folder / "class_names.json"]:
+    is_complete, is_begun = (folder / MADE_BY).is_file(), (folder / JOURNAL).is_file()
+    if is_complete or is_begun:
+        (folder / MADE_BY).unlink(missing_ok=True)  # first: a folder that loses files is not complete
+        patterns = ("*_*.npy", "*_thumbnail*.bin", "*_paths.json", "class_names.json")
+        for file in itertools.chain.from_iterable(map(folder.glob, patterns)):
             file.unlink(missing_ok=True)
-        (folder / MADE_BY).unlink()
+        (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def write_data_set(

@@ -66,7 +66,7 @@ def predict(cfg: DictConfig, output: Path, sort_to: Path | None) -> None:
     num_written, unreadable = 0, []
     with (
         folders_above(output),
-        sort_images(sort_to, link=cfg.link, names=names) as sorted_images,
+        sort_images(sort_to, way="link" if cfg.link else "copy", names=names) as sorted_images,
         replace_text_file(output) as file,
     ):
         writer = csv.writer(file)

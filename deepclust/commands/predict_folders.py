@@ -1,13 +1,17 @@
 """Image files sorted into one folder for each cluster: all of them, or none."""
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from deepclust.engine.output_files import name_file_in_errors, shorten_name
 from deepclust.engine.output_folders import NewFolder, make_folder
 from deepclust.errors import InputError
+
+Way = Literal["copy", "link", "move"]
 
 MAX_LETTERS = 60  # of a cluster's name in the name of its folder
 
@@ -15,12 +19,13 @@ MAX_LETTERS = 60  # of a cluster's name in the name of its folder
 class SortedImages:
     """Copies of image files, or links to them, in one folder for each cluster, below a folder that is still made.
 
-    The folders are called by the number of the cluster and its name in `names`, where it has one.
+    The folders are called by the number of the cluster and its name in `names`, where it has one. Files that are going
+    to be moved get a second name, which takes no room, where the file system has such names.
     """
 
-    def __init__(self, folder: NewFolder, *, link: bool, names: Mapping[int, str]) -> None:
+    def __init__(self, folder: NewFolder, *, way: Way, names: Mapping[int, str]) -> None:
         self.folder = folder
-        self.link = link
+        self.way = way
         self.names = names
 
     def add(self, path: str | None, cluster: int, *, index: int) -> None:
@@ -36,9 +41,9 @@ class SortedImages:
         source = Path(path).absolute()
         target = cluster_folder / shorten_name(f"{index:06d}_{source.name}")
         with name_file_in_errors(target):
-            if self.link:
+            if self.way == "link":
                 target.symlink_to(source)
-            else:
+            elif self.way == "copy" or source.is_symlink() or not make_hard_link(source, target):
                 shutil.copy2(source, target)
 
     def move_into_place(self) -> None:
@@ -47,7 +52,7 @@ class SortedImages:
 
 
 @contextmanager
-def sort_images(folder: Path | None, *, link: bool, names: Mapping[int, str]) -> Iterator[SortedImages | None]:
+def sort_images(folder: Path | None, *, way: Way, names: Mapping[int, str]) -> Iterator[SortedImages | None]:
     """Give a place to sort image files into; where `move_into_place` is not reached, nothing is left of it.
 
     None if there is no folder to sort into.
@@ -56,7 +61,16 @@ def sort_images(folder: Path | None, *, link: bool, names: Mapping[int, str]) ->
         yield None
         return
     with make_folder(folder) as made:
-        yield SortedImages(made, link=link, names=names)
+        yield SortedImages(made, way=way, names=names)
+
+
+def make_hard_link(source: Path, target: Path) -> bool:
+    """Give a file a second name; return whether the file system can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def make_folder_name(cluster: int, names: Mapping[int, str]) -> str:

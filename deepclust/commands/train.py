@@ -3,6 +3,7 @@
 import logging
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def train_on_images(
     method.check_losses_are_finite()
     method.check_weights_are_finite()
     started = time.monotonic()
+    evaluator = replace(evaluator, num_clusters=method.num_clusters)  # which it may have found itself
     evaluation = evaluator(method, datamodule)
     evaluate_seconds = time.monotonic() - started
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

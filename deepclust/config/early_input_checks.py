@@ -56,8 +56,10 @@ def check_inputs_of_cluster(values: dict[str, Any]) -> None:
     """Check what is clustered, and that a folder holds as many files as clusters are asked for."""
     root = Path(values["images"]).expanduser().absolute()
     check_images_or_vectors(root)
-    if isinstance(values["num_clusters"], int):
-        check_num_files(root, {"num_clusters": values["num_clusters"]})
+    given = values["num_clusters"]
+    numbers = [number for number in (given if isinstance(given, list) else [given]) if isinstance(number, int)]
+    if numbers:
+        check_num_files(root, {"num_clusters": max(numbers)})
 
 
 def check_inputs_of_predict(values: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Their folder holds, for each split (train, test):
     SPLIT_labels.npy     int64 (M,); may be missing
     SPLIT_images.npy     uint8 (M, H, W, 1 or 3), the images that the vectors were made of; may be missing
     SPLIT_shapes.npy     of images in their own shapes; see `deepclust.datasets.named_datasets`
+    SPLIT_thumbnails.bin small pictures in place of SPLIT_images.npy; see `deepclust.datasets.thumbnails`
     SPLIT_paths.json     a list of M files that the vectors were made of; may be missing
     class_names.json     a list of C names; may be missing
 """
@@ -17,13 +18,19 @@ import numpy as np
 from deepclust.datasets.array_files import open_array, open_labels, open_npy, open_stored_images, read_class_names
 from deepclust.datasets.image_sources import ImageSet, ImageSource, VectorSource
 from deepclust.datasets.labels import number_classes
+from deepclust.datasets.sampled_rows import draw_sample
+from deepclust.datasets.thumbnails import open_thumbnails
 from deepclust.engine.small_files import MAX_BYTES_OF_LIST, read_json
 from deepclust.errors import InputError
-from deepclust.number_types import PositiveInt
+from deepclust.number_types import AnyInt, PositiveInt
 
 
-def load_features(*, path: str, num_classes: PositiveInt | None) -> ImageSet:
+def load_features(
+    *, path: str, num_classes: PositiveInt | None, max_fitted: PositiveInt | None = None, seed: AnyInt = 0
+) -> ImageSet:
     """Load the vectors of a folder: the split train is fitted, and test is evaluated if it exists, else train.
+
+    Of more than `max_fitted` vectors to fit, so many are drawn by the seed; all are evaluated.
 
     Raises:
         InputError: if a file is missing, holds something else, or does not fit the others.
@@ -52,12 +59,14 @@ def load_features(*, path: str, num_classes: PositiveInt | None) -> ImageSet:
             {label_file: open_labels(label_file, len(test))}, num_classes=num_classes, class_names=class_names
         )
     return ImageSet(
-        fit=fit,
+        fit=draw_sample(fit, max_fitted, seed=seed),
         evaluation=fit if evaluated_split == "train" else VectorSource([test]),
         labels=labels,
         class_names=class_names,
         paths=read_paths(folder / f"{evaluated_split}_paths.json", len(test)),
-        pictures=open_pictures(folder, evaluated_split, len(test)) if pictures.is_file() else None,
+        pictures=open_pictures(folder, evaluated_split, len(test))
+        if pictures.is_file()
+        else open_thumbnails(folder, evaluated_split, len(test)),
         name=folder.absolute().name,
     )
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,7 @@ def load_folder(
     unreadable = [(row, str(root / name), reasons[name]) for row, (name, _, _) in enumerate(files) if name in reasons]
     names = [name for name, _, _ in files if name not in reasons]
     logger.info("%s of %s, stored in %s", format_count(len(names), "image"), root, folder)
-    if unreadable:
-        logger.warning(
-            "%d of %d image files in %s could not be read and are left out; %s lists them (the first: %s)",
-            *(len(unreadable), len(files), root, folder / "unreadable.txt", index["unreadable"][0][1]),
-        )
-    if found_ranges:
-        logger.info("values of more than 8 bits are scaled to 0 to 255: %s", describe_ranges(found_ranges))
-    if index["outside"]:
-        logger.warning(
-            "%d of %d image files in %s hold values outside this range, which are clipped: %s",
-            *(len(index["outside"]), len(files), root, list_some(index["outside"])),
-        )
+    log_what_was_found(root, len(files), index["unreadable"], folder / "unreadable.txt", found_ranges, index["outside"])
     source = open_stored_images(folder, ["train"], channels=None)
     labels, class_names = subfolder_labels(root, names) if labelled else (None, None)
     paths = [str(root / name) for name in names]
@@ -124,6 +114,29 @@ def load_folder(
         value_ranges=found_ranges or None,
         unreadable=unreadable,
     )
+
+
+def log_what_was_found(
+    root: Path,
+    num_files: int,
+    unreadable: Sequence[Sequence[str]],
+    unreadable_list: Path,
+    value_ranges: ValueRanges,
+    outside: Sequence[str],
+) -> None:
+    """Log which files are left out (name, reason), and the ranges of values with the files that go beyond them."""
+    if unreadable:
+        logger.warning(
+            "%d of %d image files in %s could not be read and are left out; %s lists them (the first: %s)",
+            *(len(unreadable), num_files, root, unreadable_list, unreadable[0][1]),
+        )
+    if value_ranges:
+        logger.info("values of more than 8 bits are scaled to 0 to 255: %s", describe_ranges(value_ranges))
+    if outside:
+        logger.warning(
+            "%d of %d image files in %s hold values outside this range, which are clipped: %s",
+            *(len(outside), num_files, root, list_some(outside)),
+        )
 
 
 def find_images(root: Path) -> list[list[Any]]:
@@ -204,15 +217,20 @@ def store_images(
     )
     form: dict[str, Any] = {"image_size": image_size, "channels": channels, "keep": keep}
     if not write_images(work, "train", chunks, total=len(paths), **form):
-        raise InputError(
-            f"none of the {len(paths)} image files in {root} can be read (the first: {name_key(failed[0][1])})",
-            expected="at least one image",
-            do="set dataset.path=DIR to a folder of undamaged images",
-        )
+        raise none_readable_error(root, len(paths), failed[0][1])
     unreadable = [(name_below(root, path), name_key(reason)) for path, reason in failed]
     if unreadable:
         write_unreadable_list(work, unreadable)
     return unreadable
+
+
+def none_readable_error(root: Path, num_files: int, first_reason: str) -> InputError:
+    """Return the error for a folder of which no image file can be read."""
+    return InputError(
+        f"none of the {num_files} image files in {root} can be read (the first: {name_key(first_reason)})",
+        expected="at least one image",
+        do="set dataset.path=DIR to a folder of undamaged images",
+    )
 
 
 def name_key(reason: str) -> str:

@@ -155,9 +155,10 @@ class FileSource:
         num_workers: int,
         keep: Kept = "central_squares",
         value_ranges: ValueRanges | None = None,
+        max_megapixels: float | None = None,
     ) -> None:
         check_kept(image_size, keep)
-        self.value_ranges = value_ranges
+        self.value_ranges, self.max_megapixels = value_ranges, max_megapixels
         # One block of bytes: a million Python strings would be copied in every forked process.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.image_size, self.keep = image_size, keep
@@ -183,7 +184,7 @@ class FileSource:
         path = os.fsdecode(encoded_path)
         try:
             form: dict[str, Any] = {"image_size": self.image_size, "channels": self.shape[2], "keep": self.keep}
-            return decode_image(path, value_ranges=self.value_ranges, **form)
+            return decode_image(path, value_ranges=self.value_ranges, max_megapixels=self.max_megapixels, **form)
         except UnreadableImage as error:
             raise InputError(
                 f"{path} cannot be read: {error}",

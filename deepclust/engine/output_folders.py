@@ -42,10 +42,11 @@ def folders_above(path: Path) -> Iterator[None]:
         raise
 
 
-def check_new_folder(folder: Path, *, key: str, entry: str) -> None:
+def check_new_folder(folder: Path, *, key: str, entry: str, cure: str | None = None) -> None:
     """Refuse a folder that holds something, or that cannot be made, before the work for it is done.
 
-    `key` is the key that names it, and `entry` the longest name of what is going to be in it.
+    `key` is the key that names it, `entry` the longest name of what is going to be in it, and `cure` what to do about a
+    folder that holds something, if that is not to name another or to remove it.
 
     Raises:
         InputError: unless it is empty or missing and can be written.
@@ -55,7 +56,7 @@ def check_new_folder(folder: Path, *, key: str, entry: str) -> None:
         raise InputError(
             f"{folder} {'is not empty' if is_folder else 'is a file'}",
             expected="a new or empty folder",
-            do=f"set {key}=DIR to another, or remove it",
+            do=cure or f"set {key}=DIR to another, or remove it",
         )
     check_output_file(folder / entry, key=key)
     check_output_file(name_of_work(folder), key=key)

@@ -2,7 +2,7 @@
 
 An encoder maps images to embeddings of ten dimensions, and a decoder maps these back. Both are trained to reconstruct
 the images. The stage has no clustering of its own; k-means evaluates its embeddings. `method=dec` and `method=idec` go
-on from there.
+on from there. With convolutions and moved images, as `method=conv_autoencoder` has them, it is the stage before DECS.
 
 Differs from the authors' code in:
 - Pre-training. All layers are trained together from the start, as in the later code by one of the authors of IDEC

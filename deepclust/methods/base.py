@@ -11,6 +11,7 @@ Every paper is one file with one subclass of `ClusteringMethod`. Where to look i
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from deepclust.batch import Draws, TrainBatch, split_to_cache_size
+from deepclust.clustering.cluster_tree import ClusterTree
 from deepclust.engine import distributed
 from deepclust.engine.batch_norm import RowGroups
 from deepclust.engine.cuda_graphs import ReplayedFunction, ReplayedParts
@@ -46,13 +48,14 @@ class ClusteringMethod(LightningModule):
 
     Args:
         backbone: the network to train, from images to features (N, D); its attribute `num_features` is D.
-        num_clusters: the number of clusters K.
+        num_clusters: the number of clusters K; a method with `finds_num_clusters` sets it when it finds another.
         optimizer: makes the optimiser when it is called with the groups of `parameter_groups`.
         schedule: the factor of the learning rate at each optimiser step; a group may have its own.
         e_step_every_n_epochs: the E-step runs before the first epoch and then every so many epochs; 0 means never.
     """
 
     num_views: ClassVar[int | None] = None  # how many views of an image `losses` takes; None: any number
+    finds_num_clusters: ClassVar[bool] = False  # whether `num_clusters` may be "auto": the E-step finds it
     shuffle: bool = True  # whether an epoch takes the images in random order; otherwise in that of the data set
     first_bad_step: Tensor
 
@@ -107,6 +110,10 @@ class ClusteringMethod(LightningModule):
         `run_e_step` calls it. Every process is given the features of all images and must end in the same state;
         random draws depend on `key` only.
         """
+
+    def cluster_tree(self) -> ClusterTree | None:
+        """Return the tree of the images of the fit set that the E-step has found; None: it finds none."""
+        return None
 
     def sampling_weights(self) -> Tensor | None:
         """Return weights (M,) by which the next epoch draws images of the fit set, with replacement.
@@ -321,8 +328,8 @@ class ClusteringMethod(LightningModule):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The floating-point type of the weights, which inputs must have."""
-        return next(self.parameters()).dtype
+        """The floating-point type of the weights, or of buffers if there are none, which inputs must have."""
+        return next(t.dtype for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
 
     # The optimiser ----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ MAX_OUTLIERS, MAX_GROUPS, MAX_IN_GROUP = 30, 24, 10  # shown
 PICTURE_SIDE, LEAF_SIDE = 160, 48  # pixels
 MAX_LEAVES = 60  # clusters in a tree
 LEAF_HEIGHT = 34  # pixels of the page
+TAKE_FEWER = "a pair that looks the same to you: take fewer clusters"
 
 
 def choose_finding_pictures(
@@ -103,11 +104,18 @@ def _render_card(pictures: Sequence[Picture]) -> str:
     return f"<div {style}><article>{render_strip(pictures)}</article></div>" if pictures else ""
 
 
-def render_tree(merges: Sequence[Merge], names: Mapping[int, str], clusters: Sequence[ClusterPictures]) -> str:
+def render_tree(
+    merges: Sequence[Merge],
+    names: Mapping[int, str],
+    clusters: Sequence[ClusterPictures],
+    *,
+    notes: Sequence[str] = ("mean cosine distance of their images", TAKE_FEWER),
+    format_distance: Callable[[float], str] = "{:.2f}".format,
+) -> str:
     """Return the HTML of a tree of the clusters: the farther to the right two branches meet, the less alike they are.
 
     merges: those of all clusters, the two that are most alike first. Empty for fewer than three clusters. Of more than
-    MAX_LEAVES only the next merges are named.
+    MAX_LEAVES only the next merges are named. `notes` say what their distances are.
     """
     if len(merges) < 2:
         return ""
@@ -119,14 +127,11 @@ def render_tree(merges: Sequence[Merge], names: Mapping[int, str], clusters: Seq
 
     steps = "".join(
         f"<li>{escape(name_group(m.first))} and {escape(name_group(m.second))} "
-        f'<span class="dim">{m.distance:.2f}</span></li>'
+        f'<span class="dim">{format_distance(m.distance)}</span></li>'
         for m in merges[:3]
     )
     text = f"<p>With fewer clusters these would become one, in this order:</p><ol>{steps}</ol>"
-    note = render_note(
-        ["mean cosine distance of their images", "a pair that looks the same to you: take fewer clusters"]
-    )
-    return text + note + ("" if len(merges) >= MAX_LEAVES else _draw_tree(merges, title, clusters))
+    return text + render_note(notes) + ("" if len(merges) >= MAX_LEAVES else _draw_tree(merges, title, clusters))
 
 
 def _draw_tree(merges: Sequence[Merge], title: Mapping[int, str], clusters: Sequence[ClusterPictures]) -> str:

@@ -22,6 +22,7 @@ from deepclust.report.html_fragments import count_of, format_number, key_to_word
 from deepclust.report.map_script import SCRIPT as MAP_SCRIPT
 from deepclust.report.scatter_plot import render_scatter_plot
 from deepclust.report.style_sheet import STYLE
+from deepclust.report.tree_section import render_cluster_tree
 
 METRICS = {
     "acc": "images in the cluster that is matched to their class, one cluster per class",
@@ -35,6 +36,7 @@ RULE_TITLES = {
 }
 # Of sections whose headings are not their names.
 HEADINGS = {
+    "Tree": "Tree of the clusters",
     "Number": "Number of clusters",
     "Alike": "Which clusters are alike",
     "Outliers": "Belong nowhere",
@@ -95,6 +97,7 @@ def write_report(
     num_nonempty = int(results["num_clusters"] - results["health"]["empty_clusters"])
     sections = {
         "Clusters": render_clusters(clusters, num_nonempty=num_nonempty, names=names, drawers=drawers),
+        "Tree": render_cluster_tree(results.get("tree"), clusters, results["num_clusters"]),
         "Map": render_scatter_plot(embedding, contingency_table, class_names),
         "Classes": render_heat_map(contingency_table, class_names),
         "Number": render_number_of_clusters(results.get("number")),

@@ -73,6 +73,6 @@ def write_run_report(
 
 
 def find_pictures(images: ImageSet) -> ImageSource | None:
-    """Return the pictures of the evaluation images: for vectors those given with them, if any, else the images."""
+    """Return the pictures of the evaluation images: those given with them, if any, else the images themselves."""
     is_vectors = images.evaluation.shape[:2] == (1, 1)
-    return images.pictures if is_vectors else images.evaluation
+    return images.pictures if is_vectors or images.pictures is not None else images.evaluation

@@ -67,11 +67,12 @@ def prepare_for_hardware(cfg: DictConfig, method: ClusteringMethod, datamodule: 
 
 def build_evaluator(cfg: DictConfig, images: ImageSet) -> Evaluator:
     """Build what scores the run."""
+    num_clusters = 1 if cfg.dataset.num_clusters == "auto" else cfg.dataset.num_clusters  # until the method finds it
     return Evaluator(
         images=images.evaluation,
         labels=images.labels,
         num_classes=cfg.dataset.num_classes or 0,
-        num_clusters=cfg.dataset.num_clusters,
+        num_clusters=num_clusters,
         seed=cfg.seed,
         **cfg.evaluation,
     )

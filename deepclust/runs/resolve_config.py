@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
+from deepclust.config.targets import locate_target
 from deepclust.datasets.dataset_checks import (
     check_num_clusters,
     estimate_num_clusters,
@@ -45,7 +46,7 @@ def resolve_config(
 
     `earlier` describes the run that this one starts from (`describe_earlier_run`), and `saved_config` is what an
     interrupted start of this run was resolved to. With `dataset.num_clusters=auto` the number of clusters is estimated,
-    and the estimate is returned too.
+    and the estimate is returned too, unless the method finds the number itself.
 
     Raises:
         InputError: if the configuration contradicts the images; it names the key to change.
@@ -59,16 +60,22 @@ def resolve_config(
     if cfg.trainer.max_epochs:
         warn_of_offset(cfg.dataset, images)
     estimate = None
-    if cfg.dataset.num_clusters == "auto":
+    if cfg.dataset.num_clusters == "auto" and not finds_num_clusters(cfg):
         estimate = estimate_num_clusters(images, seed=cfg.seed)
         log.info(estimate.summarize())
         cfg.dataset.num_clusters = estimate.require_several_clusters("dataset.num_clusters")
-    check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
+    if cfg.dataset.num_clusters != "auto":
+        check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
     check_processes_have_images(cfg, images)
     lower_batch_size(cfg, len(images.fit))
     with open_dict(cfg.hardware):  # a configuration of the user need not have the key
         cfg.hardware.threads = resolve_num_threads(cfg, saved_config)
     return cfg, estimate
+
+
+def finds_num_clusters(cfg: DictConfig) -> bool:
+    """Return whether the method of a configuration finds the number of clusters itself."""
+    return bool(getattr(locate_target(cfg.method._target_, "method._target_"), "finds_num_clusters", False))
 
 
 def resolve_num_threads(cfg: DictConfig, saved_config: dict[str, Any] | None) -> int:

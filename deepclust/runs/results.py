@@ -54,7 +54,7 @@ def compose_results(
         "backbone": cfg.names.backbone,
         "seed": cfg.seed,
         "num_images": len(images.fit),
-        "num_clusters": cfg.dataset.num_clusters,
+        "num_clusters": evaluation.num_clusters,
         "num_classes": cfg.dataset.num_classes if images.labels is not None else None,
         "scores": evaluation.scores,
         "ami": evaluation.ami,
@@ -76,6 +76,8 @@ def compose_results(
         },
         "peak_memory_bytes": measure_peak_memory(),
     }
+    if evaluation.tree is not None:
+        results["tree"] = evaluation.tree.summarize() | {"dendrogram_purity": evaluation.dendrogram_purity}
     if cfg.get("objective") is not None:
         results["objective"] = compute_objective(
             cfg.objective, evaluation.features, evaluation.assignments, seed=cfg.seed

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepclust.engine.worker_processes import LOCKED_DESCRIPTORS
 from deepclust.errors import InputError
 
 RESULTS = "results.json"
@@ -13,6 +14,7 @@ ASSIGNMENTS = "assignments.csv"
 CHECKPOINT = "checkpoints/last.ckpt"
 METRICS_FILE = "metrics.csv"
 REPORT = "report.html"
+TREE = "tree.npz"  # of methods that find a tree
 ERROR = "error.txt"
 # of a run that was exported for the Hugging Face Hub; it has no checkpoint
 HUB_WEIGHTS = "model.safetensors"
@@ -32,7 +34,7 @@ def check_run_files(folder: Path) -> None:
     Raises:
         InputError: naming what is in the way.
     """
-    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT):
+    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT, TREE):
         file = folder / name
         if file.exists() and not file.is_file():
             raise InputError(
@@ -73,6 +75,7 @@ def acquire_run_lock(folder: Path) -> Iterator[None]:
         RunFolderInUse: if another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    LOCKED_DESCRIPTORS.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,4 +89,5 @@ def acquire_run_lock(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        LOCKED_DESCRIPTORS.discard(descriptor)
         os.close(descriptor)

@@ -48,7 +48,7 @@ REQUIRED_KEYS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("method", "dataset", "dataset.source", "views", "multi_view", "names", "evaluation"), dict),
     **dict.fromkeys(("hardware", "trainer", "earlier"), dict),
     **dict.fromkeys(("seed", "batch_size", "clean_batch_size", "dataset.channels", "dataset.image_size"), int),
-    **dict.fromkeys(("dataset.num_clusters", "drop_last"), int),
+    **{"dataset.num_clusters": (int, str), "drop_last": int},  # auto: the method has found it
     **{"view_names": list, "data_dir": str},
 }
 # Arguments of backbones that read or fetch weights. The checkpoint holds the weights: nothing is read a second time.

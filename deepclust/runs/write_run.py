@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from deepclust.callbacks.evaluation import EvaluationResult
+from deepclust.clustering.cluster_tree import ClusterTree
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.engine.output_files import replace_file
 from deepclust.engine.progress_bar import announce
 from deepclust.report.findings import Findings
 from deepclust.report.run_report import write_run_report
@@ -17,6 +20,7 @@ from deepclust.report.shown_paths import hide_places
 from deepclust.runs.assignments_csv import write_assignments
 from deepclust.runs.dashboards import send_to_dashboards
 from deepclust.runs.results import write_results
+from deepclust.runs.run_folder import TREE
 
 
 def write_run(
@@ -42,6 +46,8 @@ def write_run(
         paths=images.paths,
         more_columns=more_columns,
     )
+    if evaluation.tree is not None:
+        write_tree(folder, evaluation.tree)
     config = OmegaConf.to_container(cfg, resolve=True)
     absolute_paths = cfg.report.paths == "absolute"
     shown_config = config if absolute_paths else hide_places(config, folder)
@@ -61,3 +67,9 @@ def write_run(
     write_results(folder, results)
     table = None if evaluation.contingency_table is None else evaluation.contingency_table.numpy()
     send_to_dashboards(loggers, results, pictures, table, images.class_names)
+
+
+def write_tree(folder: Path, tree: ClusterTree) -> None:
+    """Write tree.npz: partitions (R, M) of the images of the fit set, thresholds (R,) and counts (R + 1,)."""
+    with replace_file(folder / TREE) as new, new.open("wb") as file:
+        np.savez(file, partitions=tree.partitions, thresholds=tree.thresholds, counts=tree.counts)

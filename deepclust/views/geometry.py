@@ -157,6 +157,32 @@ class Affine:
         return warp(images, inverse.reshape(-1, 2, 2), draw["shift"], mode="bilinear")
 
 
+class RotateAndShift:
+    """Every image rotated about its centre and shifted; bilinear, with the pixels of the border repeated outside of it.
+
+    All parameters are drawn uniformly.
+
+    Args:
+        rotate: largest angle to either side, in degrees.
+        translate: largest shift along each axis, as a share of the side.
+    """
+
+    def __init__(self, *, rotate: NonNegativeFloat, translate: Fraction) -> None:
+        self.rotate, self.translate = rotate, translate
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "angle": draw_uniform((n,), (-self.rotate, self.rotate), generator),
+            "shift": draw_uniform((n, 2), (-self.translate, self.translate), generator),
+        }
+
+    def apply(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
+        angle = torch.deg2rad(draw["angle"])
+        cos, sin = angle.cos(), angle.sin()
+        inverse = torch.stack([cos, sin, -sin, cos], 1).reshape(-1, 2, 2)
+        return warp(images, inverse, draw["shift"], mode="bilinear", outside="border")
+
+
 class Resize:
     """The whole image resized to `size` x `size` pixels, whatever its shape; bilinear with antialiasing."""
 
@@ -246,18 +272,19 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
-def warp(images: Tensor, inverse: Tensor, shift: Tensor, *, mode: str) -> Tensor:
-    """Return images (N, C, H, W), each under an affine map of its own; black outside the image.
+def warp(images: Tensor, inverse: Tensor, shift: Tensor, *, mode: str, outside: str = "zeros") -> Tensor:
+    """Return images (N, C, H, W), each under an affine map of its own.
 
     Args:
         images: (N, C, H, W).
         inverse: (N, 2, 2) maps a position in the new image to its source; (x, y) in pixels from the centre.
         shift: (N, 2) shares of the width and of the height by which the image moves to the right and down.
         mode: "bilinear" or "nearest".
+        outside: what lies outside the image: "zeros" is black, "border" repeats the pixels of the border.
     """
     height, width = images.shape[-2:]
     # affine_grid counts from -1 to 1 along both axes.
     linear = inverse * make_constants([1.0, height / width, width / height, 1.0], images.device).reshape(2, 2)
     theta = torch.cat([linear, linear @ (-2 * shift[:, :, None])], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, padding_mode=outside, align_corners=False)

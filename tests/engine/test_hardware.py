@@ -88,6 +88,7 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
     "digpro trainer.precision=64-true",
     "digpro trainer.precision=64-true method.warmup_epochs=1 method.group_reset_every_n_steps=2",
     "digpro trainer.precision=64-true method.warmup_epochs=1 +trainer.accumulate_grad_batches=2",
+    "decs before.trainer.max_epochs=1",
     "drc",
     "gcc method.warmup_epochs=1 trainer.max_epochs=3",
     "lnscc method.centres_after_epochs=1 method.clustering_after_epochs=1",

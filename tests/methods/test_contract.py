@@ -243,5 +243,5 @@ def test_parts_of_a_step_are_fit_for_a_gpu_graph(name, train_once, monkeypatch):
     for method.trainer.current_epoch in (1, 1000):  # early in training, and past every warm-up
         batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, batch_number=0), 0)
         method.losses(batch)
-    assert found or name in ("kmeans", "self_label")
+    assert found or name in ("kmeans", "scc", "self_label")
     assert not set().union(*found.values()), found

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from scipy.ndimage import affine_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as OneImageCrop
 
@@ -17,6 +18,7 @@ from deepclust.views.geometry import (
     RandomResizedCrop,
     Resize,
     ResizeShortSide,
+    RotateAndShift,
 )
 from tests.views.conftest import assert_close, make_images, seeded_generator
 
@@ -154,6 +156,25 @@ def test_affine_draws_fill_their_ranges():
         assert share.std() == pytest.approx(1 / math.sqrt(12), abs=0.01)
     correlations = torch.corrcoef(torch.stack([draw["angle"], *draw["shift"].T, draw["scale"], draw["shear"]]))
     assert (correlations - torch.eye(5)).abs().max() < 0.08
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (24, 40)])
+def test_rotation_and_shift_equal_those_of_scipy_with_the_border_repeated(height, width):
+    images = make_images(20, 1, height, width)
+    transform = RotateAndShift(rotate=30, translate=0.2)
+    draw = transform.draw(20, seeded_generator())
+    centre = torch.tensor([height - 1, width - 1]).double() / 2
+    expected = []
+    for image, angle, (right, down) in zip(images, torch.deg2rad(draw["angle"].double()), draw["shift"], strict=True):
+        rows_columns = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])  # y before x
+        shift = torch.tensor([down * height, right * width]).double()
+        offset = centre - rows_columns @ (centre + shift)
+        moved = affine_transform(image[0].double(), rows_columns.numpy(), offset.numpy(), order=1, mode="nearest")
+        expected.append(torch.from_numpy(moved)[None])
+    assert_close(transform.apply(images, draw), torch.stack(expected).float(), 1e-4)
+    assert draw["angle"].abs().max() <= 30 and draw["shift"].abs().max() <= 0.2
+    bright = torch.ones(20, 1, height, width)
+    assert_close(transform.apply(bright, draw), bright, 1e-6)
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(40, 56, 32), (20, 16, 32), (224, 160, 96)])
