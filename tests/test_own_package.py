@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 METHOD = '''
 """A contrastive method: a linear head tells the views of an image from those of other images."""
 
@@ -94,6 +96,7 @@ weak:
 }
 
 
+@pytest.mark.slow  # tests/test_docs.py trains the smallest own method in every run
 def test_package_of_the_user_trains(tmp_path: Path):
     for name, text in FILES.items():
         path = tmp_path / name

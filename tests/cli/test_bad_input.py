@@ -177,6 +177,7 @@ def test_predict_refuses_runs_that_it_cannot_use(tmp_path, train_small, monkeypa
     assert not list(tmp_path.glob("out.csv*"))
 
 
+@pytest.mark.slow
 def test_evaluate_warns_if_an_image_is_missing(tmp_path, train_small):
     photos = tmp_path / "photos"
     photos.mkdir()

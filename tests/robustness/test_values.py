@@ -23,8 +23,9 @@ REQUIRED = {
     "features": ["dataset.path=x", "dataset.num_clusters=2"],
 }
 GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
-METHODS = [  # IDEC is the class of DEC with other weights
-    pytest.param(method, marks=pytest.mark.slow) if method == "idec" else method for method in list_options("method")
+SLOW = ("idec", "decs")  # the class of DEC with other weights, and a large network
+METHODS = [
+    pytest.param(method, marks=pytest.mark.slow) if method in SLOW else method for method in list_options("method")
 ]
 
 
