@@ -46,6 +46,7 @@ from deepclust.engine.cuda_graphs import replayable
 from deepclust.errors import InputError
 from deepclust.losses.reconstruction import reconstruction_loss
 from deepclust.methods.base import ClusteringMethod
+from deepclust.nn.decoder import find_decoder
 from deepclust.nn.schedules import Schedule
 from deepclust.number_types import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -134,14 +135,7 @@ class DEC(ClusteringMethod):
     def start_from(self, earlier: ClusteringMethod) -> None:
         super().start_from(earlier)
         if self.decoder is not None:
-            earlier_decoder = getattr(earlier, "decoder", None)
-            if not isinstance(earlier_decoder, nn.Module):
-                raise InputError(
-                    f"the earlier run is of {type(earlier).__name__}, which has no decoder to train on",
-                    expected="a run of method=autoencoder, or no reconstruction loss",
-                    do="set method.reconstruction_weight=0, or start from another run",
-                )
-            self.load_weights(self.decoder, earlier_decoder)
+            self.load_weights(self.decoder, find_decoder(earlier, autoencoder="autoencoder"))
         self.has_earlier_run = True
 
     # The target

@@ -41,6 +41,7 @@ from deepclust.engine.cuda_graphs import replayable
 from deepclust.errors import InputError
 from deepclust.losses.reconstruction import reconstruction_loss
 from deepclust.methods.base import ClusteringMethod
+from deepclust.nn.decoder import find_decoder
 from deepclust.nn.one_hot import one_hot_mask
 from deepclust.nn.schedules import Schedule
 from deepclust.number_types import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -129,14 +130,7 @@ class DECS(ClusteringMethod):
     def start_from(self, earlier: ClusteringMethod) -> None:
         super().start_from(earlier)
         if self.decoder is not None:
-            earlier_decoder = getattr(earlier, "decoder", None)
-            if not isinstance(earlier_decoder, nn.Module):
-                raise InputError(
-                    f"the earlier run is of {type(earlier).__name__}, which has no decoder to train on",
-                    expected="a run of method=conv_autoencoder, or no reconstruction loss",
-                    do="set method.reconstruction_weight=0, or start from another run",
-                )
-            self.load_weights(self.decoder, earlier_decoder)
+            self.load_weights(self.decoder, find_decoder(earlier, autoencoder="conv_autoencoder"))
         self.has_earlier_run = True
 
     # The first centres
@@ -173,12 +167,7 @@ class DECS(ClusteringMethod):
     # One step
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        if batch.extra:
-            raise InputError(
-                "the data set has extra images, and DECS counts the sizes of the clusters of those that are clustered",
-                expected="only images that are clustered",
-                do="set dataset.source.extra=[]",
-            )
+        batch.refuse_extra_images("and DECS counts the sizes of the clusters of those that are clustered")
         images = batch.views[0]
         inference_embeddings = self.encode_by_running_statistics(images)
         embeddings = self.backbone(images)
