@@ -1,6 +1,5 @@
 """Worker processes that are forked: they end with their parent, and hold none of its locks."""
 
-import ctypes
 import os
 import signal
 
@@ -13,6 +12,8 @@ def begin_worker(parent: int, _: int = 0) -> None:
 
     Without this, a parent that is killed leaves workers that wait for it for ever and keep its locks.
     """
+    import ctypes  # only where it is used: every command imports this module
+
     for descriptor in LOCKED_DESCRIPTORS:
         os.close(descriptor)
     LOCKED_DESCRIPTORS.clear()

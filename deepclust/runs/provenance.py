@@ -5,7 +5,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from deepclust import __version__
@@ -26,6 +25,8 @@ GOING_ON = "DEEPCLUST_GOING_ON"
 
 def read_versions() -> dict[str, str]:
     """Return the versions of Python, of deepclust and of PACKAGES."""
+    from importlib.metadata import version  # slow to import, and the command line imports this module at each start
+
     # deepclust's own is not asked of the installation: the source tree may run without one.
     own = {"python": platform.python_version(), "deepclust": __version__}
     return own | {name: version(name) for name in PACKAGES}
