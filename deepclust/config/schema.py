@@ -27,7 +27,7 @@ NotEmptyText = Annotated[str, MinLen(1)]
 
 TYPES: dict[str, Any] = {
     # sections
-    **dict.fromkeys(("dataset", "hardware", "evaluation", "report", "names", "earlier"), Mapping[str, Any]),
+    **dict.fromkeys(("dataset", "hardware", "trainer", "evaluation", "report", "names", "earlier"), Mapping[str, Any]),
     "own_network": Mapping[str, Any],
     "before": Mapping[str, Any] | None,
     # conf/train.yaml

@@ -139,6 +139,8 @@ def parse_wandb_file(file):
             position += 32768 - position % 32768
             continue
         length, piece_type = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            break  # The process of wandb is still writing this piece.
         pieces += data[position + 7 : position + 7 + length]
         position += 7 + length
         if piece_type in (1, 4):
