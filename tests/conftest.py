@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from tests.toy_verb import toy_verb  # noqa: F401  this makes the fixture known to all tests
 
@@ -30,8 +30,9 @@ def compose_train(*overrides: str) -> DictConfig:
     """Return the configuration of `deepclust train OVERRIDES`."""
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
-        choices = cfg.hydra.runtime.choices
-        cfg = compose("train", overrides=list(overrides))
+    choices = cfg.hydra.runtime.choices
+    with open_dict(cfg):
+        del cfg["hydra"]
     for group in cfg.names:
         cfg.names[group] = cfg.names[group] or choices[group]
     return cfg

@@ -1,10 +1,15 @@
-"""Runs tests in real processes: commands of deepclust, and functions on several processes connected by gloo."""
+"""Tests and processes: commands of deepclust, functions on several processes connected by gloo, and shared folders."""
 
+import contextlib
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed as dist
 from torch.multiprocessing import set_forkserver_preload, start_processes
@@ -21,6 +26,18 @@ def run_deepclust(*arguments: str, check: bool = True) -> subprocess.CompletedPr
     completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert not check or completed.returncode == 0, completed.stderr
     return completed
+
+
+@contextlib.contextmanager
+def lock_shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Hold a folder that all processes of pytest-xdist share, so that only the first of them fills it."""
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # then the folder of this process lies within that of all
+        parent = parent.parent
+    (parent / name).mkdir(exist_ok=True)
+    with (parent / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield parent / name
 
 
 def run_on_processes(function, num_processes, folder, *arguments):

@@ -1,6 +1,12 @@
 """Errors of values: keys without one, and values that cannot be resolved or converted."""
 
-from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from deepclust.config.keys import list_keys
 from deepclust.config.suggestions import find_nearest_name
@@ -29,10 +35,15 @@ def explain_value_error(error: OmegaConfBaseException) -> InputError:
         )
     if isinstance(error, InterpolationResolutionError):
         line = first_line(error)
+        reference = "" if error.child_node is None else f" {error.child_node._value()}"
         return InputError(
-            f"{key} cannot be resolved: {line.partition('while resolving interpolation: ')[2] or line}",
+            f"{key}{reference} cannot be resolved: {line.partition('while resolving interpolation: ')[2] or line}",
             expected="a reference to a value",
             do=f"give {key} a value, or correct what it refers to",
+        )
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return InputError(
+            f"{key} is missing", expected="the key in the configuration", do=f"leave ~{key} out, or write +{key}=VALUE"
         )
     return InputError(f"{key}: {first_line(error)}", expected="another value", do=f"change {key}")
 

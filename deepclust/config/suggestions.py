@@ -39,6 +39,8 @@ def suggest_known_key(override: "Override", command: str, groups: Collection[str
             expected="a key that is there, or + before another argument of lightning.Trainer",
             do=f"write +{line}",
         )
+    if override.is_delete() and key in keys:  # Hydra takes null for a key that is not there.
+        return InputError(f"{key} is null already", expected="a key with a value", do=f"leave {line} out")
     # A key of Hydra's own and one of the job are not confused.
     candidates = [
         name for name in (*(() if section else groups), *keys) if name.startswith("hydra") == key.startswith("hydra")

@@ -42,6 +42,13 @@ EXPECTED_PARTS_OF_MESSAGES = {
 }
 
 
+def run_accepted(monkeypatch, capfd, *arguments: str) -> str:
+    """Run a command in this process, and return what it printed."""
+    monkeypatch.setattr(sys, "argv", ["deepclust", *arguments])
+    assert main() == 0
+    return capfd.readouterr().out
+
+
 def run_refused(monkeypatch, capfd, *arguments: str) -> str:
     """Run a command that is refused, and return the message on standard error."""
     monkeypatch.setattr(sys, "argv", ["deepclust", *arguments])
@@ -99,22 +106,24 @@ def test_after_a_bad_loss_the_checkpoint_is_that_of_the_previous_epoch(tmp_path,
     assert all(torch.isfinite(v).all() for v in checkpoint["state_dict"].values() if v.is_floating_point())
 
 
-def test_predict_and_evaluate_repeat_the_run(tmp_path, train_small, capsys):
+def test_predict_and_evaluate_repeat_the_run(tmp_path, train_small, monkeypatch, capfd):
     results, folder = train_small()
     from sklearn.datasets import load_digits
 
     np.save(tmp_path / "digits.npy", np.rint(load_digits().images * (255 / 16)).astype(np.uint8))
     output = tmp_path / "new/out.csv"
-    run_deepclust("predict", f"run={folder}", f"images={tmp_path / 'digits.npy'}", f"output={output}")
+    run_accepted(
+        monkeypatch, capfd, "predict", f"run={folder}", f"images={tmp_path / 'digits.npy'}", f"output={output}"
+    )
     predicted, recorded = (list(csv.DictReader(path.open())) for path in (output, folder / "assignments.csv"))
     assert [(r["index"], r["cluster"]) for r in predicted] == [(r["index"], r["cluster"]) for r in recorded]
     assert all(
         abs(float(a["confidence"]) - float(b["confidence"])) < 1e-4 for a, b in zip(predicted, recorded, strict=True)
     )
     assert all(0 < float(r["distance"]) < 1e3 for r in predicted)
-    done = run_deepclust("evaluate", f"run={folder}")
+    printed = run_accepted(monkeypatch, capfd, "evaluate", f"run={folder}")
     for rule in ("method", "kmeans"):
-        assert f'"acc": {results["scores"][rule]["acc"]}' in done.stdout
+        assert f'"acc": {results["scores"][rule]["acc"]}' in printed
 
 
 def test_predict_sorts_files_into_folders(tmp_path, train_small, monkeypatch, capfd):
@@ -125,20 +134,21 @@ def test_predict_sorts_files_into_folders(tmp_path, train_small, monkeypatch, ca
         Image.fromarray(pixels).save(photos / f"{number}.png")
     (photos / "broken.png").write_bytes(b"no image")
     output, sorted_to = tmp_path / "out.csv", tmp_path / "sorted"
-    run_deepclust("predict", f"run={folder}", f"images={photos}", f"output={output}", f"sort_to={sorted_to}")
+    arguments = [f"run={folder}", f"images={photos}"]
+    run_accepted(monkeypatch, capfd, "predict", *arguments, f"output={output}", f"sort_to={sorted_to}")
     rows = list(csv.DictReader(output.open()))
     assert len(rows) == 6 and "broken.png" in (tmp_path / "out.csv.unreadable.txt").read_text()
     for row in rows:
         copy = sorted_to / f"cluster_{int(row['cluster']):03d}" / f"{int(row['index']):06d}_{Path(row['path']).name}"
         assert copy.read_bytes() == Path(row["path"]).read_bytes()
     assert len(list(sorted_to.rglob("*.png"))) == 6
-    arguments = [f"run={folder}", f"images={photos}", f"sort_to={sorted_to}"]
-    assert f"{sorted_to} is not empty" in run_refused(
-        monkeypatch, capfd, "predict", *arguments, f"output={tmp_path}/new.csv"
+    message = run_refused(
+        monkeypatch, capfd, "predict", *arguments, f"output={tmp_path}/new.csv", f"sort_to={sorted_to}"
     )
+    assert f"{sorted_to} is not empty" in message
     assert not (tmp_path / "new.csv").exists()
     (photos / "broken.png").unlink()
-    run_deepclust("predict", f"run={folder}", f"images={photos}", f"output={output}", f"sort_to={tmp_path}/other")
+    run_accepted(monkeypatch, capfd, "predict", *arguments, f"output={output}", f"sort_to={tmp_path}/other")
     assert not (tmp_path / "out.csv.unreadable.txt").exists()
 
 

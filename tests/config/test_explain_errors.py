@@ -13,6 +13,7 @@ from deepclust.config.explain_errors import check_chosen_options
         ("temperature=3", "there is no key or group temperature", "write method.temperature=3"),
         ("zzz=3", "there is no key or group zzz", "leave zzz=3 out"),
         ("~sed", "there is no key or group sed", "write ~seed"),
+        ("~hydra.mode", "hydra.mode is null already", "leave ~hydra.mode out"),
         ("hydra.rn.dir=x", "there is no key or group hydra.rn.dir", "write hydra.run.dir=x"),
         ("metod=propos", "there is no key or group metod", "write method=propos"),
         ("method=propso", "the group method has no option 'propso'", "write method=propos"),

@@ -53,7 +53,8 @@ def test_resolve_to_dict_of_a_section_names_the_whole_key():
         ),
         (
             "a: ${oc.env:DEEPCLUST_NO_SUCH_VARIABLE}",
-            "a cannot be resolved: \"Environment variable 'DEEPCLUST_NO_SUCH_VARIABLE' not found\"",
+            "a ${oc.env:DEEPCLUST_NO_SUCH_VARIABLE} cannot be resolved: "
+            "\"Environment variable 'DEEPCLUST_NO_SUCH_VARIABLE' not found\"",
             "give a a value, or correct what it refers to",
         ),
     ],

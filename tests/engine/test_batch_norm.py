@@ -137,11 +137,11 @@ def test_processes_without_synchronisation_learn_what_groups_learn(tmp_path, ord
     """ProPos in float64, with the target's images in random order: weights, running statistics, E-step and scores."""
     exact = [*SHORT_RUN, "hardware.precision=64-true", f"method.step_order={order}", "method.shuffle_target=true"]
     groups = ["batch_norm_groups=4"]
-    run_deepclust(*exact, *groups, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
-    run_deepclust(*exact, *groups, *processes, f"hydra.run.dir={tmp_path / 'several'}")
+    run_deepclust("train", *exact, *groups, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
+    run_deepclust("train", *exact, *groups, *processes, f"hydra.run.dir={tmp_path / 'several'}")
     names = ["one", "several"]
     if processes is FOUR_PROCESSES:  # each process has one group anyway
-        run_deepclust(*exact, *processes, f"hydra.run.dir={tmp_path / 'plain'}")
+        run_deepclust("train", *exact, *processes, f"hydra.run.dir={tmp_path / 'plain'}")
         names.append("plain")
     states = [torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in names]
     for state in states[1:]:
@@ -157,8 +157,8 @@ def test_two_processes_of_other_methods_learn_what_two_groups_learn(tmp_path, me
     """BYOL in its published order, and DigPro with its groups and bank, in float64: all weights and statistics."""
     exact = [*SHORT_RUN, f"method={method}", "hardware.precision=64-true"]
     exact += [f"method.step_order={order}", "method.shuffle_target=true"] if order else []
-    run_deepclust(*exact, "batch_norm_groups=2", "hardware=cpu", f"hydra.run.dir={tmp_path / 'groups'}")
-    run_deepclust(*exact, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'processes'}")
+    run_deepclust("train", *exact, "batch_norm_groups=2", "hardware=cpu", f"hydra.run.dir={tmp_path / 'groups'}")
+    run_deepclust("train", *exact, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'processes'}")
     groups, processes = (
         torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for n in ("groups", "processes")

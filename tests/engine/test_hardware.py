@@ -97,7 +97,8 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
 ]
 
 
-SLOW = METHODS_AND_OVERRIDES[-2:]
+SLOW = [case for case in METHODS_AND_OVERRIDES if case.split()[0] in ("decs", "gcc", "scan", "self_label")]
+SLOW += [case for case in METHODS_AND_OVERRIDES if case.startswith("digpro") and "warmup_epochs" in case]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from tests.conftest import compose_train
 from tests.processes import TWO_PROCESSES, run_deepclust
 
 SHORT_RUN = [
-    "train",
     "trainer.max_epochs=2",
     "trainer.log_every_n_steps=1",
     "method.hidden_size=64",
@@ -54,8 +53,9 @@ def read_losses(folder: Path) -> list[list[float]]:
 def test_two_processes_learn_what_one_learns(tmp_path, order):
     """In float64 and with batch statistics over all processes, losses, weights, the E-step and the scores agree."""
     exact = [*SHORT_RUN, "hardware.precision=64-true", "sync_batchnorm=true", f"method.step_order={order}"]
-    run_deepclust(*exact, "hardware=cpu", f"hydra.run.dir={tmp_path / 'one'}")
-    run_deepclust(*exact, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'two'}")
+    (tmp_path / "one").mkdir()
+    run(compose_train(*exact, "hardware=cpu"), tmp_path / "one")
+    run_deepclust("train", *exact, *TWO_PROCESSES, f"hydra.run.dir={tmp_path / 'two'}")
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["steps"] == two["steps"] == 6
@@ -77,7 +77,7 @@ def test_every_rank_of_a_sweep_has_its_own_jobs_parameters(tmp_path):
     rates = ("0.01", "0.03")
     callback = "+callbacks.write_rank_file"
     run_deepclust(
-        *SHORT_RUN, *TWO_PROCESSES, f"method.optimizer.lr={','.join(rates)}", f"hydra.sweep.dir={tmp_path}",
+        "train", *SHORT_RUN, *TWO_PROCESSES, f"method.optimizer.lr={','.join(rates)}", f"hydra.sweep.dir={tmp_path}",
         f"{callback}._target_=tests.engine.test_launch.WriteRankFile", f"{callback}.needs.folder=folder", "-m",
     )  # fmt: skip
     for job, rate in enumerate(rates):
@@ -114,7 +114,9 @@ print(libc.mallinfo2().free)
 
 
 def test_an_input_error_of_a_process_is_printed_as_one_line(tmp_path):
-    completed = run_deepclust(*SHORT_RUN, *TWO_PROCESSES, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False)
+    completed = run_deepclust(
+        "train", *SHORT_RUN, *TWO_PROCESSES, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False
+    )
     assert completed.returncode == 2
     assert completed.stderr.count("\n") == 1 and "set batch_size=254" in completed.stderr
 

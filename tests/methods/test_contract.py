@@ -1,6 +1,7 @@
 """The contract that every method of conf/method fulfils, without special cases, on real digits."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from deepclust.runs.resolve_config import resolve_config
 from deepclust.testing import check_assignments, check_losses
 from tests.conftest import compose_train
 from tests.host_waits import HostWaits, watch_host_operations_in_parts
-from tests.processes import TWO_PROCESSES, run_deepclust
+from tests.processes import TWO_PROCESSES, lock_shared_folder, run_deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
 pytestmark = pytest.mark.parametrize("name", METHODS)
@@ -32,10 +33,10 @@ FREQUENT_CALLBACKS = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluatio
 def compose_small_run(name: str, *overrides: str):
     """Return the configuration of a run of two epochs.
 
-    The stage right before the run has ten epochs, so that it is confident of some images; stages before it have two.
+    Stages before it have two, too. Where only images count of which the stage before is confident, that one has ten.
     """
     cfg = compose_train(f"method={name}", "hardware=cpu", "trainer.max_epochs=2", *SMALL_RUN, *overrides)
-    stage, epochs = cfg, 10
+    stage, epochs = cfg, 10 if "threshold" in cfg.method else 2
     while (stage := stage.get("before")) is not None:
         stage.trainer.max_epochs, epochs = epochs, 2
         OmegaConf.update(stage, "trainer.limit_train_batches", 1.0, force_add=True)
@@ -56,14 +57,16 @@ def read_logged_terms(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def train_once(tmp_path_factory):
-    """Return a function that trains a method for two epochs, once per module, and gives (results, folder)."""
-    runs: dict = {}
+    """Return a function that trains a method for two epochs, and gives (results, folder).
+
+    Each method is trained once, by the first of the processes of pytest that needs it.
+    """
 
     def train(name: str):
-        if name not in runs:
-            folder = tmp_path_factory.mktemp(name)
-            runs[name] = run(compose_small_run(name, *FREQUENT_CALLBACKS), folder), folder
-        return runs[name]
+        with lock_shared_folder(tmp_path_factory, f"contract_{name}") as folder:
+            if not (folder / "results.json").exists():
+                run(compose_small_run(name, *FREQUENT_CALLBACKS), folder)
+        return json.loads((folder / "results.json").read_text()), folder
 
     return train
 

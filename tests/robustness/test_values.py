@@ -4,14 +4,17 @@ The cases are generated from the configurations, so that a new file in conf/ is 
 several files give to the same class, or a key of the same name, is tried once; `make test-all` tries it in each file.
 """
 
+import copy
 import functools
 
 import omegaconf.base
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from deepclust.config.missing_values import explain_value_error
 from tests.conftest import compose_train
-from tests.robustness.values import try_values
+from tests.robustness.values import refusal, try_values
 from tests.test_configurations import list_options
 
 SMALL = ["method=cc", "dataset=digits", "backbone=conv_small", "views=digits"]
@@ -57,9 +60,12 @@ def check_options(group: str, options: list[str], seen: set[tuple[str, str]] | N
     return num_cases
 
 
+SEEN_IN_METHODS: set[tuple[str, str]] = set()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_values_of_a_method(method, record_property):
-    record_property("cases", check_options("method", [method], set()))
+    record_property("cases", check_options("method", [method], SEEN_IN_METHODS))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -68,7 +74,7 @@ def test_values_of_a_group(group, record_property):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["views", "dataset"])
+@pytest.mark.parametrize("group", ["method", "views", "dataset"])
 def test_values_of_each_file(group, record_property):
     record_property("cases", check_options(group, list_options(group)))
 
@@ -78,3 +84,23 @@ def test_values_of_a_section(section, record_property):
     num_cases, bad = try_values(compose_train(*SMALL), section, set())
     record_property("cases", num_cases)
     assert num_cases and not bad, "\n".join(bad)
+
+
+def test_a_section_that_is_none(record_property):
+    """Each section of a run is tried as a number, a text, null and a list: refused, and the message names it."""
+    num_cases, bad = 0, []
+    composed = compose_train(*SMALL)
+    OmegaConf.set_struct(composed, False)
+    for section in ("method", "dataset", "dataset.source", "multi_view", "trainer", "hardware", "evaluation", "report"):
+        for tried in (0, "abc", None, []):
+            num_cases += 1
+            cfg = copy.deepcopy(composed)
+            OmegaConf.update(cfg, section, tried, merge=False)
+            try:
+                error = refusal(cfg)
+            except OmegaConfBaseException as unresolved:
+                error = explain_value_error(unresolved)
+            if error is None or section not in str(error):
+                bad.append(f"{section}={tried!r}: {error}")
+    record_property("cases", num_cases)
+    assert not bad, "\n".join(bad)
