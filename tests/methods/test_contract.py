@@ -23,10 +23,17 @@ from tests.host_waits import HostWaits, watch_host_operations_in_parts
 from tests.processes import TWO_PROCESSES, lock_shared_folder, run_deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
-pytestmark = pytest.mark.parametrize("name", METHODS)
+SLOW = ("idec", "decs")  # DEC with another weight, and DEC with a large network
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS]
+)
 
-
-SMALL_RUN = ["report.map_points=60", "+trainer.limit_train_batches=4"]
+SMALL_RUN = [
+    "report.map_points=60",
+    "evaluation.kmeans_restarts=2",
+    "pixel_baseline_max_values=0",
+    "+trainer.limit_train_batches=4",
+]
 FREQUENT_CALLBACKS = ["callbacks.checkpoint.min_seconds=0", "callbacks.evaluation.every_n_epochs=1"]
 
 
