@@ -5,17 +5,22 @@
 
 Photos are JPEG files made of Imagenette at 64 pixels, and of CIFAR-10 where that has no more. Each set is clustered
 once as it is, and once killed (SIGKILL) after half of the photos and started again; both have to have the same
-features. `--rows` are made-up features (1,280 numbers, 50 normal clouds), clustered without a network. Memory is the
-largest sum of PSS of the process and those that it has started, looked at once a second. CPU time is that of all of
-them, which other work on the machine changes less than the time. DATA_DIR holds
-imagenette64/ and cifar10/ as deepclust stores them. KEY=VALUE are further keys of `deepclust cluster`; with
---only-killed, photos are not clustered without being killed. The table is printed last.
+features. `--rows` are made-up features (1,280 numbers, 50 normal clouds), clustered without a network.
+
+Memory is the largest sum of PSS of the process and those that it has started, looked at once a second. CPU time is that
+of all of them, which other work on the machine changes less than the time. Both times are also given by phase: features
+(with the start), clusters, report. Beside them stands what the command foretold after its first block of features;
+that is a forecast of the time, as busy as the machine was at that moment.
+
+The command is that of the source tree in which this script lies, whichever is installed. DATA_DIR holds imagenette64/
+and cifar10/ as deepclust stores them. KEY=VALUE are further keys of `deepclust cluster`; with --only-killed, photos are
+not clustered without being killed. The figures are written after each set, and the tables are printed last.
 """
 
 import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +33,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+SOURCE_TREE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(SOURCE_TREE))  # `measure` takes deepclust from there, too
+from measure import print_table, save_figures  # noqa: E402
+
+RUN_CLI = "import sys; from deepclust.cli.main import main; sys.argv[0] = 'deepclust'; sys.exit(main())"
 SECONDS_BETWEEN_LOOKS = 1.0
+PHASES = ("features", "clusters", "report")
+SECONDS_OF_UNITS = {"s": 1, "min": 60, "h": 3600}  # in what the command foretells
 NUM_CLUSTERS = 10
 ROWS_PER_CHUNK = 10_000
 NUM_FEATURES, NUM_CLOUDS = 1280, 50
@@ -62,14 +74,19 @@ def measure_command(arguments: list[str], log: Path, *, kill_at: int | None, fol
 
     With `kill_at`, it is killed when the features of so many photos are on the disk.
     """
-    command = [str(Path(sys.executable).with_name("deepclust")), "cluster", *arguments, f"hydra.run.dir={folder}"]
-    started_at, peak, was_killed = time.monotonic(), 0, False
-    cpu_before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", RUN_CLI, "cluster", *arguments, f"hydra.run.dir={folder}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE_TREE), os.environ.get("PYTHONPATH", "")])}
+    peak, was_killed = 0, False
+    looks = [(time.time(), 0.0)]  # (time of day, CPU seconds so far): files are told apart by the time of day
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
         while process.poll() is None:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            peak = max(peak, measure_group(process.pid))
+            memory, cpu_seconds = measure_group(process.pid)
+            peak = max(peak, memory)
+            looks.append((time.time(), max(cpu_seconds, looks[-1][1])))
             if kill_at is not None and count_done(folder) >= kill_at:
                 os.killpg(process.pid, signal.SIGKILL)
                 was_killed = True
@@ -77,32 +94,51 @@ def measure_command(arguments: list[str], log: Path, *, kill_at: int | None, fol
     text = log.read_text()
     if process.returncode and not was_killed:
         sys.exit(f"{' '.join(command)} failed:\n{text}")
-    foretold = [line.partition("this will take ")[2] for line in text.splitlines() if "this will take " in line]
-    going_on = [line.partition("going on from ")[2] for line in text.splitlines() if "going on from " in line]
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = cpu.ru_utime + cpu.ru_stime - cpu_before.ru_utime - cpu_before.ru_stime
     return {
         "command": " ".join(arguments),
-        "seconds": round(time.monotonic() - started_at, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        "seconds": round(looks[-1][0] - looks[0][0], 1),
+        "cpu_seconds": round(looks[-1][1], 1),
+        "phases": {} if was_killed else split_into_phases(folder, looks),
+        "foretold": find_foretold(text),
         "peak_bytes": peak,
         "was_killed": was_killed,
-        "foretold": foretold[:1],
-        "going_on_from": going_on[:1],
+        "going_on_from": [line.partition("going on from ")[2] for line in text.splitlines() if "going on from" in line],
     }
 
 
-def measure_group(group: int) -> int:
-    """Return the bytes of all processes of a group, shared memory counted once."""
-    total = 0
+def measure_group(group: int) -> tuple[int, float]:
+    """Return bytes and CPU seconds of all processes of a group: shared memory once, with children that have ended."""
+    total, ticks = 0, 0
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and os.getpgid(int(entry.name)) == group:
+                ticks += sum(map(int, (entry / "stat").read_text().rpartition(")")[2].split()[11:15]))
                 lines = (entry / "smaps_rollup").read_text().splitlines()
                 total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
         except (OSError, StopIteration):  # it has ended meanwhile
             continue
-    return total
+    return total, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def split_into_phases(folder: Path, looks: list[tuple[float, float]]) -> dict[str, dict[str, float]]:
+    """Return seconds and CPU seconds of each of PHASES, by when the files that end them were written."""
+    clusterings = (folder / "clusters").glob("*/results.json")
+    ends = [(folder / "features" / "made_by.json").stat().st_mtime]
+    ends += [max(file.stat().st_mtime for file in clusterings), looks[-1][0]]
+    times, cpu_seconds = np.array(looks).T
+    seconds = np.diff([times[0], *ends])
+    cpu_seconds = np.diff(np.interp([times[0], *ends], times, cpu_seconds))
+    return {
+        phase: {"seconds": round(float(seconds[i]), 1), "cpu_seconds": round(float(cpu_seconds[i]), 1)}
+        for i, phase in enumerate(PHASES)
+    }
+
+
+def find_foretold(text: str) -> dict[str, int | float]:
+    """Return the seconds that the command foretold for each of PHASES; nothing where it foretold none."""
+    match = re.search(r"this will take about .*: (.*)", text)
+    parts = [] if match is None else re.findall(r"(\w+) ([\d.]+) (s|min|h)\b", match[1])
+    return {phase: float(number) * SECONDS_OF_UNITS[unit] for phase, number, unit in parts}
 
 
 def count_done(folder: Path) -> int:
@@ -157,23 +193,31 @@ def measure_rows(work: Path, arguments: argparse.Namespace, count: int) -> dict[
     return {"once": once, "disk": disk}
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """Print one line for each set."""
-    print("| what | time | CPU time | killed at half, then | peak memory | disk | of it features, thumbnails |")
-    print("|---|---|---|---|---|---|---|")
+def print_tables(results: dict[str, Any]) -> None:
+    """Print a line for each set: what it took in all, then each run of the command by phase beside what it foretold."""
+    rows, rows_of_phases = [], []
     for name, found in results.items():
-        runs, disk = [found[key] for key in ("once", "killed", "gone_on") if key in found], found["disk"]
-        once = found.get("once")
-        parts = [found[key]["seconds"] for key in ("killed", "gone_on") if key in found]
-        killed = " + ".join(f"{seconds:.0f} s" for seconds in parts) or "-"
+        runs, disk = {key: found[key] for key in ("once", "killed", "gone_on") if key in found}, found["disk"]
+        seconds = {key: f"{run['seconds']:.0f} s" for key, run in runs.items()}
+        was_killed = found.get("killed", {}).get("was_killed", False)
+        killed = f"{seconds['killed']} + {seconds['gone_on']}" if was_killed else "-"
+        cpu_seconds = f"{found['once']['cpu_seconds']:.0f} s" if "once" in found else "-"
+        peak = f"{max(run['peak_bytes'] for run in runs.values()) / 1e9:.1f} GB"
         megabytes = [f"{disk[key] / 1e6:.0f} MB" for key in ("all", "features", "thumbnails")]
-        peak = f"{max(run['peak_bytes'] for run in runs) / 1e9:.1f} GB"
-        times = f"{once['seconds']:.0f} s | {once['cpu_seconds']:.0f} s" if once else "- | -"
-        print(f"| {name} | {times} | {killed} | {peak} | {megabytes[0]} | {', '.join(megabytes[1:])} |")
+        rows.append([name, seconds.get("once", "-"), cpu_seconds, killed, peak, *megabytes])
+        for key, run in runs.items():
+            for phase, took in run["phases"].items():
+                foretold = f"{run['foretold'][phase]:.0f} s" if phase in run["foretold"] else "-"
+                cells = [f"{took['seconds']:.0f} s", f"{took['cpu_seconds']:.0f} s"]
+                rows_of_phases.append([name, key.replace("_", " "), phase, foretold, *cells])
+    header = ["what", "time", "CPU time", "killed + gone on", "peak memory", "disk", "features", "thumbnails"]
+    print_table(header, rows)
+    print()
+    print_table(["what", "run", "phase", "foretold", "time", "CPU time"], rows_of_phases)
 
 
 def main() -> None:
-    """Measure what is asked for, write JSON and print the table."""
+    """Measure what is asked for, write JSON and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--photos", type=int, nargs="*", default=[300, 3000, 20_000])
@@ -182,20 +226,18 @@ def main() -> None:
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--only-killed", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, help="where photos and runs lie meanwhile (default: the system's folder)")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: one in benchmarks/results)")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         for count in arguments.photos:
             results[f"{count:,} photos"] = measure_photos(Path(folder), arguments, count)
+            save_figures({"sets": results}, __file__, arguments.out)
         for count in arguments.rows:
             results[f"{count:,} rows"] = measure_rows(Path(folder), arguments, count)
-    if arguments.out:
-        content = {"threads": os.environ.get("OMP_NUM_THREADS"), "cpus": os.cpu_count(), "sets": results}
-        content |= {"overrides": arguments.overrides, "network": arguments.network, "image_size": arguments.image_size}
-        arguments.out.write_text(json.dumps(content, indent=2) + "\n")
-    print_table(results)
+            save_figures({"sets": results}, __file__, arguments.out)
+    print_tables(results)
 
 
 if __name__ == "__main__":
