@@ -95,7 +95,7 @@ def measure_command(arguments: list[str], log: Path, *, kill_at: int | None, fol
     if process.returncode and not was_killed:
         sys.exit(f"{' '.join(command)} failed:\n{text}")
     return {
-        "command": " ".join(arguments),
+        "command": " ".join(arguments).replace(f"{log.parent}/", ""),
         "seconds": round(looks[-1][0] - looks[0][0], 1),
         "cpu_seconds": round(looks[-1][1], 1),
         "phases": {} if was_killed else split_into_phases(folder, looks),
