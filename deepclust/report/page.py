@@ -1,7 +1,5 @@
 """The page report.html: scores, clusters as pictures, plots and how the run was made, all in one file."""
 
-import base64
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from deepclust.report.findings import Findings
 from deepclust.report.findings_sections import render_duplicates, render_outliers, render_tree
 from deepclust.report.gallery_script import SCRIPT as GALLERY_SCRIPT
 from deepclust.report.heatmap import render_heat_map
+from deepclust.report.html_document import render_document
 from deepclust.report.html_fragments import count_of, format_number, key_to_words, render_note
 from deepclust.report.map_script import SCRIPT as MAP_SCRIPT
 from deepclust.report.scatter_plot import render_scatter_plot
@@ -52,23 +51,6 @@ NAME_TOOLS = (
     '<p class="names dim screen" data-names="{names}" hidden>Click a name to change it. '
     '<button class="save">Download names.json</button> <button class="copy">Copy</button> <output></output></p>'
 )
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body{body_class}>
-<header><h1>{title}</h1>{header}<nav>{links}</nav></header>
-{sections}
-{viewer}
-{script}
-</body>
-</html>
-"""
 
 
 def write_report(
@@ -121,31 +103,20 @@ def write_report(
         if sections["Curves"]:  # how k-means or LNSCC went says nothing of photos: it is there for whom wonders
             sections["Curves"] = f"<details><summary>How the training went</summary>{sections['Curves']}</details>"
     shown = {name: content for name, content in sections.items() if content}
-    script = GALLERY_SCRIPT * bool(drawers) + MAP_SCRIPT * ("Map" in shown)
-    page = PAGE.format(
-        policy=_make_security_policy(script),
-        title=escape(_make_title(results)),
+    title, links = _make_title(results), " ".join(f'<a href="#{name}">{name}</a>' for name in shown)
+    parts = [f"<header><h1>{escape(title)}</h1>{_render_header(results, clusters)}<nav>{links}</nav></header>"]
+    parts += [
+        f'<section id="{name}"><h2>{HEADINGS.get(name, name)}</h2>{content}</section>'
+        for name, content in shown.items()
+    ]
+    page = render_document(
+        "\n".join([*parts, VIEWER] if drawers else parts),
+        title=title,
         style=STYLE,
-        header=_render_header(results, clusters),
-        viewer=VIEWER if drawers else "",
-        body_class=' class="viewable"' if drawers else "",
-        links=" ".join(f'<a href="#{name}">{name}</a>' for name in shown),
-        sections="\n".join(
-            f'<section id="{name}"><h2>{HEADINGS.get(name, name)}</h2>{content}</section>'
-            for name, content in shown.items()
-        ),
-        script=f"<script>{script}</script>" if script else "",
+        script=GALLERY_SCRIPT * bool(drawers) + MAP_SCRIPT * ("Map" in shown),
+        body_class="viewable" if drawers else "",
     )
     write_bytes(path, page.encode("utf-8", errors="replace"))  # a file name may not be valid text
-
-
-def _make_security_policy(script: str) -> str:
-    """Return the policy by which the browser loads nothing from elsewhere and runs no script but the given one."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    if script:
-        script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        policy += f"; script-src 'sha256-{script_hash}'"
-    return policy
 
 
 def _render_header(results: Mapping, clusters: Sequence[ClusterPictures]) -> str:

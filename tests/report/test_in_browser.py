@@ -14,6 +14,7 @@ from deepclust.datasets.image_sources import ArraySource
 from deepclust.report.cluster_pictures import choose_cluster_pictures
 from deepclust.report.embedding_map import compute_embedding_map
 from deepclust.report.scatter_plot import COLOURS
+from deepclust.report.tabs import join_reports
 from tests.report.browser import Browser, Tab
 from tests.report.pages import make_digits_map, make_noise, make_results, write_metrics, write_page
 
@@ -170,6 +171,29 @@ def test_it_prints(browser: Browser, digits_page: Path) -> None:
     assert abs(tab.evaluate(f"Math.max(...{edges}) - document.documentElement.clientWidth")) < 1
     tab.evaluate("document.querySelector('details pre').textContent = 'trainer: 1\\n'.repeat(250)")
     assert 0 < tab.evaluate("document.querySelector('details pre').offsetHeight") < 1000  # a page
+    tab.close()
+
+
+def test_tabs_fit_a_narrow_screen_and_print_one_after_the_other(
+    browser: Browser, digits_page: Path, tmp_path: Path
+) -> None:
+    def count_printed_pages(tab: Tab) -> int:
+        return len(re.findall(rb"/Type /Page\b", base64.b64decode(tab.send("Page.printToPDF")["data"])))
+
+    report = digits_page.read_text(encoding="utf-8")
+    pages = {f"{k} clusters": (report, f"numbers/{k}/") for k in (5, 10, 20)}
+    (tmp_path / "report.html").write_text(join_reports(pages, title="digits"), encoding="utf-8")
+    alone = Tab(browser, digits_page, width=390)
+    num_pages = count_printed_pages(alone)
+    alone.close()
+    tab = Tab(browser, tmp_path / "report.html", width=390)
+    assert tab.evaluate(PAGE_WIDTH) == 390
+    last_label, shown = "[...document.querySelectorAll('label')].at(-1)", "document.querySelector('iframe')"
+    assert tab.evaluate(f"{last_label}.getBoundingClientRect().right") <= 390
+    assert tab.evaluate(f"{shown}.clientWidth") == 390
+    assert tab.evaluate(f"{shown}.getBoundingClientRect().bottom") == tab.evaluate("innerHeight")
+    assert count_printed_pages(tab) == 3 * num_pages
+    assert tab.evaluate(f"{shown}.clientWidth") == 390 and tab.evaluate("document.body.children.length") == 2
     tab.close()
 
 
