@@ -30,6 +30,7 @@ from deepclust.errors import InputError
 from deepclust.report.show_report import make_html_table, show_report
 from deepclust.runs.assemble import build_datamodule
 from deepclust.runs.assignments_csv import read_assignments
+from deepclust.runs.names_json import read_names
 from deepclust.runs.prediction_object import Prediction, make_frame, no_readable_image_error, place_rows
 from deepclust.runs.results import read_results
 from deepclust.runs.run_folder import REPORT, is_in_hub_form
@@ -158,11 +159,13 @@ class FinishedRun:
                 as those of the training images were.
 
         Returns:
-            A `Prediction`, which also acts as the array of the labels (M,).
+            A `Prediction`, which also acts as the array of the labels (M,). Its names are those that names.json in the
+            run folder holds by now.
 
         Raises:
             InputError: if there are none, or they do not fit the run.
         """
+        names = read_names(self.run_dir)
         columns: tuple[list[Any], ...] = ([], [], [])  # labels, confidence and distance, in chunks
         num_images = 0
         positions, skipped, paths = [], [], None
@@ -186,6 +189,7 @@ class FinishedRun:
             place_rows(distance, rows, num_images, np.nan, np.float64),
             skipped,
             paths,
+            names,
         )
 
     def _encode_new(self, images: Any) -> NDArray[np.float32]:

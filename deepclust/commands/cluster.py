@@ -7,7 +7,7 @@ Every step leaves a folder of its own in the run folder, and what is complete is
     features/           the features: a data set for `deepclust train dataset=features dataset.path=...`; thumbnails
     clusters/KEY/       a run for each rule, number of clusters and seed; LNSCC's first stage knows of no number
     report.html, assignments.csv, results.json, checkpoints/last.ckpt   the result of the latest call
-    numbers/K/          the same for further numbers of clusters, where several are asked for
+    numbers/K/          the same for further numbers of clusters, where several are asked for, or auto is unsure
 """
 
 import json
@@ -69,7 +69,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     print_summary(results, folder)
     print(f"{results['trust']['message']}; whether they are what you look for, only a look at report.html tells")
     if results.get("number") and (doubt := results["number"].get("doubt")):
-        print(doubt)
+        print(doubt if len(results["number"]["candidates"]) == 1 else f"{doubt}: report.html has a tab for each")
     return results
 
 
@@ -132,13 +132,19 @@ def cluster(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if numbers == ["auto"]:
         estimate = estimate_from_features(cfg, features)
         log.info(estimate.summarize())
-        numbers = [estimate.require_several_clusters("num_clusters")]
+        estimate.require_several_clusters("num_clusters")
+        # The likeliest first. Where the number is unsure, others stand beside it.
+        numbers = [candidate.num_clusters for candidate in estimate.candidates]
+        if len(numbers) > 1:
+            log.info("that is unsure, so each of these numbers gets a tab: %s", ", ".join(map(str, numbers)))
+        cfg = cfg.copy()
+        cfg.num_clusters = numbers
 
     def write_number(number: int) -> dict[str, Any]:
         place = choose_folder(folder, numbers, number)
         place.mkdir(parents=True, exist_ok=True)
         given = (root, images, network_cfg, network_run, features)
-        return cluster_into(cfg, folder, place, number, *given, estimate)
+        return cluster_into(cfg, folder, place, number, *given, estimate if number == numbers[0] else None)
 
     others = {number: write_number(number) for number in numbers[1:]}
     results = write_number(numbers[0])  # the last: where its results are, all are complete

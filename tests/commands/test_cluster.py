@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -223,3 +224,8 @@ def test_where_the_number_is_unsure_the_last_line_names_the_candidates(capfd):
     assert measures <= {"communities", "fine communities", "separation"}
     last_line = capfd.readouterr().out.splitlines()[-1]
     assert "unsure" in last_line and all(f"num_clusters={k}" in last_line for k in numbers[1:])
+    # They stand side by side: a tab and a run for each.
+    page = (result.run_dir / "report.html").read_text()
+    assert [f"{k} clusters" for k in numbers] == re.findall(r'<label for="tab\d">([^<]*)</label>', page)
+    others = [deepclust.load_run(result.run_dir / "numbers" / str(k)) for k in numbers[1:]]
+    assert [run.num_clusters for run in others] == numbers[1:]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import deepclust
 from deepclust.commands.predict import main as predict
 from deepclust.errors import InputError
 from tests.commands.test_cluster import call, rows, say
@@ -61,6 +62,7 @@ def test_copies_outliers_names_and_a_tree(photos: Path, tmp_path: Path, monkeypa
     assert [row["name"] for row in new] == [called[row["cluster"]] for row in table]
     folders = {"cluster_000_round_ones", "cluster_001", "cluster_002_the_rest"}
     assert {path.name for path in (tmp_path / "sorted").iterdir()} == folders
+    assert deepclust.load_run(folder).predict(photos).names == {0: "=round ones", 2: "the rest"}
     (folder / "names.json").write_text("[]")
     with pytest.raises(InputError, match=r"names\.json does not name clusters"):
         say(predict, "predict", *options[:2], f"output={tmp_path}/more.csv", "accelerator=cpu")
