@@ -21,6 +21,7 @@ from deepclust.engine.launch import keep_freed_memory
 from deepclust.runs.provenance import read_commit, read_versions
 
 RESULTS_FOLDER = Path(__file__).parent / "results"
+RUN_CLI = "import sys; from deepclust.cli.main import main; sys.argv[0] = 'deepclust'; sys.exit(main())"
 
 
 def make_argument_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:

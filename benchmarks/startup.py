@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback
-from measure import make_argument_parser, print_table, save_figures, time_interleaved
+from measure import RUN_CLI, make_argument_parser, print_table, save_figures, time_interleaved
 
-RUN_CLI = "import sys; from deepclust.cli.main import main; sys.argv[0] = 'deepclust'; sys.exit(main())"
 ARGUMENTS_OF_STARTS = {
     "python": ["-c", "pass"],
     "import torch": ["-c", "import torch"],

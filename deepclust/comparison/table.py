@@ -47,7 +47,7 @@ class Row:
     source: str = ""  # of published figures
     best: frozenset[str] = frozenset()  # metrics in which no other row of our runs on the data set is better
     folders: tuple[str, ...] = ()  # of the runs
-    acc_by_seed: Mapping[int, float] = field(default_factory=dict)
+    scores_by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # by seed and metric
     p_value: float | None = None  # of the hypothesis that ACC equals that of the best row; None with too few seeds
 
 
@@ -174,7 +174,7 @@ def _summarize_over_seeds(scores_by_seed: Mapping[int, Mapping]) -> dict[str, An
     return {
         "seeds": len(scores_by_seed),
         "scores": {m: _summarize([scores[m] for scores in scores_by_seed.values()]) for m in SCORE_NAMES},
-        "acc_by_seed": {seed: scores["acc"] for seed, scores in scores_by_seed.items()},
+        "scores_by_seed": scores_by_seed,
     }
 
 
@@ -208,8 +208,8 @@ def _add_p_values(rows: Sequence[Row]) -> list[Row]:
 
 
 def _compute_p_value(row: Row, best: Row) -> float | None:
-    common_seeds = sorted(row.acc_by_seed.keys() & best.acc_by_seed.keys())
-    differences = [best.acc_by_seed[seed] - row.acc_by_seed[seed] for seed in common_seeds]
+    common_seeds = sorted(row.scores_by_seed.keys() & best.scores_by_seed.keys())
+    differences = [best.scores_by_seed[seed]["acc"] - row.scores_by_seed[seed]["acc"] for seed in common_seeds]
     if row is best or len(common_seeds) < MIN_SEEDS or len(set(differences)) == 1:
         return None
     from scipy import stats  # its import takes a second, which only those pay who have enough seeds
