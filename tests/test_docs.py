@@ -122,6 +122,23 @@ def test_names_exist(page: Path):
     assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
+METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
+VECTORS = ROOT / "tests" / "conformance" / "vectors"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_table_of_methods_says_whose_numbers_a_method_reproduces(name: str):
+    table = (ROOT / "docs" / "methods.md").read_text()
+    rows = re.findall(r"^\| (`\w+`.*?) \| (.*?) \| .*? \|$", table.partition("## Data sets")[0], re.MULTILINE)
+    (paper,) = (paper for names, paper in rows if f"`{name}`" in names)
+    fidelity = re.search(r"; (exact|formula|reconstruction) \(", paper)
+    assert fidelity is not None, paper
+    if (VECTORS / name).exists():
+        cases = json.loads((VECTORS / name / "manifest.json").read_text())["cases"]
+        by_formula = [str(case.get("source")).startswith("formula") for case in cases]
+        assert (fidelity[1] != "exact") == all(by_formula)
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 15
 

@@ -11,8 +11,10 @@ import yaml
 from deepclust.engine.small_files import read_json, read_small_text
 from deepclust.score_names import SCORE_NAMES
 
-IDENTITY_KEYS = ("dataset", "method", "backbone", "num_clusters", "epochs")  # of results.json; runs of a group agree
-EXPECTED_TYPES = {"dataset": str, "method": str, "backbone": str, "num_clusters": int, "epochs": int, "seed": int}
+# Of results.json; runs of a group agree in them, and those that end by themselves in max_epochs and not in epochs
+IDENTITY_KEYS = ("dataset", "method", "backbone", "num_clusters", "epochs")
+EXPECTED_TYPES = {"dataset": str, "method": str, "backbone": str, "num_clusters": int}
+EXPECTED_TYPES |= {"epochs": int, "max_epochs": int, "seed": int}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def _group_runs(
     repeated = []
     for run, overrides in zip(runs, overrides_of_runs, strict=True):
         settings = " ".join(f"{k}={v}" if v else k for k, v in sorted(set(overrides.items()) - shared))
-        group = groups[*(run.results[key] for key in IDENTITY_KEYS), settings]
+        identity = run.results | {"epochs": run.results.get("max_epochs", run.results["epochs"])}
+        group = groups[*(identity[key] for key in IDENTITY_KEYS), settings]
         seed = run.results["seed"]
         if seed in group:  # the same seed twice would make the spread look smaller than it is
             repeated.append((group[seed].folder, f"seed {seed} is taken from {run.folder}"))
@@ -126,10 +127,11 @@ def _select_overrides(run: FinishedRun, ignore: Collection[str]) -> dict[str, st
 def _make_rows(runs: Sequence[FinishedRun], *, settings: str) -> list[Row]:
     """Return a row for each rule that has scores, or one row without scores."""
     first = runs[0].results
+    epochs = {run.results["epochs"] for run in runs}
     timings = [t for run in runs if (t := run.results["timing"] or {}).get("train_seconds") is not None]
     seconds = [t["train_seconds"] + (t.get("earlier_seconds") or 0.0) for t in timings]  # with earlier stages
     row_without_scores = Row(
-        **{key: first[key] for key in IDENTITY_KEYS},
+        **{key: first[key] for key in IDENTITY_KEYS} | {"epochs": epochs.pop() if len(epochs) == 1 else None},
         settings=settings,
         folders=tuple(run.folder for run in runs),
         rule="",

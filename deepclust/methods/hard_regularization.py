@@ -194,7 +194,7 @@ def soft_balance_terms(costs: Tensor, kind: SoftBalance) -> tuple[Tensor, Tensor
     if kind == "mean_square":
         balance = 10 * means.square().mean()
     elif kind == "variance":
-        balance = 10 * means.var()
+        balance = 10 * means.var(correction=min(len(means) - 1, 1))  # 0, and not NaN, for one cluster
     else:
         balance = -100 * entropy(means / means.sum())
     if kind == "entropy":

@@ -60,6 +60,7 @@ def compose_results(
         "ami": evaluation.ami,
         "health": evaluation.health,
         "epochs": trainer.current_epoch,
+        "max_epochs": trainer.max_epochs,
         "steps": trainer.global_step,
         "world_size": trainer.world_size,
         "command": read_command_line(),

@@ -125,6 +125,29 @@ def test_a_stranger_gets_the_assignments_of_the_run(name, rule, tmp_path):
         assert told[form]["method"] == name and told[form]["num_clusters"] == results["num_clusters"] == 10
 
 
+@pytest.fixture(scope="module")
+def scc_run(tmp_path_factory):
+    """A run of SCC, which finds the number of its clusters, on the pixels of the digits."""
+    folder = tmp_path_factory.mktemp("scc")
+    choices = ["method=scc", "backbone=identity", "dataset.num_clusters=auto"]
+    run(compose_train(*choices, "hardware=cpu", "report.map_points=0"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["torchscript", "onnx"])
+def test_scc_gives_the_assignments_of_its_run(form, scc_run, tmp_path):
+    export_run(f"run={scc_run}", f"format={form}", f"output={tmp_path}/program")
+    images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
+    if form == "torchscript":
+        clusters, confidence, _ = torch.jit.load(tmp_path / "program")(torch.from_numpy(images))
+    else:
+        clusters, confidence, _ = onnxruntime.InferenceSession(tmp_path / "program").run(None, {"images": images})
+    rows = list(csv.DictReader((scc_run / "assignments.csv").open()))
+    assert len({row["cluster"] for row in rows}) > 1
+    assert clusters.tolist() == [int(row["cluster"]) for row in rows]
+    np.testing.assert_allclose(confidence, [float(row["confidence"]) for row in rows], rtol=0, atol=1e-4)
+
+
 def make_untrained_program(*overrides: str, height: int, width: int):
     """A program with random weights, an example, and other images with what the package makes of them."""
     cfg = compose_train("dataset.num_images=50", *overrides)

@@ -63,6 +63,14 @@ def test_groups_differ_by_overrides(tmp_path: Path, overrides: list[str], settin
     assert all(row.seeds == 3 - len(rows) for row in rows)
 
 
+def test_runs_that_ended_by_themselves_are_one_group(tmp_path: Path) -> None:
+    for seed, epochs in enumerate((5, 7)):
+        write_run(tmp_path / str(seed), seed=seed, epochs=epochs, max_epochs=20)
+    write_run(tmp_path / "longer", epochs=7, max_epochs=30)
+    rows = compare(tmp_path).rows
+    assert [(row.seeds, row.epochs) for row in rows] == [(2, None), (1, 7)]
+
+
 @pytest.mark.parametrize("key", ["method", "dataset", "backbone", "num_clusters", "epochs"])
 def test_groups_differ_by_what_was_run(tmp_path: Path, key: str) -> None:
     write_run(tmp_path / "a", seed=0)

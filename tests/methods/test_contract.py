@@ -96,13 +96,16 @@ class TrainerStub:
         self.current_epoch = 1000  # past every warm-up
 
 
-def build_after_e_step(name: str, train_once):
-    """Return a method in the state after its first E-step, and its datamodule."""
-    cfg = compose_small_run(name)
-    if cfg.before is not None:
+def build_after_e_step(name: str, train_once, *overrides: str, folder: Path | None = None):
+    """Return a method in the state after its first E-step, and its datamodule.
+
+    Stages before it are those of `train_once` or, where they have to follow the overrides, trained in `folder`.
+    """
+    cfg = compose_small_run(name, *overrides)
+    if cfg.before is not None and folder is None:
         cfg.start = str(train_once(name)[1] / "before")
     images = build(cfg.dataset.source)
-    cfg, _ = resolve_config(cfg, images, find_earlier_run(cfg, Path(), run_stage=run))
+    cfg, _ = resolve_config(cfg, images, find_earlier_run(cfg, folder or Path(), run_stage=run))
     method, datamodule = build(cfg.method), build_datamodule(cfg, images)
     if cfg.earlier.run is not None:
         method.start_from(load_method(load_checkpoint(Path(cfg.earlier.run)))[1])
@@ -123,6 +126,14 @@ def test_builds_and_every_parameter_gets_a_gradient(name, train_once):
     check_losses(method, one_image_twice)
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
     assert all(g.isfinite().all() for g in gradients.values()), "of a batch of one image, twice"
+
+
+def test_one_cluster_gives_finite_terms_and_gradients(name, train_once, tmp_path):
+    method, datamodule = build_after_e_step(name, train_once, "dataset.num_clusters=1", folder=tmp_path)
+    batch = datamodule.on_after_batch_transfer(datamodule.read_batch(np.arange(64), epoch=0, batch_number=0), 0)
+    check_losses(method, batch)
+    check_assignments(method, method.encode_all(datamodule.clean_batches(datamodule.fit), len(datamodule.fit)))
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
 def test_crosses_two_e_steps_and_fills_the_run_folder(name, train_once):

@@ -137,6 +137,18 @@ def test_soft_terms_have_right_gradients_and_the_least_balance_term_where_means_
     assert soft_balance_terms(even, kind)[0] < soft_balance_terms(costs, kind)[0]
 
 
+@pytest.mark.parametrize("balance", ["log_count", *COMPARISONS])
+def test_one_cluster_is_always_even_and_its_terms_are_finite(balance):
+    method = make_method(num_clusters=1, balance=balance)
+    terms = method.losses(make_batch(20))
+    assert all(term.isfinite() for term in terms.values())
+    if balance in ("variance", "entropy", "entropy_nearest"):  # mean_square also rewards small distances
+        assert terms["balance"] == 0
+    sum(terms.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    assert method.sizes.tolist() == [20] and size_divergence(method.sizes, method.order_prior()) < 1e-6
+
+
 def test_divergence_of_sizes():
     equal = torch.full((4,), 0.25)
     assert float(size_divergence(torch.tensor([5, 5, 5, 5]), equal)) == pytest.approx(0, abs=1e-6)
