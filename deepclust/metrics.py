@@ -1,7 +1,8 @@
 """Scores of a clustering against labels, all from one contingency table, and its health without labels.
 
 The scores are metrics of torchmetrics for any `LightningModule`. The tables of batches and of processes just add up, so
-the scores are exact for any number of samples and processes. There may be more or fewer clusters than classes.
+the scores are exact for any number of samples and processes. There may be more or fewer clusters than classes. All
+scores stand in this one module, which is longer than others for that.
 
     >>> from torchmetrics import MetricCollection
     >>> sizes = dict(num_clusters=3, num_classes=3)
@@ -257,6 +258,24 @@ def overclustering_accuracy(table: Tensor) -> float | None:
     classes = linear_sum_assignment(square.max() - square)[1]
     classes = np.where((square.sum(0) > 0)[classes], classes, square.argmax(1))
     return int(square[np.arange(size), classes].sum()) / int(counts.sum())
+
+
+def smallest_classes_recall(table: Tensor) -> float | None:
+    """Return the mean recall of the smallest third of the classes, from `table` (C, K); None if the table is empty.
+
+    The recall of a class is the share of its samples in the cluster that it is matched to by the best one-to-one
+    matching of all classes and clusters, as in ACC; 0 where it is matched to none. Of the classes that have samples, a
+    third is rounded down, but is at least one; of equally large ones, those with the lower numbers count as smaller.
+    """
+    counts = table.cpu().numpy()
+    sizes = counts.sum(1)
+    if sizes.sum() == 0:
+        return None
+    smallest = np.argsort(sizes, kind="stable")[(sizes == 0).sum() :][: max(1, int((sizes > 0).sum()) // 3)]
+    recalls = np.zeros(len(sizes))
+    classes, clusters = linear_sum_assignment(counts, maximize=True)
+    recalls[classes] = counts[classes, clusters] / np.maximum(sizes[classes], 1)
+    return float(recalls[smallest].mean())
 
 
 def cluster_health(sizes: Tensor) -> dict[str, float]:

@@ -20,17 +20,16 @@ from deepclust.batch import split_to_cache_size
 from deepclust.cli.process_state import computing_state_kept
 from deepclust.commands.export_program import Program
 from deepclust.commands.new_images import open_new_images
-from deepclust.config.build import build
 from deepclust.config.composition import CONFIG_PACKAGE
 from deepclust.config.handed_over import objects_handed_over
 from deepclust.datasets.features import open_vectors
-from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.output_folders import check_new_folder, make_folder
 from deepclust.errors import InputError
 from deepclust.report.show_report import make_html_table, show_report
 from deepclust.runs.assemble import build_datamodule
 from deepclust.runs.assignments_csv import read_assignments
 from deepclust.runs.names_json import read_names
+from deepclust.runs.open_dataset import open_dataset
 from deepclust.runs.prediction_object import Prediction, make_frame, no_readable_image_error, place_rows
 from deepclust.runs.results import read_results
 from deepclust.runs.run_folder import REPORT, is_in_hub_form
@@ -312,7 +311,7 @@ class Run(FinishedRun):
             return self._read_kept_features()
         with self._computing():
             model = self._model
-            data: ImageSet = build(model.cfg.dataset.source)
+            data = open_dataset(model.cfg.dataset)
             batches = build_datamodule(model.cfg, data).clean_batches(data.evaluation, model.method.device)
             return model.method.encode_all(batches, len(data.evaluation)).float().cpu().numpy()
 

@@ -32,6 +32,7 @@ SHORT_BY_METHOD = {  # where two epochs, or twenty rows, are too few; the rates 
     "coke": {"trainer.max_epochs": 24},
     "dec": {"before.trainer.max_epochs": 2},
     "idec": {"before.trainer.max_epochs": 2},
+    "statdec": {"before.trainer.max_epochs": 2},
     "scan": {"before.trainer.max_epochs": 1, **SHORT_SCAN},
     "self_label": {
         "method.threshold": 0.3,  # so short an earlier stage is certain of nothing

@@ -110,6 +110,17 @@ def test_more_clusters_than_classes_by_hand():
     assert match_clusters_to_classes(table).tolist() == [0, -1, 1]
 
 
+def test_recall_of_the_smallest_third_of_the_classes_by_hand():
+    table = torch.tensor([[9, 0, 1], [0, 0, 0], [2, 2, 0], [3, 0, 3]])  # cluster 1 is class 2's, cluster 2 class 3's
+    assert metrics.smallest_classes_recall(table) == 2 / 4, "one of three classes with samples, that of 4"
+    unmatched = torch.tensor([[9, 0], [0, 5], [1, 0]])
+    assert metrics.smallest_classes_recall(unmatched) == 0
+    six = torch.tensor([[6, 0, 0, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 0, 3, 0, 0, 1], [9, 0, 0, 3, 0, 0]])
+    six = torch.cat([six, torch.tensor([[0, 0, 0, 0, 4, 0], [0, 0, 0, 0, 1, 9]])])
+    assert metrics.smallest_classes_recall(six) == (3 / 4 + 4 / 4) / 2
+    assert metrics.smallest_classes_recall(torch.zeros(2, 3, dtype=torch.int64)) is None
+
+
 def test_over_clustering_counts_every_cluster():
     table = torch.tensor([[5, 0, 3, 1], [0, 4, 1, 2]])  # clusters 0 and 1 are matched, 2 and 3 join classes 0 and 1
     assert metrics.overclustering_accuracy(table) == 14 / 16

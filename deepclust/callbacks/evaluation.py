@@ -22,7 +22,7 @@ from deepclust.clustering.dendrogram_purity import dendrogram_purity
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.kmeans import KMeansResult
 from deepclust.methods.base import ClusteringMethod
-from deepclust.metrics import ContingencyTable, cluster_health, compute_scores
+from deepclust.metrics import ContingencyTable, cluster_health, compute_scores, smallest_classes_recall
 from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
 from deepclust.score_names import SCORE_NAMES
 
@@ -62,6 +62,11 @@ class EvaluationResult:
     def ami(self) -> float | None:
         """The adjusted mutual information of the assignments and the labels; None without known labels."""
         return None if self.contingency_table is None else compute_scores(self.contingency_table)["ami"]
+
+    @property
+    def smallest_classes_recall(self) -> float | None:
+        """The mean recall of the smallest third of the classes by the assignments; None without known labels."""
+        return None if self.contingency_table is None else smallest_classes_recall(self.contingency_table)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from deepclust.config.build import build
-from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.devices import select_device
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.locate_run import locate_run
+from deepclust.runs.open_dataset import open_dataset
 from deepclust.runs.results import read_results
 from deepclust.runs.trusted_targets import split_trust
 
@@ -27,7 +26,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.data_dir is not None:
         move_data_dir(run_cfg, cfg.data_dir)
     with redirect_stdout(sys.stderr):  # for the progress: standard output is for the JSON alone
-        images: ImageSet = build(run_cfg.dataset.source)
+        images = open_dataset(run_cfg.dataset)
         num_then, num_now = (read_results(run) or {}).get("num_images"), len(images.fit)
         if num_then is not None and num_then != num_now:
             log.warning(
@@ -35,7 +34,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             )
         evaluator = build_evaluator(run_cfg, images)
         result = evaluator(method.to(select_device(cfg.accelerator)), build_datamodule(run_cfg, images))
-    output = {"run": cfg.run, "scores": result.scores, "ami": result.ami, "health": result.health}
+    more_scores = {"ami": result.ami, "smallest_classes_recall": result.smallest_classes_recall}
+    output = {"run": cfg.run, "scores": result.scores, **more_scores, "health": result.health}
     print(json.dumps(output, indent=2))
     return output
 

@@ -27,6 +27,7 @@ from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint, load_method
 from deepclust.runs.locate_run import locate_run
+from deepclust.runs.open_dataset import open_dataset
 from deepclust.runs.trusted_targets import open_run_config, split_trust
 from deepclust.views.multiview import MultiView
 
@@ -46,7 +47,7 @@ def main(cfg: DictConfig) -> Path:
         check_output_file(Path(cfg.output) / MADE_BY, key="output")
     checkpoint = None if cfg.run is None else load_checkpoint(locate_run(cfg.run))
     source_cfg = select_source_config(cfg, checkpoint)
-    images: ImageSet = build(source_cfg.dataset.source)
+    images = open_dataset(source_cfg.dataset)
     with open_dict(source_cfg.dataset):  # value_ranges need not be there
         source_cfg.dataset.update(infer_dataset_values(source_cfg.dataset, images))
     network_name, network, encode = build_network(cfg, source_cfg, checkpoint)

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from deepclust.callbacks.last_checkpoint import LastCheckpoint
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
-from deepclust.config.build import build
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine import cuda_graphs
@@ -34,6 +33,7 @@ from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.memory_check import check_memory
+from deepclust.runs.open_dataset import open_dataset
 from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
 from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
@@ -102,7 +102,7 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
         InputError: if configuration, images and the checkpoint in the folder do not fit each other.
     """
     silence_lightning()
-    images: ImageSet = build(cfg.dataset.source)
+    images = open_dataset(cfg.dataset)
     saved_config = read_run_config(load_checkpoint(folder)) if (folder / CHECKPOINT).exists() else None
     cfg, estimate = resolve_config(cfg, images, earlier, saved_config)
     with num_threads_set(cfg.hardware.threads):

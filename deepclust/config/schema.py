@@ -19,6 +19,7 @@ from deepclust.number_types import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     PositiveInterval,
 )
@@ -58,6 +59,7 @@ TYPES: dict[str, Any] = {
     "dataset.labelled": bool,
     "dataset.download": bool,
     "dataset.standardize": bool,
+    "dataset.imbalance": PositiveFraction | None,
     "dataset.max_megapixels": PositiveFloat,
     "dataset.keep": Literal["whole_images", "central_squares"],
     "dataset.stored_size": PositiveInt | Literal["original"] | None,

@@ -50,7 +50,7 @@ def compose_results(
     results: dict[str, Any] = {
         "format": 1,
         "method": cfg.names.method,
-        "dataset": cfg.dataset.name,
+        "dataset": name_dataset(cfg.dataset),
         "backbone": cfg.names.backbone,
         "seed": cfg.seed,
         "num_images": len(images.fit),
@@ -58,6 +58,7 @@ def compose_results(
         "num_classes": cfg.dataset.num_classes if images.labels is not None else None,
         "scores": evaluation.scores,
         "ami": evaluation.ami,
+        "smallest_classes_recall": evaluation.smallest_classes_recall,
         "health": evaluation.health,
         "epochs": trainer.current_epoch,
         "max_epochs": trainer.max_epochs,
@@ -88,6 +89,12 @@ def compose_results(
     if estimate is not None:
         results["number"] = describe_estimate(estimate)
     return results
+
+
+def name_dataset(dataset: DictConfig) -> str:
+    """Return the name of a data set; a long-tailed variant has one of its own, for its scores are not to be mixed."""
+    imbalance = dataset.get("imbalance")
+    return dataset.name if imbalance is None else f"{dataset.name}, imbalance {imbalance:g}"
 
 
 def count_batches_done(trainer: Trainer) -> int:
