@@ -33,6 +33,7 @@ SHORT_BY_METHOD = {  # where two epochs, or twenty rows, are too few; the rates 
     "dec": {"before.trainer.max_epochs": 2},
     "idec": {"before.trainer.max_epochs": 2},
     "statdec": {"before.trainer.max_epochs": 2},
+    "self_evoc": {"before.trainer.max_epochs": 2, "method.classifier_epochs": 1, "method.clustering_epochs": 1},
     "scan": {"before.trainer.max_epochs": 1, **SHORT_SCAN},
     "self_label": {
         "method.threshold": 0.3,  # so short an earlier stage is certain of nothing

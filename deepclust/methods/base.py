@@ -251,8 +251,12 @@ class ClusteringMethod(LightningModule):
         self.e_step_seconds += time.perf_counter() - started
 
     @torch.no_grad()
-    def encode_all(self, batches: Iterable[Tensor], num_images: int) -> Tensor:
+    def encode_all(
+        self, batches: Iterable[Tensor], num_images: int, encode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Return the features (M, D) of all images in data-set order, at least float32, the same on every process.
+
+        `encode` is another network of the method that takes the place of its own `encode`.
 
         Each process encodes `batches`, its own clean images, and the results are gathered. The images of a process are
         a contiguous part of the data set, in order, and the parts follow each other by rank. All processes use the
@@ -262,14 +266,12 @@ class ClusteringMethod(LightningModule):
             InputError: if features are not finite; it says whether the weights are.
         """
         distributed.broadcast_buffers(self)
-        was_training, encoded = self.training, []
+        was_training, encoded, encode = self.training, [], encode or self.encode
         self.eval()
         try:
             num_own_images = num_images // distributed.world_size()
             for images in track(batches, "features of all images", num_own_images, size=len):
-                encoded += [
-                    self.encode(part) for part in split_to_cache_size(images.to(self.device, self.weight_dtype))
-                ]
+                encoded += [encode(part) for part in split_to_cache_size(images.to(self.device, self.weight_dtype))]
         finally:
             self.train(was_training)
         encoded = [f.float() if f.dtype in (torch.float16, torch.bfloat16) else f for f in encoded]
