@@ -42,6 +42,14 @@ class Draws:
         drawn = torch.randn(shape, generator=self.make_generator(purpose, values.device), device=values.device)
         return drawn[self.local_rows(len(values))].to(values.dtype)
 
+    def gumbel_like(self, values: Tensor, purpose: str) -> Tensor:
+        """Return standard Gumbel values of the shape, device and dtype of `values` (N, ...)."""
+        drawn = torch.empty((self.global_batch_size, *values.shape[1:]), device=values.device)
+        drawn.exponential_(generator=self.make_generator(purpose, values.device))
+        # Minus the logarithm of an exponential value is a Gumbel value; the bound keeps a 0 from becoming infinite.
+        gumbel = -drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
+        return gumbel[self.local_rows(len(values))].to(values.dtype)
+
 
 @dataclass
 class PaddedImages:
