@@ -27,7 +27,7 @@ def update_target(target: nn.Module, online: nn.Module, decay: float) -> None:
 
 
 class TargetNetwork(nn.Module):
-    """The target network of ProPos and DigPro (BYOL's): copies of a backbone and its projector.
+    """The target network of ProPos and DigPro (BYOL's) and of TCC (MoCo's): copies of a backbone and its projector.
 
     It maps images (N, 3, H, W) to unit embeddings (N, D), without gradient.
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Queue(nn.Module):
-    """The last `size` rows (D) that were pushed, each with the index of its image; empty slots hold index -1."""
+    """The last `size` rows (D) that were pushed, each with the index of its image or cluster; -1 in empty slots."""
 
     rows: Tensor
     indices: Tensor
@@ -19,7 +19,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, indices: Tensor) -> None:
-        """Replace the oldest rows by `rows` (N, D) of the images `indices` (N,), the last `size` of them at most."""
+        """Replace the oldest rows by `rows` (N, D) with these indices (N,), the last `size` of them at most."""
         size = len(self.indices)
         rows, indices = rows[-size:], indices[-size:]
         slots = (self.position + torch.arange(len(rows), device=rows.device)) % size

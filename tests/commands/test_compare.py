@@ -90,7 +90,7 @@ def test_published_figures_are_well_formed() -> None:
             assert set(spread) <= set(figures) <= {"acc", "nmi", "ari"} and figures
             assert all(0 < value < 1 for value in figures.values())
             assert all(0 <= value < 0.1 for value in spread.values())
-    assert methods == {"propos", "cc", "drc", "digpro", "secu", "coke", "gcc", "scan", "lnscc", "decs"}
+    assert methods == {"propos", "cc", "drc", "digpro", "secu", "coke", "gcc", "scan", "lnscc", "decs", "tcc"}
 
 
 def test_imports_neither_torch_nor_lightning() -> None:

@@ -95,6 +95,7 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
     "scan",
     "self_evoc before.trainer.max_epochs=1 method.classifier_epochs=1",
     "self_label",
+    "tcc",
 ]
 
 
