@@ -49,7 +49,7 @@ from deepclust.number_types import Fraction, NonNegativeFloat, PositiveFloat, Po
 class TCC(ClusteringMethod):
     """TCC, as reconstructed. State between steps: the target networks and the two queues.
 
-    The arguments not listed here are those of `ClusteringMethod`. Greek letters are those of the module's formulas.
+    The arguments not listed here are those of `ClusteringMethod`. Letters are those of the paper, as recalled.
 
     Args of the networks:
         embedding_size: the size D of the embeddings v.
