@@ -213,7 +213,7 @@ class WatchEpochs(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not isinstance(pl_module, SelfEvoC):  # the stage before
             return
-        if batch_idx == 0:
+        if batch_idx == 0 or not WatchEpochs.images:  # a run that goes on begins within an epoch
             WatchEpochs.images.append([])
             WatchEpochs.reliable.append(set(pl_module.is_reliable.nonzero()[:, 0].tolist()))
             WatchEpochs.targets.append(pl_module.targets.clone())
