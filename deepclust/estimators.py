@@ -169,7 +169,7 @@ class DeepClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             self._run_arguments = run.constructor_arguments
             run.load_model()  # while its folder is there
         self._run = run
-        self._n_features_out = run.features(data[:1]).shape[1]
+        self._n_features_out = run.num_features
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:

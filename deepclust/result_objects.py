@@ -71,6 +71,11 @@ class FinishedRun:
         return int(self.results.get("num_clusters") or self._model.method.num_clusters)
 
     @property
+    def num_features(self) -> int:
+        """The number of features that are clustered."""
+        return int(self._model.checkpoint["cluster_means"].shape[1])
+
+    @property
     def scores(self) -> dict[str, Any]:
         """ACC, NMI and ARI as fractions, by rule (`method`, `kmeans`); None without labels, or without that rule."""
         return dict(self.results.get("scores", {}))

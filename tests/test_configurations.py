@@ -57,7 +57,8 @@ def build_with_stages(cfg):
 def test_recipe_builds_with_its_method_and_data_set(name):
     method = max((m for m in list_options("method") if name.startswith(f"{m}_")), key=len)
     dataset = name.removeprefix(f"{method}_")
-    required = ["dataset.path=x", "dataset.num_clusters=2", "dataset.channels=3"] if dataset == "features" else []
+    takes_vectors = dataset in ("features", "graph")
+    required = ["dataset.path=x", "dataset.num_clusters=2", "dataset.channels=3"] if takes_vectors else []
     cfg = compose_train(f"method={method}", f"dataset={dataset}", *required)
     cfg.dataset.num_images = 64
     build(cfg.multi_view)

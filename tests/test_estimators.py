@@ -41,7 +41,8 @@ SHORT_BY_METHOD = {  # where two epochs, or twenty rows, are too few; the rates 
         **{f"before.{key}": value for key, value in SHORT_SCAN.items()},
     },
 }
-METHODS = sorted(set(list_options("method")) - {"conv_autoencoder", "decs"})  # the others take vectors
+# The others take vectors, and new ones too.
+METHODS = sorted(set(list_options("method")) - {"conv_autoencoder", "decs", "rgc"})
 
 
 class OwnMethod(CC):

@@ -29,6 +29,7 @@ from deepclust.runs.locate_run import locate_run
 from deepclust.runs.model_card import compose_model_card
 from deepclust.runs.results import read_results
 from deepclust.runs.run_folder import HUB_WEIGHTS
+from deepclust.runs.trained_model import check_takes_new_images
 from deepclust.runs.trusted_targets import split_trust
 
 REQUIRED_PACKAGES = {
@@ -103,7 +104,8 @@ def export_for_hub(cfg: DictConfig) -> Path:
     check_new_folder(output, key="output", entry=HUB_WEIGHTS)
     run = locate_run(cfg.run)
     checkpoint, results = load_finished_checkpoint(run), read_results(run)
-    load_method(checkpoint, trust=split_trust(cfg.trust))  # what cannot be read again is not shared
+    _, method = load_method(checkpoint, trust=split_trust(cfg.trust))  # what cannot be read again is not shared
+    check_takes_new_images(method)
     card = compose_model_card(checkpoint["config"], results, license=cfg.license, dataset_license=cfg.dataset_license)
     with make_folder(output) as folder:
         paths = write_hub_form(folder.work, checkpoint, results, card)

@@ -14,6 +14,7 @@ from deepclust.config.plain_values import resolve_to_dict
 from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.checkpoint import find_kept, stored_image_shape
+from deepclust.runs.trained_model import check_takes_new_images
 from deepclust.views.geometry import Resize
 from deepclust.views.multiview import MultiView
 
@@ -24,6 +25,9 @@ class Program(nn.Module):
     """From images to clusters: the clean view, the features, and the method's own rule or k-means on the features.
 
     `centroids` (K, D) and `scale` are those of k-means in the checkpoint.
+
+    Raises:
+        InputError: if the method clusters only what it was trained on.
     """
 
     mean: Tensor | None
@@ -33,6 +37,7 @@ class Program(nn.Module):
 
     def __init__(self, *, method: ClusteringMethod, views: MultiView, centroids: Tensor, scale: Tensor) -> None:
         super().__init__()
+        check_takes_new_images(method)
         self.method = method
         self.clean = views.pipelines["clean"]
         # Not `views.clean`: with mean and std as buffers a loaded program can move to another device.

@@ -28,6 +28,7 @@ from deepclust.errors import InputError
 from deepclust.runs.checkpoint import compute_checksum, load_checkpoint, load_method
 from deepclust.runs.locate_run import locate_run
 from deepclust.runs.open_dataset import open_dataset
+from deepclust.runs.trained_model import check_takes_new_images
 from deepclust.runs.trusted_targets import open_run_config, split_trust
 from deepclust.views.multiview import MultiView
 
@@ -143,9 +144,14 @@ def select_source_config(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> 
 def build_network(
     cfg: DictConfig, source_cfg: DictConfig, checkpoint: dict[str, Any] | None
 ) -> tuple[str, nn.Module, Callable[[Tensor], Tensor]]:
-    """Return a name, the network in evaluation mode, and the function from clean images to features (N, D)."""
+    """Return a name, the network in evaluation mode, and the function from clean images to features (N, D).
+
+    Raises:
+        InputError: if the method of the run clusters only what it was trained on.
+    """
     if checkpoint is not None:
         run_cfg, method = load_method(checkpoint, trust=split_trust(cfg.trust))
+        check_takes_new_images(method)
         return run_cfg.names.method, method, method.encode
     torch.manual_seed(cfg.seed)
     backbone = build(source_cfg.backbone).eval()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepclust.batch import Draws, ImageBatch, PaddedImages, TrainBatch
 from deepclust.datasets.batch_checks import check_batch_statistics, check_views_of_whole_images
+from deepclust.datasets.graphs import GraphSource
 from deepclust.datasets.image_sources import ImageSource, count_bytes, keep_on_device
 from deepclust.engine import distributed
 from deepclust.engine.epoch_length import count_batches_taken
@@ -94,6 +95,11 @@ class ImageDataModule(LightningDataModule):
         for source in (fit, extra):
             if source is not None:
                 check_views_of_whole_images(views, source)
+
+    @property
+    def edges(self) -> np.ndarray | None:
+        """The edges (2, E) of the graph whose nodes the images of `fit` are; None if the data set is no graph."""
+        return self.fit.edges if isinstance(self.fit, GraphSource) else None
 
     # Training ---------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class ClusteringMethod(LightningModule):
 
     num_views: ClassVar[int | None] = None  # how many views of an image `losses` takes; None: any number
     finds_num_clusters: ClassVar[bool] = False  # whether `num_clusters` may be "auto": the E-step finds it
+    is_transductive: ClassVar[bool] = False  # whether it clusters the images of the fit set only, and no new ones
     shuffle: bool = True  # whether an epoch takes the images in random order; otherwise in that of the data set
     first_bad_step: Tensor
 

@@ -66,6 +66,7 @@ def resolve_config(
         cfg.dataset.num_clusters = estimate.require_several_clusters("dataset.num_clusters")
     if cfg.dataset.num_clusters != "auto":
         check_num_clusters(cfg.dataset.num_clusters, num_images=len(images.fit))
+    check_evaluated_images(cfg, images)
     check_processes_have_images(cfg, images)
     lower_batch_size(cfg, len(images.fit))
     with open_dict(cfg.hardware):  # a configuration of the user need not have the key
@@ -76,6 +77,23 @@ def resolve_config(
 def finds_num_clusters(cfg: DictConfig) -> bool:
     """Return whether the method of a configuration finds the number of clusters itself."""
     return bool(getattr(locate_target(cfg.method._target_, "method._target_"), "finds_num_clusters", False))
+
+
+def check_evaluated_images(cfg: DictConfig, images: ImageSet) -> None:
+    """Check that a transductive method is evaluated on the images that it is trained on.
+
+    Raises:
+        InputError: if not.
+    """
+    method = locate_target(cfg.method._target_, "method._target_")
+    if getattr(method, "is_transductive", False) and images.evaluation is not images.fit:
+        raise InputError(
+            f"the data set evaluates other images than it trains on, and {method.__name__} clusters these only",
+            expected="the same images for both",
+            do="set dataset.source.evaluate=null"
+            if "evaluate" in cfg.dataset.source
+            else "take the files of the split test out of the folder",
+        )
 
 
 def resolve_num_threads(cfg: DictConfig, saved_config: dict[str, Any] | None) -> int:

@@ -16,6 +16,7 @@ from deepclust.config.build import build
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_decoding import Kept, StoredSize
 from deepclust.engine.devices import select_device
+from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.checkpoint import find_kept, load_finished_checkpoint, load_method, stored_image_shape
 from deepclust.views.multiview import MultiView
@@ -69,7 +70,12 @@ class TrainedModel:
         return self.views.clean(pixels.to(self.method.device))
 
     def encode(self, rows: np.ndarray | list[np.ndarray]) -> Tensor:
-        """Return the features (n, D) that are clustered, of uint8 images (n, H, W, channels) or vectors (n, D)."""
+        """Return the features (n, D) that are clustered, of uint8 images (n, H, W, channels) or vectors (n, D).
+
+        Raises:
+            InputError: if the method clusters only what it was trained on.
+        """
+        check_takes_new_images(self.method)
         return self.method.encode_all([self.clean(rows)], len(rows))
 
     @torch.no_grad()
@@ -84,6 +90,21 @@ class TrainedModel:
         )
         cluster_means = self.checkpoint["cluster_means"].to(self.method.device)
         return clusters, confidences, (features - cluster_means[clusters]).norm(dim=1)
+
+
+def check_takes_new_images(method: ClusteringMethod) -> None:
+    """Check that the method of a run clusters other images than those that it was trained on.
+
+    Raises:
+        InputError: if it is transductive.
+    """
+    if method.is_transductive:
+        name = type(method).__name__
+        raise InputError(
+            f"{name} clusters the images that it was trained on and has no rule for new ones",
+            expected="the run of a method that has one",
+            do=f"read the clusters of {name} in assignments.csv, or train a method such as kmeans (method=kmeans)",
+        )
 
 
 def load_trained_model(run: Path, *, trust: Iterable[str] = (), accelerator: str = "auto") -> TrainedModel:

@@ -29,6 +29,7 @@ TRUSTED_TARGETS = frozenset(
         "deepclust.datasets.one_time_conversion.from_torchvision",
         "deepclust.datasets.features.load_features",
         "deepclust.datasets.folder.load_folder",
+        "deepclust.datasets.graphs.load_graph",
         "deepclust.datasets.named_datasets.load_arrays",
         "deepclust.datasets.named_datasets.load_cifar20",
         "deepclust.datasets.named_datasets.load_class_folders",

@@ -184,7 +184,7 @@ def assert_repeats(write, program, example, images, expected, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"rgc"}))  # which has no rule for new images
 def test_every_method_as_torchscript(name, tmp_path):
     made = make_untrained_program("dataset=digits", f"method={name}", height=8, width=8)
     assert_repeats(write_torchscript, *made, tmp_path)
