@@ -217,13 +217,17 @@ class RGC(ClusteringMethod):
     # The graph
 
     @torch.no_grad()
-    def encode_all(self, batches: Iterable[Tensor], num_images: int) -> Tensor:
+    def encode_all(
+        self, batches: Iterable[Tensor], num_images: int, encode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Return the embedding (M, d) of the nodes, which are all images of the fit set and no others.
 
         Raises:
             InputError: if these are other images.
         """
-        rows = super().encode_all(batches, num_images)
+        rows = super().encode_all(batches, num_images, encode)
+        if encode is not None:
+            return rows
         waves = torch.arange(rows.shape[1], device=rows.device, dtype=torch.float64).cos()
         marks = (rows.double() @ waves).to(self.node_marks)
         if not self.num_e_steps:
