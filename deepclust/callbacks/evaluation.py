@@ -39,6 +39,7 @@ class EvaluationResult:
         features: (M, D).
         assignment_state: what assigns new images, for the checkpoint: k-means' centroids and scale, and cluster means.
         contingency_table: (C, K) counts of images by class and assignment; None without labels.
+        samples: generated images of each cluster, (K, S, H, W, channels) uint8; None if the method generates none.
         tree: of the images of the fit set; None if the method finds none.
         dendrogram_purity: of the tree; None without one, or without labels of the images that it is of.
     """
@@ -50,6 +51,7 @@ class EvaluationResult:
     features: Tensor
     assignment_state: dict[str, Tensor]
     contingency_table: Tensor | None
+    samples: np.ndarray | None = None
     tree: ClusterTree | None = None
     dendrogram_purity: float | None = None
 
@@ -104,6 +106,7 @@ class Evaluator:
         scale = mean_squared_distance(features, centroids, kmeans_result.assignments)
         by_own_rule = assign_by_own_rule(method.cluster_logits, features)
         tree = method.cluster_tree()
+        samples = method.sample_images((self.seed, "sample images"))
         assignments, confidence = by_own_rule or assign_to_centroids(features, centroids, scale)
         return EvaluationResult(
             scores={
@@ -120,6 +123,7 @@ class Evaluator:
                 "cluster_means": cluster_means(features, assignments, self.num_clusters),
             },
             contingency_table=self.compute_contingency_table(assignments),
+            samples=None if samples is None else to_pixels(samples),
             tree=tree,
             dendrogram_purity=self.score_tree(tree) if self.images is datamodule.fit else None,  # type: ignore[attr-defined]
         )
@@ -169,6 +173,11 @@ class Evaluator:
         all_scores = compute_scores(table)
         scores = {name: value for name in SCORE_NAMES if (value := all_scores[name]) is not None}
         return scores or None
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Return images (..., channels, H, W) in [0, 1] as uint8 pixels (..., H, W, channels)."""
+    return (255 * images).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 class Evaluation(Callback):

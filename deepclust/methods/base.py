@@ -116,6 +116,13 @@ class ClusteringMethod(LightningModule):
         """Return the tree of the images of the fit set that the E-step has found; None: it finds none."""
         return None
 
+    def sample_images(self, key: tuple[int | str, ...]) -> Tensor | None:
+        """Return S generated images of each cluster, (K, S, channels, H, W) in [0, 1]; None: it generates none.
+
+        The report and dashboards show them, a row for each cluster. Random draws depend on `key` only.
+        """
+        return None
+
     def sampling_weights(self) -> Tensor | None:
         """Return weights (M,) by which the next epoch draws images of the fit set, with replacement.
 

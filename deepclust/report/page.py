@@ -15,6 +15,7 @@ from deepclust.report.embedding_map import EmbeddingMap
 from deepclust.report.findings import Findings
 from deepclust.report.findings_sections import render_duplicates, render_outliers, render_tree
 from deepclust.report.gallery_script import SCRIPT as GALLERY_SCRIPT
+from deepclust.report.generated_images import render_generated_images
 from deepclust.report.heatmap import render_heat_map
 from deepclust.report.html_document import render_document
 from deepclust.report.html_fragments import count_of, format_number, key_to_words, render_note
@@ -35,6 +36,7 @@ RULE_TITLES = {
 }
 # Of sections whose headings are not their names.
 HEADINGS = {
+    "Generated": "Generated images",
     "Tree": "Tree of the clusters",
     "Number": "Number of clusters",
     "Alike": "Which clusters are alike",
@@ -66,6 +68,7 @@ def write_report(
     findings: Findings | None = None,
     finding_pictures: tuple[Sequence[Picture], Sequence[Sequence[Picture]]] = ((), ()),
     drawers: Mapping[int, str] | None = None,
+    samples: np.ndarray | None = None,
 ) -> None:
     """Write the page to `path`. A section without content is left out.
 
@@ -74,11 +77,13 @@ def write_report(
     metrics_file: CSV with a column `step` and one for each scalar, with empty cells where it was not logged.
     findings: what `deepclust cluster` finds beside the clusters; finding_pictures: of outliers, and of duplicates.
     drawers: the HTML of a drawer with all images, by cluster; with drawers, pictures are enlarged on a click.
+    samples: generated images of each cluster, uint8 (K, S, H, W, channels).
     """
     names = None if findings is None else findings.names
     num_nonempty = int(results["num_clusters"] - results["health"]["empty_clusters"])
     sections = {
         "Clusters": render_clusters(clusters, num_nonempty=num_nonempty, names=names, drawers=drawers),
+        "Generated": render_generated_images(samples),
         "Tree": render_cluster_tree(results.get("tree"), clusters, results["num_clusters"]),
         "Map": render_scatter_plot(embedding, contingency_table, class_names),
         "Classes": render_heat_map(contingency_table, class_names),

@@ -67,6 +67,7 @@ def write_run_report(
         config_text=config_text,
         findings=findings,
         drawers=drawers,
+        samples=evaluation.samples,
         **pictures_of_findings,
     )
     return clusters

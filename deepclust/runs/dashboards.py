@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from deepclust.report.cluster_pictures import LIST_TITLES, ClusterPictures, Picture
+from deepclust.report.generated_images import arrange_samples, describe_samples
 from deepclust.report.heatmap import match_clusters_to_classes
 from deepclust.report.html_fragments import class_name
 
@@ -26,11 +27,14 @@ def send_to_dashboards(
     clusters: Sequence[ClusterPictures],
     contingency_table: np.ndarray | None,
     class_names: Sequence[str] | None,
+    *,
+    samples: np.ndarray | None = None,
 ) -> None:
     """Log final scores and health as `final/...`, a picture of each cluster, and the contingency table (C, K).
 
-    Then the run of Weights & Biases is closed, so that the next job of a sweep gets its own. An error is logged as a
-    warning and does not end the run.
+    `samples`, generated images of each cluster (K, S, H, W, channels), are logged as the picture `generated`. Then the
+    run of Weights & Biases is closed, so that the next job of a sweep gets its own. An error is logged as a warning and
+    does not end the run.
     """
     scores_by_rule = {**results["scores"], **results.get("baseline", {})}
     values = {
@@ -42,6 +46,8 @@ def send_to_dashboards(
         for cluster in clusters[:MAX_CLUSTERS]
         if (picture := arrange_pictures(cluster.lists)) is not None
     }
+    if samples is not None:
+        pictures["generated"] = arrange_samples(samples), describe_samples(samples)
     for logger in loggers:
         try:
             if isinstance(logger, WandbLogger):

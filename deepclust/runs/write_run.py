@@ -66,7 +66,7 @@ def write_run(
         )
     write_results(folder, results)
     table = None if evaluation.contingency_table is None else evaluation.contingency_table.numpy()
-    send_to_dashboards(loggers, results, pictures, table, images.class_names)
+    send_to_dashboards(loggers, results, pictures, table, images.class_names, samples=evaluation.samples)
 
 
 def write_tree(folder: Path, tree: ClusterTree) -> None:
