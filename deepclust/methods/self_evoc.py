@@ -200,9 +200,8 @@ class SelfEvoC(ClusteringMethod):
         """Whether the current epoch trains the classifier, and not the clustering network."""
         return self.current_epoch % self.epochs_per_round < self.classifier_epochs
 
-    @property
     def has_converged(self) -> bool:
-        """Whether there were as many stable rounds in a row as end training."""
+        """Return whether there were as many stable rounds in a row as end training."""
         return int(self.stable_rounds) >= self.stop_after_rounds
 
     def on_train_start(self) -> None:
@@ -212,7 +211,7 @@ class SelfEvoC(ClusteringMethod):
                 expected="a finished run of method=autoencoder or of another method with the same backbone",
                 do="set start=DIR",
             )
-        if self.has_converged:  # a run that was interrupted after its last step
+        if self.has_converged():  # a run that was interrupted after its last step
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
@@ -220,7 +219,7 @@ class SelfEvoC(ClusteringMethod):
         epoch_in_round = self.current_epoch % self.epochs_per_round
         if epoch_in_round == 0:
             self.run_e_step(self.current_epoch)
-            if self.has_converged:
+            if self.has_converged():
                 log.info("stopped: %d images have changed their cluster in the last round", int(self.num_changed))
                 self.trainer.should_stop = True  # Lightning takes no step in this epoch
         elif epoch_in_round == self.classifier_epochs:

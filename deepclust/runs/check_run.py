@@ -10,12 +10,13 @@ from deepclust.config.build import build
 from deepclust.config.call_checks import check_calls
 from deepclust.config.override_format import format_override, format_value
 from deepclust.config.targets import locate_target
+from deepclust.datasets.batch_checks import check_batch_statistics
 from deepclust.engine.devices import check_accelerator
 from deepclust.engine.launch import check_launcher
 from deepclust.engine.lightning_settings import silence_lightning
 from deepclust.engine.precision import check_precision
 from deepclust.errors import InputError
-from deepclust.runs.assemble import NAMES_IN_NEEDS
+from deepclust.runs.assemble import NAMES_IN_NEEDS, build_method
 from deepclust.runs.earlier_stage import configure_earlier_stage, name_keys_of_earlier_stage
 from deepclust.runs.objective import check_objective
 from deepclust.runs.training_length import refuse_fast_dev_run
@@ -61,6 +62,8 @@ def check_stage(cfg: DictConfig) -> None:
     check_calls(cfg.method)
     check_num_clusters_agree(cfg)
     check_num_views(cfg)
+    if cfg.get("before") is not None and cfg.get("start") is None:
+        check_batch_of_one(cfg)
     for section in ("callbacks", "logger"):
         check_callbacks_or_loggers(cfg, section)
     refuse_fast_dev_run(cfg)
@@ -75,6 +78,20 @@ def fill_open_values_with_ones(cfg: DictConfig) -> DictConfig:
             if cfg.dataset.get(name) in (None, "auto"):
                 cfg.dataset[name] = 1
     return cfg
+
+
+def check_batch_of_one(cfg: DictConfig) -> None:
+    """Refuse a batch of one image where the network normalises over batches, before the stage before is trained.
+
+    Raises:
+        InputError: if that is so.
+    """
+    if cfg.batch_size == 1 and cfg.trainer.max_epochs > 0:
+        try:
+            method = build_method(cfg)
+        except InputError:  # of what depends on the images, which are not there yet
+            return
+        check_batch_statistics(method, [1], batch_size=1, num_processes=1)
 
 
 def check_is_section(cfg: DictConfig, key: str, group: str) -> None:

@@ -113,6 +113,7 @@ print(libc.mallinfo2().free)
     assert free_bytes_if_kept >= 100_000_000 > 20_000_000 > free_bytes_by_default
 
 
+@pytest.mark.slow
 def test_an_input_error_of_a_process_is_printed_as_one_line(tmp_path):
     completed = run_deepclust(
         "train", *SHORT_RUN, *TWO_PROCESSES, "batch_size=255", f"hydra.run.dir={tmp_path}", check=False

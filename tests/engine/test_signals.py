@@ -146,7 +146,8 @@ def test_a_signal_is_passed_on_to_the_processes_that_the_command_started(tmp_pat
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_a_signal_to_one_of_the_processes_that_the_command_started_ends_it_as_if_it_had_got_it(tmp_path, name):
     process = start_training(tmp_path, "hardware=ddp", "hardware.accelerator=cpu", *NO_PERIODIC_CHECKPOINT, *PAUSE)
     wait_for(tmp_path / "paused0", tmp_path / "paused1")

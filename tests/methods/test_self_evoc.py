@@ -150,7 +150,7 @@ def test_training_stops_after_two_stable_rounds_in_a_row():
         assignments[:num_changed] = (assignments[:num_changed] + 1) % K
         method.rounds_begun += 1
         method.renew_assignments(assignments)
-        assert int(method.num_changed) == num_changed and method.has_converged == stops
+        assert int(method.num_changed) == num_changed and method.has_converged() == stops
     method.on_train_start()
     assert method.trainer.should_stop
 

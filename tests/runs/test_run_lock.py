@@ -24,6 +24,7 @@ def read_seed(folder: Path) -> int:
     return yaml.safe_load((folder / ".hydra/config.yaml").read_text())["seed"]
 
 
+@pytest.mark.slow
 def test_of_starts_at_the_same_moment_one_trains(tmp_path):
     training = ["trainer.max_epochs=2", *PAUSE]  # until `go`, or a slow start would find a finished run
     processes = [start_training(tmp_path, *training, f"seed={seed}") for seed in (3, 4, 5)]

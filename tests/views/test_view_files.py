@@ -25,6 +25,7 @@ PIPELINE_NAMES = {
     "scan": {"clean", "weak", "strong", "standard"},
     "digits": {"clean", "weak", "strong"},
     "secu": {"clean", "first", "second"},
+    "self_evoc": {"clean", "weak"},
     "secu_imagenet": {"clean", "first", "second", "single", "small"},
     "vectors": {"clean", "weak", "strong", "standard", "first", "second"},
 }
