@@ -4,6 +4,7 @@ A job's last error stays in its run folder as error.txt. In a sweep one bad job 
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import shlex
@@ -75,10 +76,6 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     from omegaconf import DictConfig
 
     from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
-    from deepclust.config.explain_errors import check_chosen_options, explain_composition_error
-    from deepclust.engine.launch import processes_exist
-    from deepclust.runs.provenance import GOING_ON, describe_going_on
-    from deepclust.runs.run_folder import CHECKPOINT
 
     is_sweep, typed = bool({"-m", "--multirun"} & {*arguments}), arguments
     arguments = [quote_path(argument, is_sweep=is_sweep, verb=verb) for argument in arguments]
@@ -95,7 +92,10 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
             return JobOutcomes()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return JobOutcomes()
-    check_chosen_options(command=f"deepclust {verb}", **composed_from)
+    if flags.overrides:
+        from deepclust.config.explain_errors import check_chosen_options
+
+        check_chosen_options(command=f"deepclust {verb}", **composed_from)
     users_full_error = os.environ.get(FULL_ERROR)
     launching_process = os.getpid()
     outcomes = JobOutcomes()
@@ -103,6 +103,9 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     has_named_folder = bool({"hydra.run.dir", "hydra.sweep.dir"} & {*keys})
 
     def run_one_job(cfg: DictConfig) -> Any:
+        from deepclust.runs.provenance import GOING_ON, describe_going_on
+        from deepclust.runs.run_folder import CHECKPOINT
+
         hydra_settings = HydraConfig.get()
         folder = Path(hydra_settings.runtime.output_dir)
         outcomes.is_sweep = hydra_settings.mode == RunMode.MULTIRUN
@@ -119,8 +122,15 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         ):
             try:
                 run_folder = folder if keeps_run_folder else None
-                outcomes.results.append(run_job(verb, cfg, run_folder, on_begin=lambda: outcomes.begun.append(folder)))
-                return pick_objective(outcomes.results[-1])
+                result = run_job(
+                    verb,
+                    cfg,
+                    run_folder,
+                    on_begin=lambda: outcomes.begun.append(folder),
+                    starts_garbage_collection=not is_from_python,
+                )
+                outcomes.results.append(result)
+                return pick_objective(result)
             except KeyboardInterrupt:
                 if verb in RUN_FOLDER_VERBS and any(folder.rglob(Path(CHECKPOINT).name)):
                     raise KeyboardInterrupt(going_on) from None
@@ -165,12 +175,13 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     except BrokenPipeError:  # the reader of --help, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except COMPOSITION_ERRORS as error:
+        from deepclust.config.explain_errors import explain_composition_error
+
         explained = explain_composition_error(error, command=f"deepclust {verb}", **composed_from)
         if not outcomes.failures:
             raise explained from error
         print_message(f"error: {explained}")
-    was_refused = outcomes.failures and not outcomes.begun
-    if verb in RUN_FOLDER_VERBS and was_refused and not has_named_folder and not processes_exist():
+    if verb in RUN_FOLDER_VERBS and outcomes.failures and not outcomes.begun and not has_named_folder:
         remove_new_folders(outcomes)
     if outcomes.is_sweep or not outcomes.failures:
         show_warnings(held_warnings)  # those for which there was no log
@@ -180,8 +191,13 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
 def remove_new_folders(outcomes: JobOutcomes) -> None:
     """Remove what jobs that were refused before they began have left in folders that nobody has named.
 
-    That is the log, the configuration and the error, which is printed. A folder with anything else in it stays.
+    That is the log, the configuration and the error, which is printed. A folder with anything else in it stays, and so
+    does that of a job of several processes.
     """
+    from deepclust.engine.launch import processes_exist
+
+    if processes_exist():
+        return
     folders = [*outcomes.folders, *([outcomes.sweep_folder] if outcomes.sweep_folder else [])]
     if any(Path.cwd().is_relative_to(folder.absolute()) for folder in folders):
         return
@@ -233,10 +249,18 @@ def pick_objective(result: Any) -> Any:
     return objective["minimised"] if isinstance(objective, dict) else result
 
 
-def run_job(verb: str, cfg: Any, run_folder: Path | None, *, on_begin: Callable[[], None]) -> Any:
+def run_job(
+    verb: str,
+    cfg: Any,
+    run_folder: Path | None,
+    *,
+    on_begin: Callable[[], None],
+    starts_garbage_collection: bool,
+) -> Any:
     """Run one job: `main(cfg)` of the verb's module. An error is also written to error.txt in the run folder.
 
-    `on_begin` is called once values, paths and numbers are accepted.
+    `on_begin` is called once values, paths and numbers are accepted. The console script has turned off the garbage
+    collector, which then starts once the job is loaded.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf.errors import OmegaConfBaseException
@@ -271,6 +295,8 @@ def run_job(verb: str, cfg: Any, run_folder: Path | None, *, on_begin: Callable[
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             with notice_on_terminal(f"deepclust {verb}: loading ..."):
                 module = importlib.import_module(f"deepclust.commands.{verb}")
+            if starts_garbage_collection:
+                gc.enable()
             with storage_errors_explained(run_folder):
                 return module.main(cfg)
         except OmegaConfBaseException as error:

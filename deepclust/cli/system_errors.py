@@ -5,7 +5,6 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepclust.engine.output_files import check_folder_is_there
 from deepclust.errors import InputError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,6 +31,8 @@ def explain_storage_error(error: OSError, run_folder: Path | None) -> Exception:
         return error
     again = "start the same command again"
     if run_folder is not None:
+        from deepclust.engine.output_files import check_folder_is_there
+
         try:
             check_folder_is_there(run_folder)
         except InputError as gone:
