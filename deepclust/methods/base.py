@@ -76,6 +76,7 @@ class ClusteringMethod(LightningModule):
         self.schedule = schedule
         self.e_step_every_n_epochs = e_step_every_n_epochs
         self.e_step_seconds = 0.0
+        self.has_earlier_run = False  # whether this process has loaded what an earlier stage has learned
         # CUDA graphs of the methods marked `@replayable`; None: they run as written.
         self.replayed_parts: ReplayedParts | None = None
         # Which images share batch statistics, if not all images that a process holds do.
@@ -149,6 +150,24 @@ class ClusteringMethod(LightningModule):
             InputError: where the networks of the two runs differ.
         """
         self.load_weights(self.backbone, earlier.backbone)
+        self.has_earlier_run = True
+
+    def require_earlier_run(self, use: str, *, stage: str) -> None:
+        """Refuse to start a training on networks as they were built, without what an earlier stage has learned.
+
+        Args:
+            use: what the method does with it, such as "DEC clusters the embeddings".
+            stage: the method that usually makes the earlier run.
+
+        Raises:
+            InputError: if there is no earlier run.
+        """
+        if not self.has_earlier_run:
+            raise InputError(
+                f"{use} of an earlier run, and start and before are null",
+                expected=f"a finished run of method={stage} or of another method with the same backbone",
+                do="set start=DIR",
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups; beside torch's keys a group may have its own `schedule` and an `lr_factor`."""

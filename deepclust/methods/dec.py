@@ -43,7 +43,6 @@ from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.student_assignments import student_logits, target_distribution, target_divergence
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
-from deepclust.errors import InputError
 from deepclust.losses.reconstruction import reconstruction_loss
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.decoder import find_decoder
@@ -124,7 +123,6 @@ class DEC(ClusteringMethod):
         self.kmeans_restarts = kmeans_restarts
         self.kmeans_max_iterations = kmeans_max_iterations
         self.kmeans_tolerance = kmeans_tolerance
-        self.has_earlier_run = False
         # What follows is as of the last target; a resumed run goes on with it.
         self.register_buffer("targets", torch.zeros(num_images, num_clusters))
         self.register_buffer("assignments", torch.zeros(num_images, dtype=torch.int64))
@@ -136,17 +134,12 @@ class DEC(ClusteringMethod):
         super().start_from(earlier)
         if self.decoder is not None:
             self.load_weights(self.decoder, find_decoder(earlier, autoencoder="autoencoder"))
-        self.has_earlier_run = True
 
     # The target
 
     def on_train_start(self) -> None:
-        if not self.targets_made and not self.has_earlier_run:
-            raise InputError(
-                "DEC clusters the embeddings of an earlier run, and start and before are null",
-                expected="a finished run of method=autoencoder or of another method with the same backbone",
-                do="set start=DIR",
-            )
+        if not self.targets_made:
+            self.require_earlier_run("DEC clusters the embeddings", stage="autoencoder")
         if self.has_converged:  # a run that was interrupted after its last step
             self.trainer.should_stop = True
 

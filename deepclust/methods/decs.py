@@ -38,7 +38,6 @@ from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.student_assignments import student_logits
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
-from deepclust.errors import InputError
 from deepclust.losses.reconstruction import reconstruction_loss
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.decoder import find_decoder
@@ -121,7 +120,6 @@ class DECS(ClusteringMethod):
         self.kmeans_restarts = kmeans_restarts
         self.kmeans_max_iterations = kmeans_max_iterations
         self.kmeans_tolerance = kmeans_tolerance
-        self.has_earlier_run = False
         self.num_empty_told = 0  # how many empty clusters the last warning named
         self.register_buffer("has_centres", torch.zeros((), dtype=torch.bool))
         self.register_buffer("threshold", torch.zeros(()))  # of the last batch
@@ -131,17 +129,12 @@ class DECS(ClusteringMethod):
         super().start_from(earlier)
         if self.decoder is not None:
             self.load_weights(self.decoder, find_decoder(earlier, autoencoder="conv_autoencoder"))
-        self.has_earlier_run = True
 
     # The first centres
 
     def on_train_start(self) -> None:
-        if not self.has_centres and not self.has_earlier_run:
-            raise InputError(
-                "DECS clusters the embeddings of an earlier run, and start and before are null",
-                expected="a finished run of method=conv_autoencoder or of another method with the same backbone",
-                do="set start=DIR",
-            )
+        if not self.has_centres:
+            self.require_earlier_run("DECS clusters the embeddings", stage="conv_autoencoder")
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

@@ -179,7 +179,6 @@ class SCAN(ClusteringMethod):
         self.num_neighbors = num_neighbors
         self.train_backbone = train_backbone
         self.entropy_weight = entropy_weight
-        self.has_earlier_run = False
         # (M, 1 + num_neighbors): each image and then its neighbours, nearest first; -1 until they are mined
         self.register_buffer("neighbors", torch.full((num_images, 1 + num_neighbors), -1))
         self.register_buffer("best_head", torch.zeros((), dtype=torch.int64))
@@ -218,18 +217,13 @@ class SCAN(ClusteringMethod):
                     do="set method.mine_on=backbone",
                 )
             self.load_weights(self.projector, earlier_projector)
-        self.has_earlier_run = True
 
     def on_train_start(self) -> None:
         if bool((self.neighbors < 0).any()):
             # The features of a backbone without weights, such as that of dataset=features, come from no earlier run.
             has_weights = self.projector is not None or any(True for _ in self.backbone.parameters())
-            if has_weights and not self.has_earlier_run:
-                raise InputError(
-                    "SCAN mines neighbours on the features of an earlier run, and start and before are null",
-                    expected="a finished run of method=scan_pretext or of another method with the same backbone",
-                    do="set start=DIR",
-                )
+            if has_weights:
+                self.require_earlier_run("SCAN mines neighbours on the features", stage="scan_pretext")
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             features = self.encode_all(datamodule.clean_batches(datamodule.fit, self.device), len(datamodule.fit))
             self.neighbors.copy_(self.mine_neighbors(features))

@@ -101,7 +101,6 @@ class SCC(ClusteringMethod):
         self.lower = lower
         self.variant = variant
         self.cut = cut
-        self.has_earlier_run = False
         # Lightning and DDP run no method without a weight. This one is never used and stays 0.
         self.no_weight = nn.Parameter(torch.zeros(()))
         num_features: int = backbone.num_features  # type: ignore[assignment]
@@ -119,10 +118,6 @@ class SCC(ClusteringMethod):
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         self.leave_untrained([self.no_weight])
         return {"nothing": 0 * self.no_weight}
-
-    def start_from(self, earlier: ClusteringMethod) -> None:
-        super().start_from(earlier)
-        self.has_earlier_run = True
 
     # The tree
 

@@ -55,7 +55,6 @@ from deepclust.clustering.student_assignments import student_logits, target_dist
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
-from deepclust.errors import InputError
 from deepclust.losses.reconstruction import reconstruction_loss
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.decoder import find_decoder
@@ -175,7 +174,6 @@ class SelfEvoC(ClusteringMethod):
         self.kmeans_restarts = kmeans_restarts
         self.kmeans_max_iterations = kmeans_max_iterations
         self.kmeans_tolerance = kmeans_tolerance
-        self.has_earlier_run = False
         # What follows is as of the beginning of the round; a resumed run goes on with it.
         self.register_buffer("assignments", torch.zeros(num_images, dtype=torch.int64))
         self.register_buffer("is_reliable", torch.zeros(num_images, dtype=torch.bool))
@@ -191,7 +189,6 @@ class SelfEvoC(ClusteringMethod):
         super().start_from(earlier)
         if self.decoder is not None:
             self.load_weights(self.decoder, find_decoder(earlier, autoencoder="autoencoder"))
-        self.has_earlier_run = True
 
     # Rounds
 
@@ -205,12 +202,8 @@ class SelfEvoC(ClusteringMethod):
         return int(self.stable_rounds) >= self.stop_after_rounds
 
     def on_train_start(self) -> None:
-        if not self.rounds_begun and not self.has_earlier_run:
-            raise InputError(
-                "Self-EvoC clusters the embeddings of an earlier run, and start and before are null",
-                expected="a finished run of method=autoencoder or of another method with the same backbone",
-                do="set start=DIR",
-            )
+        if not self.rounds_begun:
+            self.require_earlier_run("Self-EvoC clusters the embeddings", stage="autoencoder")
         if self.has_converged():  # a run that was interrupted after its last step
             self.trainer.should_stop = True
 

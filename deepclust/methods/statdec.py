@@ -50,7 +50,6 @@ from deepclust.clustering.student_assignments import target_distribution, target
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
-from deepclust.errors import InputError
 from deepclust.losses.reconstruction import reconstruction_loss
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.decoder import find_decoder
@@ -139,7 +138,6 @@ class StatDEC(ClusteringMethod):
         self.kmeans_restarts = kmeans_restarts
         self.kmeans_max_iterations = kmeans_max_iterations
         self.kmeans_tolerance = kmeans_tolerance
-        self.has_earlier_run = False
         self.register_buffer("targets", torch.zeros(num_images, num_clusters))  # of the last E-step
         self.register_buffer("sizes", torch.zeros(num_clusters))  # as the next two, the running statistics
         self.register_buffer("means", torch.zeros(num_clusters, num_features))
@@ -150,17 +148,12 @@ class StatDEC(ClusteringMethod):
         super().start_from(earlier)
         if self.decoder is not None:
             self.load_weights(self.decoder, find_decoder(earlier, autoencoder="autoencoder"))
-        self.has_earlier_run = True
 
     # Statistics and target of all images
 
     def on_train_start(self) -> None:
-        if not self.has_statistics and not self.has_earlier_run:
-            raise InputError(
-                "StatDEC clusters the embeddings of an earlier run, and start and before are null",
-                expected="a finished run of method=autoencoder or of another method with the same backbone",
-                do="set start=DIR",
-            )
+        if not self.has_statistics:
+            self.require_earlier_run("StatDEC clusters the embeddings", stage="autoencoder")
 
     @torch.no_grad()
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:

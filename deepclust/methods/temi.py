@@ -178,7 +178,6 @@ class TEMI(ClusteringMethod):
         self.register_buffer("feature_mean", torch.zeros(num_features))
         self.register_buffer("feature_std", torch.ones(num_features))
         self.neighbors_on_cpu = self.neighbors
-        self.has_earlier_run = False
         self.train()
 
     def train(self, mode: bool = True) -> "TEMI":
@@ -187,10 +186,6 @@ class TEMI(ClusteringMethod):
         return self
 
     # Neighbours, and the statistics of the features
-
-    def start_from(self, earlier: ClusteringMethod) -> None:
-        super().start_from(earlier)
-        self.has_earlier_run = True
 
     def on_train_start(self) -> None:
         num_images, k = self.neighbors.shape
