@@ -23,7 +23,7 @@ def list_options(group: str) -> list[str]:
 def test_options_of_a_group_compose(group):
     for option in list_options(group):
         required = ["backbone.model_name=resnet18"] if option == "timm" else []
-        if option in ("folder", "arrays", "features"):
+        if option in ("folder", "arrays", "features", "webdataset", "huggingface"):
             required += ["dataset.path=x", "dataset.num_clusters=2"]
         resolve_to_dict(compose_train(f"{group}={option}", *required))
 

@@ -5,6 +5,7 @@ they are told the other byte order, so that a second pass over the file brings t
 TIFF with red, green and blue, alone or with transparency, in one plane or several, and for grey PNG with transparency.
 """
 
+import io
 import re
 import sys
 from typing import Any
@@ -49,7 +50,8 @@ def read_deep_colour(image: Any) -> np.ndarray:
         return np.asarray(image).astype(np.uint16) << 8  # libtiff's decoder knows one order only: coarse, but not dark
     lower_tiles = [with_layout(tile, name_lower_layout(read_layout(tile))) for tile in image.tile]
     is_grey = any(read_layout(tile) == GREY_WITH_ALPHA for tile in image.tile)
-    with Image.open(image.filename, formats=[image.format]) as second:
+    file = image.filename or io.BytesIO(image.fp.getvalue())  # without a name, it is in memory
+    with Image.open(file, formats=[image.format]) as second:
         second.tile = lower_tiles
         lower = np.asarray(second)
     if is_grey:  # upper and lower byte of grey, then of alpha

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.Image import Resampling, Transpose
 
 from deepclust.datasets.deep_colour import has_deep_colour, read_deep_colour, repair_layout
-from deepclust.datasets.image_formats import IMAGE_SUFFIXES, UnreadableImage, open_image
+from deepclust.datasets.image_formats import IMAGE_SUFFIXES, ImageFile, UnreadableImage, open_image
 from deepclust.datasets.value_ranges import (
     DEFAULT_RANGES,
     MeasuredValues,
@@ -97,7 +97,7 @@ def find_image_files(folder: Path) -> tuple[list[tuple[str, int, int]], Counter[
 
 
 def decode_image(
-    path: str | os.PathLike[str],
+    file: ImageFile,
     *,
     image_size: StoredSize,
     channels: int,
@@ -119,7 +119,7 @@ def decode_image(
     """
     try:
         smallest_side = 2**31 - 1 if image_size == "original" else 2 * image_size
-        with open_image(path, smallest_side=smallest_side, max_megapixels=max_megapixels) as opened:
+        with open_image(file, smallest_side=smallest_side, max_megapixels=max_megapixels) as opened:
             image = to_opaque_8_bit(opened, value_ranges).convert(MODE_OF_CHANNELS[channels])
             transpose = TRANSPOSE_FOR_ORIENTATION.get(opened.getexif().get(ORIENTATION_TAG, 1))
         resized = resize_kept(image, image_size, keep)

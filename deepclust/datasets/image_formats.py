@@ -1,5 +1,6 @@
 """Which image files are read, and opening them within a limit on the memory that their pixels take."""
 
+import io
 import os
 import re
 import threading
@@ -46,6 +47,10 @@ PIXELS_IN_MESSAGE = re.compile(r"\((\d+) pixels\)")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+ImageFile = str | os.PathLike[str] | io.BytesIO
+"""The path of an image file, or its content, whose format is one of IMAGE_FORMATS."""
+
+
 class UnreadableImage(Exception):
     """Raised for a file that cannot be decoded; the message is one line with the reason."""
 
@@ -81,9 +86,7 @@ PILLOW_LIMIT = PillowLimit()
 
 
 @contextmanager
-def open_image(
-    path: str | os.PathLike[str], *, smallest_side: int, max_megapixels: float | None
-) -> Iterator[Image.Image]:
+def open_image(file: ImageFile, *, smallest_side: int, max_megapixels: float | None) -> Iterator[Image.Image]:
     """Open an image file, whose pixels can be read in the `with` block.
 
     A JPEG is going to be decoded at a fraction of its size, so that both sides keep `smallest_side` pixels or more.
@@ -99,24 +102,28 @@ def open_image(
     # Pillow compares an image with its limit when it is opened, and some formats again when the pixels are read.
     with (
         PILLOW_LIMIT.at_least(0 if max_megapixels is None else int(max_megapixels * 1e6)) as pillow_limit,
-        open_within_limit(path, smallest_side, max_megapixels, pillow_limit) as image,
+        open_within_limit(file, smallest_side, max_megapixels, pillow_limit) as image,
     ):
         yield image
 
 
 def open_within_limit(
-    path: str | os.PathLike[str], smallest_side: int, max_megapixels: float | None, pillow_limit: int | None
+    file: ImageFile, smallest_side: int, max_megapixels: float | None, pillow_limit: int | None
 ) -> Image.Image:
     """Do the opening of `open_image`, where Pillow would read `pillow_limit` pixels by itself."""
-    own_format = FORMAT_OF_SUFFIX.get(os.path.splitext(path)[1].lower())
+    suffix = "" if isinstance(file, io.BytesIO) else os.path.splitext(file)[1].lower()
+    own_format = FORMAT_OF_SUFFIX.get(suffix)
     formats = IMAGE_FORMATS if own_format is None else (*dict.fromkeys((*IMAGE_FORMATS, own_format)),)
     try:
-        image = Image.open(path, formats=formats)
+        image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
-        if not is_jpeg(path):
+        if not is_jpeg(file):
             size = PIXELS_IN_MESSAGE.search(str(error))
             raise UnreadableImage(describe_too_large(int(size[1]) if size else None, max_megapixels)) from error
-        image = JpegImageFile(os.fspath(path))  # Image.open refuses it by its full size, which is never decoded
+        # Image.open refuses it by its full size, which is never decoded.
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        image = JpegImageFile(file if isinstance(file, io.BytesIO) else os.fspath(file))
     try:
         full_size = image.width * image.height
         image.draft(None, (smallest_side, smallest_side))
@@ -131,9 +138,11 @@ def open_within_limit(
     return image
 
 
-def is_jpeg(path: str | os.PathLike[str]) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(JPEG_START)) == JPEG_START
+def is_jpeg(file: ImageFile) -> bool:
+    if isinstance(file, io.BytesIO):
+        return file.getvalue().startswith(JPEG_START)
+    with open(file, "rb") as opened:
+        return opened.read(len(JPEG_START)) == JPEG_START
 
 
 def describe_too_large(num_pixels: int | None, max_megapixels: float | None) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -170,15 +170,7 @@ class FileSource:
         return len(self.paths)
 
     def read(self, indices: np.ndarray) -> Tensor | PaddedImages:
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            decoded = pool.map(self.decode_path, self.paths[indices])
-            side, _, channels = self.shape
-            if side is None:
-                return pad_images(list(decoded), channels=channels)
-            rows = np.empty((len(indices), side, side, channels), np.uint8)
-            for row, pixels in zip(rows, decoded, strict=True):
-                row[:] = pixels
-        return torch.from_numpy(rows).permute(0, 3, 1, 2)
+        return decode_in_threads(self.decode_path, self.paths[indices], self.shape, num_threads=self.num_workers)
 
     def decode_path(self, encoded_path: bytes) -> np.ndarray:
         path = os.fsdecode(encoded_path)
@@ -191,6 +183,25 @@ class FileSource:
                 expected="an image file",
                 do="replace it, or remove both it and files.json in the folder of the data set in data_dir",
             ) from error
+
+
+def decode_in_threads(
+    decode: Callable[[Any], np.ndarray],
+    places: Sequence[Any] | np.ndarray,
+    shape: tuple[int | None, int | None, int],
+    *,
+    num_threads: int,
+) -> Tensor | PaddedImages:
+    """Return the images that `decode` gives for each of `places`, as a source of this `shape` reads them."""
+    side, _, channels = shape
+    with ThreadPoolExecutor(num_threads) as pool:
+        decoded = pool.map(decode, places)
+        if side is None:
+            return pad_images(list(decoded), channels=channels)
+        rows = np.empty((len(places), side, side, channels), np.uint8)
+        for row, pixels in zip(rows, decoded, strict=True):
+            row[:] = pixels
+    return torch.from_numpy(rows).permute(0, 3, 1, 2)
 
 
 class ResidentSource:
