@@ -5,6 +5,7 @@ listed below. The order of the images hangs on (seed, name, epoch); the views of
 name), with the names of deepclust/views/random_draws.py.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -85,6 +86,7 @@ class ImageDataModule(LightningDataModule):
         self.resident_bytes = resident_bytes
         self.seed = seed
         self.resident_sources: dict[ImageSource, ImageSource] = {}
+        self.seconds_waited = 0.0  # for batches of training that were not read yet when they were needed
         self.uses_pinned_memory = False  # page-locked memory, which a GPU reads by itself
         if batch_size > len(fit) and drop_last:
             raise InputError(
@@ -314,7 +316,12 @@ class TrainLoader:
         if trainer.overfit_batches:  # type: ignore[attr-defined]  # the same images in every epoch
             same = self.datamodule.list_epoch_batches(0, None, shuffle=method.shuffle)
             batches = ((indices, epoch, number) for indices, _, number in same)
-        yield from prefetch(partial(self.datamodule.read_batch, *batch) for batch in islice(batches, num_done, None))
+        reads = (partial(self.datamodule.read_batch, *batch) for batch in islice(batches, num_done, None))
+        began_at = time.perf_counter()
+        for batch in prefetch(reads):
+            self.datamodule.seconds_waited += time.perf_counter() - began_at
+            yield batch
+            began_at = time.perf_counter()
 
     # With these two methods, Lightning takes the loader for one that can continue in the middle of an epoch. Their
     # state is empty because __iter__ asks the trainer how many batches are done.

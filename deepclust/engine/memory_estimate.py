@@ -1,12 +1,13 @@
 """How much memory a training needs, told from two images, and how much is left."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-MEMINFO = Path("/proc/meminfo")
+MEMINFO, STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 # Limits of a container, and what it has taken: of version 2 of cgroups, and of version 1.
 LIMITS = [
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -52,6 +53,14 @@ def read_available_bytes() -> int | None:
         used -= read_reclaimable_bytes(Path(limit_file).with_name("memory.stat"))
         available = min(available, max(limit - used, 0))
     return available
+
+
+def read_process_bytes() -> int | None:
+    """Return the memory that this process takes now; None where the system does not say."""
+    try:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def read_reclaimable_bytes(statistics: Path) -> int:

@@ -113,6 +113,13 @@ class ClusteringMethod(LightningModule):
         random draws depend on `key` only.
         """
 
+    def e_step_assignments(self) -> Tensor | None:
+        """Return the clusters (M,) that the last E-step has given the images of the fit set; None: it gives them none.
+
+        The share that has changed since the E-step before is logged as `e_step/changed`.
+        """
+        return None
+
     def cluster_tree(self) -> ClusterTree | None:
         """Return the tree of the images of the fit set that the E-step has found; None: it finds none."""
         return None

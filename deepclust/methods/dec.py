@@ -217,5 +217,8 @@ class DEC(ClusteringMethod):
         super().log_terms(terms, loss)
         self.log("target/changed", self.num_changed / len(self.assignments))
 
+    def e_step_assignments(self) -> Tensor:
+        return self.assignments
+
     def cluster_logits(self, features: Tensor) -> Tensor | None:
         return student_logits(features, self.centres, alpha=self.alpha) if self.targets_made else None

@@ -260,6 +260,9 @@ class ProPos(ClusteringMethod):
     def e_step(self, features: Tensor, key: tuple[int | str, ...]) -> None:
         self.pseudo_labels.update(features, key)
 
+    def e_step_assignments(self) -> Tensor:
+        return self.pseudo_labels.assignments
+
     def cluster_logits(self, features: Tensor) -> Tensor:
         return self.pseudo_labels.logits(features, temperature=self.temperature)
 

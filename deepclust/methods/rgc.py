@@ -395,6 +395,9 @@ class RGC(ClusteringMethod):
         self.read_num_clusters()
         return result
 
+    def e_step_assignments(self) -> Tensor:
+        return self.assignments
+
     def cluster_logits(self, features: Tensor) -> Tensor:
         return centroid_logits(features, self.centroids[: self.num_clusters], metric="euclidean") / (2 * self.scale)
 

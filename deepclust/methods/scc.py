@@ -199,6 +199,9 @@ class SCC(ClusteringMethod):
     # New images
 
     @full_precision
+    def e_step_assignments(self) -> Tensor:
+        return self.assignments
+
     def cluster_logits(self, features: Tensor) -> Tensor:
         """Return minus the cosine distances (N, K) of features (N, D) to the nearest image of the fit set in a cluster.
 

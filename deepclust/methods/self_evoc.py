@@ -351,6 +351,9 @@ class SelfEvoC(ClusteringMethod):
 
     # The final clustering
 
+    def e_step_assignments(self) -> Tensor:
+        return self.assignments
+
     def cluster_logits(self, features: Tensor) -> Tensor | None:
         return student_logits(features, self.centres, alpha=self.alpha) if self.rounds_begun else None
 

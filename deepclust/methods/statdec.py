@@ -249,6 +249,9 @@ class StatDEC(ClusteringMethod):
         shares = self.sizes / self.num_images
         self.log_dict({"statistics/smallest_cluster": shares.min(), "statistics/largest_cluster": shares.max()})
 
+    def e_step_assignments(self) -> Tensor:
+        return self.targets.argmax(1)
+
     def cluster_logits(self, features: Tensor) -> Tensor | None:
         return self.compute_logits(features) if self.has_statistics else None
 

@@ -13,6 +13,7 @@ from deepclust.score_names import SCORE_NAMES
 
 MAX_POINTS = 300  # of a curve; neighbouring points of a longer one are averaged
 MAX_LINEAR_DECADES = 3  # a curve of positive values that spans more decades gets a logarithmic axis
+OF_THE_MACHINE = ("speed/", "memory/")  # values that a report does not show: they are for dashboards
 CLUSTER_SIZE_ENTROPY = "eval/cluster_size_entropy"
 
 NOTES = (
@@ -40,7 +41,7 @@ def render_curves(
     """
     if metrics_file is None or not metrics_file.is_file():
         return ""
-    curves = _read_scalars(metrics_file)
+    curves = {n: curve for n, curve in _read_scalars(metrics_file).items() if not n.startswith(OF_THE_MACHINE)}
     unit, scale = ("epoch", epochs / steps) if steps and epochs else ("step", 1.0)
     for name in curves.keys() & final_values.keys():
         curves[name] = np.append(curves[name][0], steps), np.append(curves[name][1], final_values[name])
