@@ -42,7 +42,9 @@ SHORT_BY_METHOD = {  # where two epochs, or twenty rows, are too few; the rates 
     },
 }
 # The others take vectors, and new ones too.
-METHODS = sorted(set(list_options("method")) - {"conv_autoencoder", "decs", "precise_feature", "rgc"})
+METHODS = sorted(
+    set(list_options("method")) - {"conv_autoencoder", "decs", "generative_calibration", "precise_feature", "rgc"}
+)
 
 
 class OwnMethod(CC):

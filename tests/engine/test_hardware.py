@@ -91,6 +91,7 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
     "decs before.trainer.max_epochs=1",
     "drc",
     "gcc method.warmup_epochs=1 trainer.max_epochs=3",
+    "generative_calibration before.trainer.max_epochs=1 method.first_diffusion_epochs=1 method.images_per_cluster=3",
     "lnscc method.centres_after_epochs=1 method.clustering_after_epochs=1",
     "scan",
     "self_evoc before.trainer.max_epochs=1 method.classifier_epochs=1",
@@ -99,7 +100,11 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
 ]
 
 
-SLOW = [case for case in METHODS_AND_OVERRIDES if case.split()[0] in ("decs", "gcc", "scan", "self_evoc", "self_label")]
+SLOW = [
+    case
+    for case in METHODS_AND_OVERRIDES
+    if case.split()[0] in ("decs", "gcc", "generative_calibration", "scan", "self_evoc", "self_label")
+]
 SLOW += [case for case in METHODS_AND_OVERRIDES if case.startswith("digpro") and "warmup_epochs" in case]
 
 

@@ -26,7 +26,7 @@ REQUIRED = {
     "features": ["dataset.path=x", "dataset.num_clusters=2"],
 }
 GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
-SLOW = ("idec", "decs")  # the class of DEC with other weights, and a large network
+SLOW = ("idec", "decs", "generative_calibration")  # the class of DEC with other weights, and large networks
 METHODS = [
     pytest.param(method, marks=pytest.mark.slow) if method in SLOW else method for method in list_options("method")
 ]
