@@ -1,32 +1,37 @@
 """What `deepclust cluster` takes for many photos: time, memory and disk, also when it is killed in the middle.
 
-    python benchmarks/many_photos.py --data DATA_DIR [--photos 300 3000 20000] [--rows 200000] [--network fast]
-        [--image-size 64] [--only-killed] [--out FILE] [KEY=VALUE ...]
+    python benchmarks/many_photos.py [KEY=VALUE ...] --data DATA_DIR [--photos 300 3000 20000] [--rows 200000]
+        [--network fast] [--image-size 64] [--kill features clusters] [--out FILE]
 
-Photos are JPEG files made of Imagenette at 64 pixels, and of CIFAR-10 where that has no more. Each set is clustered
-once as it is, and once killed (SIGKILL) after half of the photos and started again; both have to have the same
-features. `--rows` are made-up features (1,280 numbers, 50 normal clouds), clustered without a network.
+Photos are JPEG files made of Imagenette at 64 pixels, and of CIFAR-10 where that has no more. `--rows` are made-up
+features (1,280 numbers, 50 normal clouds), clustered without a network.
 
-Memory is the largest sum of PSS of the process and those that it has started, looked at once a second. CPU time is that
-of all of them, which other work on the machine changes less than the time. Both times are also given by phase: features
-(with the start), clusters, report. Beside them stands what the command foretold after its first block of features;
-that is a forecast of the time, as busy as the machine was at that moment.
+`--kill features` clusters each set of photos once more, kills the command (SIGKILL) after half of them and starts it
+again; `--kill clusters` kills it when the first of the clusterings is complete. Features and assignments.csv have to be
+the same as without, byte for byte, and the CPU time of both starts stands beside that of the undisturbed one.
+
+Memory is the largest sum of PSS of the process and those that it has started, looked at once a second. CPU time (user
+and system) is that of all of them, which other work on the machine changes less than the time. Both times are also
+given by phase: features (with the start), clusters, report. Beside them stands what the command foretold after its
+first block of features; that is a forecast of the time, as busy as the machine was at that moment.
 
 The command is that of the source tree in which this script lies, whichever is installed. DATA_DIR holds imagenette64/
-and cifar10/ as deepclust stores them. KEY=VALUE are further keys of `deepclust cluster`; with --only-killed, photos are
-not clustered without being killed. The figures are written after each set, and the tables are printed last.
+and cifar10/ as deepclust stores them. KEY=VALUE are further keys of `deepclust cluster`. The figures are written after
+each set, and the tables are printed last.
 """
 
 import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +76,13 @@ def make_rows(file: Path, count: int) -> None:
         part += 2 * rng.normal(size=part.shape).astype(np.float32)
 
 
-def measure_command(arguments: list[str], log: Path, *, kill_at: int | None, folder: Path) -> dict[str, Any]:
-    """Run `deepclust cluster`; return seconds, peak memory in bytes and what it foretold.
-
-    With `kill_at`, it is killed when the features of so many photos are on the disk.
-    """
+def measure_command(
+    arguments: list[str], log: Path, folder: Path, *, is_time_to_kill: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Run `deepclust cluster` into `folder`; return seconds, CPU seconds, peak memory in bytes and what it foretold."""
     command = [sys.executable, "-c", RUN_CLI, "cluster", *arguments, f"hydra.run.dir={folder}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE_TREE), os.environ.get("PYTHONPATH", "")])}
-    peak, was_killed = 0, False
+    peak, was_killed, cpu_seconds_before = 0, False, measure_ended_children()
     looks = [(time.time(), 0.0)]  # (time of day, CPU seconds so far): files are told apart by the time of day
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -89,10 +93,12 @@ def measure_command(arguments: list[str], log: Path, *, kill_at: int | None, fol
             memory, cpu_seconds = measure_group(process.pid)
             peak = max(peak, memory)
             looks.append((time.time(), max(cpu_seconds, looks[-1][1])))
-            if kill_at is not None and count_done(folder) >= kill_at:
+            if process.poll() is None and is_time_to_kill():
                 os.killpg(process.pid, signal.SIGKILL)
                 was_killed = True
                 process.wait()
+    # What ran since the last look. Processes whose parent was killed are in the looks only.
+    looks.append((time.time(), max(measure_ended_children() - cpu_seconds_before, looks[-1][1])))
     text = log.read_text()
     if process.returncode and not was_killed:
         sys.exit(f"{' '.join(command)} failed:\n{text}")
@@ -106,6 +112,12 @@ def measure_command(arguments: list[str], log: Path, *, kill_at: int | None, fol
         "was_killed": was_killed,
         "going_on_from": [line.partition("going on from ")[2] for line in text.splitlines() if "going on from" in line],
     }
+
+
+def measure_ended_children() -> float:
+    """Return the CPU seconds, user and system, of all processes started here that have ended, with their children."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure_group(group: int) -> tuple[int, float]:
@@ -162,27 +174,36 @@ def measure_disk(folder: Path) -> dict[str, int]:
 
 
 def measure_photos(work: Path, arguments: argparse.Namespace, count: int) -> dict[str, Any]:
-    """Cluster `count` photos as they are, and killed in the middle and gone on."""
-    photos = work / f"photos{count}"
+    """Cluster `count` photos as they are, and killed in each of the phases asked for and gone on."""
+    photos, whole, killed = work / f"photos{count}", work / f"whole{count}", work / f"killed{count}"
     make_photos(photos, arguments.data, count)
     options = [f"images={photos}", f"num_clusters={NUM_CLUSTERS}", f"network={arguments.network}", "hardware=cpu"]
     options += arguments.overrides
     options += [f"dataset.image_size={arguments.image_size}"] if arguments.image_size else []
-    whole, killed = work / f"whole{count}", work / f"killed{count}"
-    result: dict[str, Any] = {}
-    if not arguments.only_killed:
-        result["once"] = measure_command(options, work / "log.txt", kill_at=None, folder=whole)
-    first = measure_command(options, work / "log.txt", kill_at=count // 2, folder=killed)
-    result["killed"] = first
-    if first["was_killed"]:  # else there were so few photos that it was faster
-        result["gone_on"] = measure_command(options, work / "log.txt", kill_at=None, folder=killed)
-    result["disk"] = measure_disk(killed)
-    if not arguments.only_killed:
-        files = [folder / "features" / "train_features.npy" for folder in (whole, killed)]
-        result["same_features"] = files[0].read_bytes() == files[1].read_bytes()
-    for folder in (photos, whole, killed):
-        shutil.rmtree(folder, ignore_errors=True)
+    result: dict[str, Any] = {"once": measure_command(options, work / "log.txt", whole), "disk": measure_disk(whole)}
+    moments = {
+        "features": lambda: count_done(killed) >= count // 2,
+        "clusters": lambda: any(killed.glob("clusters/*/results.json")),
+    }
+    for phase in arguments.kill:
+        first = measure_command(options, work / "log.txt", killed, is_time_to_kill=moments[phase])
+        again = measure_command(options, work / "log.txt", killed) if first["was_killed"] else None
+        result[f"killed_in_{phase}"] = {
+            "killed": first,
+            "gone_on": again,  # None: there were so few photos that it had ended before
+            "cpu_seconds": round(first["cpu_seconds"] + (again or {"cpu_seconds": 0})["cpu_seconds"], 1),
+            "same_features": have_same_bytes(whole, killed, "features/train_features.npy"),
+            "same_assignments": have_same_bytes(whole, killed, "assignments.csv"),
+        }
+        shutil.rmtree(killed)
+    for folder in (photos, whole):
+        shutil.rmtree(folder)
     return result
+
+
+def have_same_bytes(first: Path, second: Path, name: str) -> bool:
+    """Return whether a file is the same in two folders."""
+    return (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def measure_rows(work: Path, arguments: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -190,7 +211,7 @@ def measure_rows(work: Path, arguments: argparse.Namespace, count: int) -> dict[
     file, folder = work / "rows.npy", work / "rows"
     make_rows(file, count)
     options = [f"images={file}", f"num_clusters={NUM_CLOUDS}", "hardware=cpu", *arguments.overrides]
-    once = measure_command(options, work / "log.txt", kill_at=None, folder=folder)
+    once = measure_command(options, work / "log.txt", folder)
     disk = measure_disk(folder)
     file.unlink()
     shutil.rmtree(folder)
@@ -198,25 +219,28 @@ def measure_rows(work: Path, arguments: argparse.Namespace, count: int) -> dict[
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Print a line for each set: what it took in all, then each run of the command by phase beside what it foretold."""
-    rows, rows_of_phases = [], []
+    """Print a line for each set, then its time by phase beside what was foretold, and what killing it cost."""
+    rows, rows_of_phases, rows_of_kills = [], [], []
     for name, found in results.items():
-        runs, disk = {key: found[key] for key in ("once", "killed", "gone_on") if key in found}, found["disk"]
-        seconds = {key: f"{run['seconds']:.0f} s" for key, run in runs.items()}
-        killed = f"{seconds['killed']} + {seconds['gone_on']}" if "gone_on" in seconds else "-"
-        cpu_seconds = f"{found['once']['cpu_seconds']:.0f} s" if "once" in found else "-"
-        peak = f"{max(run['peak_bytes'] for run in runs.values()) / 1e9:.1f} GB"
+        once, disk = found["once"], found["disk"]
         megabytes = [f"{disk[key] / 1e6:.0f} MB" for key in ("all", "features", "thumbnails")]
-        rows.append([name, seconds.get("once", "-"), cpu_seconds, killed, peak, *megabytes])
-        for key, run in runs.items():
-            for phase, took in run["phases"].items():
-                foretold = f"{run['foretold'][phase]:.0f} s" if phase in run["foretold"] else "-"
-                cells = [f"{took['seconds']:.0f} s", f"{took['cpu_seconds']:.0f} s"]
-                rows_of_phases.append([name, key.replace("_", " "), phase, foretold, *cells])
-    header = ["what", "time", "CPU time", "killed + gone on", "peak memory", "disk", "features", "thumbnails"]
-    print_table(header, rows)
+        cells = [f"{once['seconds']:.0f} s", f"{once['cpu_seconds']:.0f} s", f"{once['peak_bytes'] / 1e9:.1f} GB"]
+        rows.append([name, *cells, *megabytes])
+        for phase, took in once["phases"].items():
+            foretold = f"{once['foretold'][phase]:.0f} s" if phase in once["foretold"] else "-"
+            rows_of_phases.append([name, phase, foretold, f"{took['seconds']:.0f} s", f"{took['cpu_seconds']:.0f} s"])
+        for phase in PHASES:
+            if kill := found.get(f"killed_in_{phase}"):
+                parts = [run["cpu_seconds"] for run in (kill["killed"], kill["gone_on"]) if run]
+                same = all(kill[key] for key in ("same_features", "same_assignments"))
+                cells = [f"{once['cpu_seconds']:.0f} s", " + ".join(f"{part:.0f} s" for part in parts)]
+                rows_of_kills.append([name, phase, *cells, "yes" if same else "no"])
+    print_table(["what", "time", "CPU time", "peak memory", "disk", "features", "thumbnails"], rows)
     print()
-    print_table(["what", "run", "phase", "foretold", "time", "CPU time"], rows_of_phases)
+    print_table(["what", "phase", "foretold", "time", "CPU time"], rows_of_phases)
+    if rows_of_kills:
+        print()
+        print_table(["what", "killed in", "CPU time undisturbed", "killed + gone on", "same result"], rows_of_kills)
 
 
 def main() -> None:
@@ -227,7 +251,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[200_000])
     parser.add_argument("--network", default="auto")
     parser.add_argument("--image-size", type=int)
-    parser.add_argument("--only-killed", action="store_true")
+    parser.add_argument("--kill", nargs="+", choices=PHASES[:2], default=[], metavar="PHASE")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--work", type=Path, help="where photos and runs lie meanwhile (default: the system's folder)")
     parser.add_argument("--out", type=Path, help="the JSON file to write (default: one in benchmarks/results)")

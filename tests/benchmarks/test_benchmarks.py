@@ -59,8 +59,12 @@ def test_many_photos_are_measured_by_phase(tmp_path):
     np.save(tmp_path / "imagenette64" / "train_images.npy", images)
     arguments = ["--data", str(tmp_path), "--photos", "30", "--rows", "60", "--network", "fast", "--image-size", "64"]
     short = ["num_seeds=1", "rule=kmeans", "report.map_points=0", "outliers=false"]
-    found = run_benchmark(tmp_path, "many_photos.py", *arguments, *short)["sets"]
-    assert found["30 photos"]["same_features"] and found["30 photos"]["disk"]["features"] > 30 * 1280 * 4
+    kill = ["--kill", "features", "clusters"]
+    found = run_benchmark(tmp_path, "many_photos.py", *short, *arguments, *kill)["sets"]
+    assert found["30 photos"]["disk"]["features"] > 30 * 1280 * 4
+    for phase in ("features", "clusters"):  # where so few photos are not done before they can be killed
+        killed = found["30 photos"][f"killed_in_{phase}"]
+        assert killed["same_features"] and killed["same_assignments"]
     for once in (found["30 photos"]["once"], found["60 rows"]["once"]):
         assert sum(phase["seconds"] for phase in once["phases"].values()) == pytest.approx(once["seconds"], abs=0.2)
         assert all(phase["cpu_seconds"] >= 0 for phase in once["phases"].values()) and once["peak_bytes"] > 1e8
