@@ -10,12 +10,12 @@ from torch import Tensor
 
 from deepclust.backbones.mlp import Mlp
 from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.commands.cluster_numbers import list_numbers
 from deepclust.engine.progress_bar import format_duration
 
 NUM_MEASURED = 4096  # rows among which neighbours are looked for
 NUM_QUERIES = 128
 NUM_REPETITIONS = 5  # of which the fastest counts: the first is slower, and other work comes in between
-GRAPHS_OF_SEED = 2  # of the embedding, and of the clusters
 SECONDS_FOR_MAP_POINT = 0.006  # t-SNE of 2,000 points takes about 12 s in one thread of a CPU
 OUTLIER_PRODUCTS = 1000  # for an image: with 10,000 rows of 128 numbers, as if these were 1,280
 
@@ -24,8 +24,10 @@ def foretell_time(cfg: DictConfig, features: Tensor, *, seconds_per_image: float
     """Return how long features, clusters and report of `num_images` will take, for the log.
 
     `features` (N, D) are those of a first block, of which an image took `seconds_per_image`. The clusters are those of
-    LNSCC.
+    LNSCC, whose embedding serves all numbers of clusters that are asked for; clusters and report are made for each. Of
+    `auto` nobody knows as yet how many numbers it will name, so that the text says what each after the first one takes.
     """
+    numbers = list_numbers(cfg.num_clusters)
     lnscc = compose("train", overrides=["method=lnscc"])
     num_fitted = min(num_images, cfg.max_fitted)
     batch_size = min(lnscc.batch_size, num_fitted)
@@ -35,13 +37,22 @@ def foretell_time(cfg: DictConfig, features: Tensor, *, seconds_per_image: float
         rows = torch.randn(NUM_MEASURED, features.shape[1])
         training = num_steps * measure_step(rows[: 2 * batch_size], lnscc.method.backbone.hidden_sizes)
     product = measure_seconds_per_product(rows)
+    graph = num_fitted**2 * product
+    embedding_share = lnscc.method.centres_after_epochs / lnscc.trainer.max_epochs
+    clusters_of_number = cfg.num_seeds * (graph + (1 - embedding_share) * training)
+    report_of_number = num_images * OUTLIER_PRODUCTS * product + cfg.report.map_points * SECONDS_FOR_MAP_POINT
     parts = {
         "features": num_images * seconds_per_image,
-        "clusters": cfg.num_seeds * (GRAPHS_OF_SEED * num_fitted**2 * product + training),
-        "report": num_images * OUTLIER_PRODUCTS * product + cfg.report.map_points * SECONDS_FOR_MAP_POINT,
+        "clusters": cfg.num_seeds * (graph + embedding_share * training) + len(numbers) * clusters_of_number,
+        "report": len(numbers) * report_of_number,
     }
     texts = [f"{name} {format_duration(seconds)}" for name, seconds in parts.items()]
-    return f"this will take about {format_duration(sum(parts.values()))}: {', '.join(texts)}"
+    text = f"this will take about {format_duration(sum(parts.values()))}: {', '.join(texts)}"
+    if numbers != ["auto"]:
+        return text
+    return (
+        f"{text}; {format_duration(clusters_of_number + report_of_number)} more for each further number that auto names"
+    )
 
 
 def measure_seconds_per_product(rows: Tensor) -> float:
