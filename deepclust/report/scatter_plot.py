@@ -27,6 +27,7 @@ COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e
 NUM_MARKERS = 2 * len(COLOURS)  # each colour as dots, then each colour as squares
 UNLABELLED_MARKER = NUM_MARKERS  # of images without a label
 MAX_GROUP_NAMES = 30  # on the map, those of the largest groups
+FEW_POINTS, SHIFT_OF_NAME = 100, 24  # the name of a group would hide one of a few markers
 LETTER_SIZE = 19, 36  # largest width and height of a letter on the map, in units of the drawing
 
 
@@ -62,8 +63,9 @@ def render_scatter_plot(
     drawings = []
     for number, (name, points) in enumerate(projections.items()):
         paths = _render_points(points, assignments, labels, cluster_markers, class_markers)
-        titles = _render_group_names("k", _find_medoids(points, assignments), cluster_titles)
-        titles += _render_group_names("l", _find_medoids(points, labels), class_titles)
+        shift = SHIFT_OF_NAME if len(points) < FEW_POINTS else 0
+        titles = _render_group_names("k", _find_medoids(points, assignments), cluster_titles, shift)
+        titles += _render_group_names("l", _find_medoids(points, labels), class_titles, shift)
         size = f"{WIDTH} {points[:, 1].max() + MARGIN}"
         drawings.append(
             f'<svg class="p{number}" viewBox="0 0 {size}" role="img" aria-label="{escape(name)}">'
@@ -176,14 +178,16 @@ def _render_points(
     return f'<g stroke-width="{diameter}">{"".join(paths)}</g>'
 
 
-def _render_group_names(kind: str, centres: dict[int, np.ndarray], titles: dict[int, str]) -> str:
+def _render_group_names(kind: str, centres: dict[int, np.ndarray], titles: dict[int, str], shift: int) -> str:
     """Return the names of groups at their centres. A name that would cover that of a larger group is left out.
 
     kind: `k` for clusters, `l` for classes.
+    shift: how far above its centre a name is; at the upper edge of the map it is below.
     """
     drawn: list[tuple[float, float, float]] = []  # x, y and half the width of a name
     texts = []
-    for group, (x, y) in centres.items():
+    for group, (x, centre) in centres.items():
+        y = centre + shift if centre < 2 * shift else centre - shift
         if len(drawn) == MAX_GROUP_NAMES:
             break
         half_width = LETTER_SIZE[0] * len(titles[group]) / 2

@@ -117,6 +117,15 @@ def test_the_name_of_a_group_in_pieces_stands_in_one_of_them() -> None:
     assert list(medoids) == [3] and medoids[3].tolist() in points[:3].tolist()
 
 
+@pytest.mark.parametrize(("count", "distance"), [(20, 24), (120, 0)])
+def test_names_hide_no_marker_where_there_are_few(tmp_path: Path, count: int, distance: int) -> None:
+    page = write_page(tmp_path, embedding=make_digits_map(count))
+    names = list(zip(map(int, page.values("text", "x")), map(int, page.values("text", "y")), strict=True))
+    points = {point[:2] for name in ("t-SNE", "principal components") for point in read_points(page, name)}
+    assert names and all({(x, y - distance), (x, y + distance)} & points for x, y in names)
+    assert min(y for _, y in names) >= 24
+
+
 def test_pictures_of_the_map_keep_to_their_size() -> None:
     limits = {"sides": PICTURE_SIDES, "max_bytes": MAX_SPRITE_BYTES}
     uri, tile = make_sprite(make_noise(600, 64, 64, 3), **limits)
