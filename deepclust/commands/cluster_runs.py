@@ -75,7 +75,7 @@ def configure_rule(
     run_cfg.dataset.name = name
     run_cfg.dataset.num_clusters = num_clusters
     run_cfg.seed = seed
-    run_cfg.report.map_points = 0  # the report of the whole command has one
+    run_cfg.report.map_points = run_cfg.report.per_cluster = 0  # the report of the whole command has map and pictures
     run_cfg.names.method, run_cfg.names.backbone = rule, run_cfg.names.backbone or "identity"
     num_images = len(build(run_cfg.dataset.source).fit)
     run_cfg.batch_size = min(run_cfg.batch_size, num_images)

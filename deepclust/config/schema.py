@@ -45,7 +45,7 @@ TYPES: dict[str, Any] = {
     "evaluation.kmeans_max_iterations": PositiveInt,
     "evaluation.kmeans_tolerance": NonNegativeFloat,
     "pixel_baseline_max_values": NonNegativeInt,
-    "report.per_cluster": PositiveInt,
+    "report.per_cluster": NonNegativeInt,
     "report.map_points": NonNegativeInt,
     "report.paths": Literal["relative", "absolute"],
     "earlier.train_seconds": NonNegativeFloat,

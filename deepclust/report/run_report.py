@@ -29,13 +29,14 @@ def write_run_report(
 ) -> list[ClusterPictures]:
     """Write report.html into a run folder and return what it shows of each cluster.
 
-    Each list of pictures of a cluster has at most `per_cluster` images, the map at most `map_points`. Paths are shown
-    relative to the images and the report unless `absolute_paths`; `findings` are those of `deepclust cluster`.
+    Each list of pictures of a cluster has at most `per_cluster` images, the map at most `map_points`. Where
+    `per_cluster` is 0, there are no pictures at all. Paths are shown relative to the images and the report unless
+    `absolute_paths`; `findings` are those of `deepclust cluster`.
     """
     assignments, confidence = evaluation.assignments.numpy(), evaluation.confidence.numpy()
     root = Path(results["images"]) if "images" in results else None
     shown_paths = show_image_paths(images.paths, folder, root=root, absolute=absolute_paths)
-    source, names = find_pictures(images), {"paths": shown_paths.names}
+    source, names = find_pictures(images) if per_cluster > 0 else None, {"paths": shown_paths.names}
     image_options: dict[str, Any] = {"source": source, "labels": images.labels, "seed": seed, **names}
     clusters = choose_cluster_pictures(
         assignments,

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,13 @@ from deepclust.datasets.features import load_features
 from deepclust.errors import InputError
 
 BATCH_SIZE = 16
+# Blocks as short as can be, so that half of these few photos are on the disk before all are.
+RUN_WITH_SHORT_BLOCKS = """
+from deepclust.commands import photo_features
+from deepclust.cli.main import main
+photo_features.SECONDS_PER_BLOCK = 0.0
+raise SystemExit(main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +115,42 @@ def test_a_start_that_was_killed_goes_on_and_no_decoded_copy_is_kept(photos, wei
     made = (folder / "features" / "train_features.npy").stat().st_mtime_ns
     assert call(folder, photos, weights, "num_clusters=4")["num_clusters"] == 4 and len(encoded) == 9
     assert (folder / "features" / "train_features.npy").stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_to_the_same_files(photos, weights, tmp_path):
+    """SIGKILL in the middle of the features, and when the first of the trainings on them is complete."""
+    options = ["hardware=cpu", "backbone=resnet18", f"backbone.weights={weights}", "dataset.image_size=32"]
+    options += [f"images={photos}", "num_clusters=5", "batch_size=4", "max_steps=300", "report.map_points=0"]
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", RUN_WITH_SHORT_BLOCKS, "cluster", *options, f"hydra.run.dir={folder}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def count_done(folder: Path) -> int:
+        journal = folder / "features" / "blocks.json"
+        return json.loads(journal.read_text())["state"]["num_files"] if journal.exists() else 0
+
+    undisturbed = tmp_path / "undisturbed"
+    assert start(undisturbed).wait(timeout=400) == 0
+    moments = {
+        "features": lambda folder: count_done(folder) >= 50,
+        "clusters": lambda folder: any(folder.glob("clusters/*/results.json")),
+    }
+    for phase, is_time_to_kill in moments.items():
+        folder = tmp_path / phase
+        process = start(folder)
+        while process.poll() is None and not is_time_to_kill(folder):
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL  # it had not ended before
+        assert (phase == "clusters") == (folder / "features" / "made_by.json").exists()
+        assert start(folder).wait(timeout=400) == 0
+        log_lines = (folder / "cluster.log").read_text()
+        assert ("going on from" in log_lines) == (phase == "features")
+        for name in ("assignments.csv", "features/train_features.npy"):
+            assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_files_that_have_changed_are_not_gone_on_from(photos, weights, tmp_path, monkeypatch, caplog):
