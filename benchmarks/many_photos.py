@@ -140,8 +140,8 @@ def split_into_phases(folder: Path, looks: list[tuple[float, float]]) -> dict[st
     ends = [(folder / "features" / "made_by.json").stat().st_mtime]
     ends += [max(file.stat().st_mtime for file in clusterings), looks[-1][0]]
     times, cpu_seconds = np.array(looks).T
-    seconds = np.diff([times[0], *ends])
-    cpu_seconds = np.diff(np.interp([times[0], *ends], times, cpu_seconds))
+    moments = np.maximum([times[0], *ends], times[0])  # what an earlier start has completed took no time
+    seconds, cpu_seconds = np.diff(moments), np.diff(np.interp(moments, times, cpu_seconds))
     return {
         phase: {"seconds": round(float(seconds[i]), 1), "cpu_seconds": round(float(cpu_seconds[i]), 1)}
         for i, phase in enumerate(PHASES)
