@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -118,39 +119,33 @@ def test_a_start_that_was_killed_goes_on_and_no_decoded_copy_is_kept(photos, wei
 
 
 @pytest.mark.slow
-def test_a_command_that_is_killed_goes_on_to_the_same_files(photos, weights, tmp_path):
-    """SIGKILL in the middle of the features, and when the first of the trainings on them is complete."""
+def test_a_command_that_is_killed_twice_goes_on_to_the_same_files(photos, weights, tmp_path):
+    """SIGKILL in the middle of the features, and again when the first of the trainings on them is complete."""
     options = ["hardware=cpu", "backbone=resnet18", f"backbone.weights={weights}", "dataset.image_size=32"]
-    options += [f"images={photos}", "num_clusters=5", "batch_size=4", "max_steps=300", "report.map_points=0"]
+    options += [f"images={photos}", "num_clusters=5", "batch_size=4", "min_steps=60", "max_steps=60", "num_seeds=2"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
 
-    def start(folder: Path) -> subprocess.Popen:
+    def start(folder: Path, *, is_time_to_kill: Callable[[], bool] = lambda: False) -> int:
         command = [sys.executable, "-c", RUN_WITH_SHORT_BLOCKS, "cluster", *options, f"hydra.run.dir={folder}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with subprocess.Popen([*command, "report.map_points=0"], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+            while process.poll() is None and not is_time_to_kill():
+                time.sleep(0.005)
+            process.kill()
+        return process.returncode
 
-    def count_done(folder: Path) -> int:
-        journal = folder / "features" / "blocks.json"
+    def count_done() -> int:
+        journal = killed / "features" / "blocks.json"
         return json.loads(journal.read_text())["state"]["num_files"] if journal.exists() else 0
 
-    undisturbed = tmp_path / "undisturbed"
-    assert start(undisturbed).wait(timeout=400) == 0
-    moments = {
-        "features": lambda folder: count_done(folder) >= 50,
-        "clusters": lambda folder: any(folder.glob("clusters/*/results.json")),
-    }
-    for phase, is_time_to_kill in moments.items():
-        folder = tmp_path / phase
-        process = start(folder)
-        while process.poll() is None and not is_time_to_kill(folder):
-            time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL  # it had not ended before
-        assert (phase == "clusters") == (folder / "features" / "made_by.json").exists()
-        assert start(folder).wait(timeout=400) == 0
-        log_lines = (folder / "cluster.log").read_text()
-        assert ("going on from" in log_lines) == (phase == "features")
-        for name in ("assignments.csv", "features/train_features.npy"):
-            assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert start(undisturbed) == 0
+    assert start(killed, is_time_to_kill=lambda: count_done() >= 50) == -signal.SIGKILL
+    assert not (killed / "features" / "made_by.json").exists()
+    assert start(killed, is_time_to_kill=lambda: any(killed.glob("clusters/*/results.json"))) == -signal.SIGKILL
+    assert not (killed / "assignments.csv").exists()
+    assert start(killed) == 0
+    assert (killed / "cluster.log").read_text().count("going on from") == 1
+    for name in ("assignments.csv", "features/train_features.npy"):
+        assert (killed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_files_that_have_changed_are_not_gone_on_from(photos, weights, tmp_path, monkeypatch, caplog):
