@@ -171,6 +171,8 @@ def test_of_many_images_a_sample_is_trained_on_and_all_have_clusters(photos, wei
     assert results["num_images"] == 120 and len(read_clusters(folder)) == 120
     (run,) = folder.glob("clusters/lnscc-*")
     assert json.loads((run / "results.json").read_text())["num_images"] == 60
+    picture = "data:image/jpeg"  # in the report of the whole alone: those of each clustering would take as much again
+    assert picture in (folder / "report.html").read_text() and picture not in (run / "report.html").read_text()
     pictures = load_features(path=str(folder / "features"), num_classes=None).pictures
     assert pictures is not None and pictures.shape == (48, 48, 3)
 
