@@ -42,7 +42,7 @@ def read_imports(path: Path) -> set[str]:
 def test_every_folder_is_packaged():
     packages = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {".".join(p.parent.relative_to(PACKAGE.parent).parts) for p in PACKAGE.rglob("__init__.py")}
-    assert set(packages) == found | {"deepclust.conf"}
+    assert set(packages) == found | {"deepclust.conf", "hydra_plugins.deepclust"}
 
 
 def test_every_room_has_a_floor():

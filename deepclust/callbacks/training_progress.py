@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from deepclust.engine.progress_bar import ProgressMeter, format_duration
+from deepclust.engine.durations import format_duration
+from deepclust.engine.progress_bar import ProgressMeter
 from deepclust.number_types import NonNegativeFloat
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from deepclust.config.override_format import is_plain_text, quote
 from deepclust.errors import InputError
 
 PATH_KEYS = {
-    *("images", "run", "runs", "output", "sort_to", "start", "data_dir", "dataset.path", "dataset.root"),
+    *("images", "run", "runs", "sweep", "output", "sort_to", "start", "data_dir", "dataset.path", "dataset.root"),
     *("backbone.weights", "hydra.run.dir", "hydra.sweep.dir"),
 }  # keys whose values are taken as they are typed
 
@@ -57,6 +57,17 @@ def quote_text(value: str) -> str:
 def is_simple_path(value: str) -> bool:
     """Return whether a path is made up of characters that mean nothing special to Hydra's grammar."""
     return re.fullmatch(r"[A-Za-z0-9_/.-]*", value) is not None
+
+
+def name_plain_arguments(arguments: list[str]) -> list[str]:
+    """Return the arguments of `deepclust sweep` as overrides: --json is json=true, and the one plain word sweep=DIR."""
+    arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
+    given = parse_arguments("sweep", arguments).overrides
+    plain = [word for word in given if "=" not in word and not word.startswith("~")]
+    if len(plain) != 1 or any(word.startswith("sweep=") for word in given):
+        return arguments
+    position = len(arguments) - 1 - arguments[::-1].index(plain[0])
+    return [*arguments[:position], f"sweep={plain[0]}", *arguments[position + 1 :]]
 
 
 def parse_arguments(verb: str, arguments: list[str]) -> Any:

@@ -6,6 +6,13 @@ import sys
 from collections.abc import Iterator
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: Hydra raises instead of printing, and the user is shown tracebacks
+JOBS_TO_START = "DEEPCLUST_JOBS_TO_START"  # numbers of the jobs of a sweep that run, as in 0,3; unset: all
+
+
+def is_job_started(number: int) -> bool:
+    """Return whether the job of this number in a sweep is to be started: `deepclust sweep` leaves some as they are."""
+    numbers = os.environ.get(JOBS_TO_START)
+    return numbers is None or str(number) in numbers.split(",")
 
 
 @contextlib.contextmanager

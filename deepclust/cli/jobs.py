@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepclust.cli.arguments import check_flags, parse_arguments, quote_path
-from deepclust.cli.environment import FULL_ERROR, command_line_arguments, environment_variable
+from deepclust.cli.arguments import check_flags, name_plain_arguments, parse_arguments, quote_path
+from deepclust.cli.environment import FULL_ERROR, command_line_arguments, environment_variable, is_job_started
 from deepclust.cli.system_errors import storage_errors_explained
 from deepclust.cli.terminal import notice_on_terminal, print_message, show_warnings, warnings_in_log
 from deepclust.errors import InputError
@@ -72,12 +72,16 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.plugins import Plugins
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
+    from deepclust.cli.devices_launcher import DevicesLauncher
     from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
 
     is_sweep, typed = bool({"-m", "--multirun"} & {*arguments}), arguments
+    if verb == "sweep":
+        arguments = name_plain_arguments(arguments)
     arguments = [quote_path(argument, is_sweep=is_sweep, verb=verb) for argument in arguments]
     flags = parse_arguments(verb, arguments)
     composed_from = {
@@ -109,6 +113,8 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         hydra_settings = HydraConfig.get()
         folder = Path(hydra_settings.runtime.output_dir)
         outcomes.is_sweep = hydra_settings.mode == RunMode.MULTIRUN
+        if outcomes.is_sweep and not is_job_started(hydra_settings.job.num):
+            return None
         outcomes.folders.append(folder)
         outcomes.configs.append(cfg)
         keeps_run_folder = verb in RUN_FOLDER_VERBS or hydra_settings.output_subdir is not None
@@ -153,6 +159,8 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
                 raise JobFailed(text, exit_code_of_error(error), trace) from None
 
     run_one_job.__module__ = f"deepclust.commands.{verb}"  # Hydra takes the job's name from it
+    DevicesLauncher.outcomes = outcomes
+    Plugins.instance().register(DevicesLauncher)
     configs = f"pkg://{CONFIG_PACKAGE}"
     application = hydra.main(version_base=VERSION_BASE, config_path=configs, config_name=verb)(run_one_job)
     program = "deepclust" if flags.shell_completion else f"deepclust {verb}"
@@ -174,6 +182,8 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
             outcomes.failed_elsewhere = code
     except BrokenPipeError:  # the reader of --help, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except InputError:  # of the launcher
+        raise
     except COMPOSITION_ERRORS as error:
         from deepclust.config.explain_errors import explain_composition_error
 

@@ -26,6 +26,7 @@ VERBS = {
     "export": "a trained run for use without this package: run=DIR format=torchscript|onnx|safetensors output=FILE",
     "features": "features of a data set, kept as data: run=DIR, or dataset=NAME backbone=NAME",
     "compare": "many runs -> one table: runs=DIR",
+    "sweep": "the jobs of a sweep, live: DIR; retry=failed starts what failed or is missing",
 }
 HELP = """\
 deepclust: deep image clustering

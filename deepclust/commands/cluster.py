@@ -49,6 +49,7 @@ from deepclust.datasets.input_paths import check_images_or_vectors
 from deepclust.engine.devices import check_accelerator
 from deepclust.engine.output_files import write_text
 from deepclust.engine.plurals import format_count
+from deepclust.engine.run_status import heartbeats_written, run_state_recorded
 from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.hydra_files import write_hydra_files
@@ -63,7 +64,7 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Cluster images or vectors into Hydra's folder and return the content of results.json."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with acquire_run_lock(folder):
+    with acquire_run_lock(folder), run_state_recorded(folder), heartbeats_written(folder):
         write_hydra_files(folder, cfg, replace=True)
         results = cluster(cfg, folder)
     print_summary(results, folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepclust.backbones.mlp import Mlp
 from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.commands.cluster_numbers import list_numbers
-from deepclust.engine.progress_bar import format_duration
+from deepclust.engine.durations import format_duration
 
 NUM_MEASURED = 4096  # rows among which neighbours are looked for
 NUM_QUERIES = 128

@@ -20,6 +20,7 @@ from deepclust.engine.cpu_threads import num_threads_set
 from deepclust.engine.devices import count_devices
 from deepclust.engine.launch import launched_rank, run_on_devices
 from deepclust.engine.lightning_settings import silence_lightning
+from deepclust.engine.run_status import heartbeats_written, run_state_recorded
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.assemble import (
     build_datamodule,
@@ -63,7 +64,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             check_same_recipe(read_run_config(checkpoint), resolve_to_dict(fill_open_values(cfg, checkpoint)))
         log.info("%s is finished already; nothing to do", folder)
     else:
-        with acquire_run_lock(folder) if is_first else nullcontext():
+        with (
+            acquire_run_lock(folder) if is_first else nullcontext(),
+            run_state_recorded(folder) if is_first else nullcontext(),
+        ):
             if is_first:
                 write_hydra_files(folder, cfg, replace=True)
             results = run(record_choices(cfg), folder)
@@ -102,11 +106,12 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
         InputError: if configuration, images and the checkpoint in the folder do not fit each other.
     """
     silence_lightning()
-    images = open_dataset(cfg.dataset)
-    saved_config = read_run_config(load_checkpoint(folder)) if (folder / CHECKPOINT).exists() else None
-    cfg, estimate = resolve_config(cfg, images, earlier, saved_config)
-    with num_threads_set(cfg.hardware.threads):
-        return train_on_images(cfg, images, folder, estimate, saved_config)
+    with heartbeats_written(folder) if launched_rank() == 0 else nullcontext():
+        images = open_dataset(cfg.dataset)
+        saved_config = read_run_config(load_checkpoint(folder)) if (folder / CHECKPOINT).exists() else None
+        cfg, estimate = resolve_config(cfg, images, earlier, saved_config)
+        with num_threads_set(cfg.hardware.threads):
+            return train_on_images(cfg, images, folder, estimate, saved_config)
 
 
 def train_on_images(

@@ -101,6 +101,10 @@ TYPES: dict[str, Any] = {
     "max_megapixels": PositiveFloat,
     "max_pictures": NonNegativeInt,
     "ignore": Sequence[str],
+    "sweep": NotEmptyText,
+    "watch": bool,
+    "json": bool,
+    "retry": Literal["failed"] | None,
     "license": NotEmptyText | None,
     "dataset_license": NotEmptyText | None,
 }

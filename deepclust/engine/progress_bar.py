@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepclust.engine import distributed
+from deepclust.engine.durations import format_duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -140,10 +141,3 @@ def make_live_display() -> "Progress":
     templates = ["{task.description}", "{task.percentage:.0f} %", "{task.fields[time_left]}", "{task.fields[status]}"]
     description, *others = (TextColumn(template, markup=False) for template in templates)
     return Progress(description, BarColumn(), *others, transient=True, refresh_per_second=4)
-
-
-def format_duration(seconds: float) -> str:
-    """Format a rough duration in seconds, minutes or hours."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

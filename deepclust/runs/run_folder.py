@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepclust.engine.run_status import STATUS
 from deepclust.engine.worker_processes import LOCKED_DESCRIPTORS
 from deepclust.errors import InputError
 
@@ -34,7 +35,7 @@ def check_run_files(folder: Path) -> None:
     Raises:
         InputError: naming what is in the way.
     """
-    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT, TREE):
+    for name in (RESULTS, ASSIGNMENTS, CHECKPOINT, METRICS_FILE, REPORT, TREE, STATUS):
         file = folder / name
         if file.exists() and not file.is_file():
             raise InputError(

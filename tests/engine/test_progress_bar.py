@@ -21,7 +21,8 @@ from deepclust.clustering.neighbors import nearest_neighbors
 from deepclust.commands.evaluate import main as evaluate
 from deepclust.datasets.one_time_conversion import write_image_array
 from deepclust.engine import distributed, progress_bar
-from deepclust.engine.progress_bar import ProgressMeter, format_duration, track
+from deepclust.engine.durations import format_duration
+from deepclust.engine.progress_bar import ProgressMeter, track
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Callback
 
+from deepclust.engine.run_status import read_status
 from tests.runs.test_resume import (  # noqa: F401 (a fixture)
     assert_same_outcome,
     start_training,
@@ -74,8 +75,12 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_resumes(uninterrupted, 
     command = output.partition("; to go on: ")[2].partition("\n")[0]
     assert command.startswith("deepclust train ") and command.endswith(f" hydra.run.dir={tmp_path}")
     assert read_saved_step(tmp_path) == 10
+    assert read_status(tmp_path)["state"] == "preempted"
     train_to_end(tmp_path, *NO_PERIODIC_CHECKPOINT)
     assert_same_outcome(uninterrupted, tmp_path)
+    status = read_status(tmp_path)
+    assert (status["state"], status["epoch"], status["epochs"]) == ("done", 6, 6)
+    assert status["images_per_second"] > 0 and 0 <= status["score"] <= 1
 
 
 def test_the_original_handler_is_called_after_the_checkpoint(tmp_path):
