@@ -1,6 +1,7 @@
 """The arguments of a verb: paths as they are typed, Hydra's flags, and flags that cannot be used."""
 
 import contextlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -87,6 +88,20 @@ def parse_arguments(verb: str, arguments: list[str]) -> Any:
             expected="overrides next to each other, before or after Hydra's flags",
             do=f"see deepclust {verb} --hydra-help",
         ) from None
+
+
+def check_sweeper(overrides: list[str]) -> None:
+    """Refuse a search where the package that searches is missing.
+
+    Raises:
+        InputError: naming the extra that brings it.
+    """
+    if "hydra/sweeper=optuna" in overrides and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        raise InputError(
+            "hydra/sweeper=optuna needs hydra-optuna-sweeper, which is not installed",
+            expected="the extra optuna of deepclust",
+            do="pip install 'deepclust[optuna]'",
+        )
 
 
 def check_flags(flags: Any, *, config_name: str, config_dir: str | None, overrides: list[str]) -> None:

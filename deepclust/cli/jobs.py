@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepclust.cli.arguments import check_flags, name_plain_arguments, parse_arguments, quote_path
+from deepclust.cli.arguments import check_flags, check_sweeper, name_plain_arguments, parse_arguments, quote_path
 from deepclust.cli.environment import FULL_ERROR, command_line_arguments, environment_variable, is_job_started
 from deepclust.cli.system_errors import storage_errors_explained
 from deepclust.cli.terminal import notice_on_terminal, print_message, show_warnings, warnings_in_log
@@ -72,7 +72,6 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.core.plugins import Plugins
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
@@ -89,7 +88,9 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         "config_dir": flags.config_dir,
         "overrides": flags.overrides,
     }
+    prepare_plugins()
     check_flags(flags, **composed_from)
+    check_sweeper(flags.overrides)
     if flags.help and flags.config_name is None and (text := compose_own_help(verb, flags)) is not None:
         with contextlib.suppress(BrokenPipeError):  # the reader, such as head, has seen enough
             print(text, flush=True)
@@ -160,7 +161,6 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
 
     run_one_job.__module__ = f"deepclust.commands.{verb}"  # Hydra takes the job's name from it
     DevicesLauncher.outcomes = outcomes
-    Plugins.instance().register(DevicesLauncher)
     configs = f"pkg://{CONFIG_PACKAGE}"
     application = hydra.main(version_base=VERSION_BASE, config_path=configs, config_name=verb)(run_one_job)
     program = "deepclust" if flags.shell_completion else f"deepclust {verb}"
@@ -196,6 +196,18 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     if outcomes.is_sweep or not outcomes.failures:
         show_warnings(held_warnings)  # those for which there was no log
     return outcomes
+
+
+def prepare_plugins() -> None:
+    """Make our launcher known to Hydra, and let conf/hydra/sweeper/optuna.yaml stand in place of the plugin's own."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    from deepclust.cli.devices_launcher import DevicesLauncher
+
+    Plugins.instance().register(DevicesLauncher)  # this also loads all plugins, which store their configurations
+    stored: Any = ConfigStore.instance().repo
+    stored.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
 
 
 def remove_new_folders(outcomes: JobOutcomes) -> None:

@@ -30,7 +30,7 @@ def send_to_dashboards(
     *,
     samples: np.ndarray | None = None,
 ) -> None:
-    """Log scores, health and training time as `final/...`, a picture of each cluster, and the contingency table (C, K).
+    """Log final scores, health, objective and time, a picture of each cluster, and the contingency table (C, K).
 
     `samples`, generated images of each cluster (K, S, H, W, channels), are logged as the picture `generated`. Then the
     run of Weights & Biases is closed, so that the next job of a sweep gets its own. An error is logged as a warning and
@@ -43,6 +43,8 @@ def send_to_dashboards(
     values |= {f"final/{name}": float(value) for name, value in results["health"].items()}
     if (timing := results.get("timing")) is not None:  # with earlier stages, as `deepclust compare` counts them
         values["final/minutes"] = (timing["train_seconds"] + (timing.get("earlier_seconds") or 0.0)) / 60
+    if objective := results.get("objective"):
+        values[objective["name"]] = objective["value"]  # by which a sweep of the dashboard searches
     pictures = {
         f"clusters/{cluster.cluster:03d}": (picture, f"{cluster.size} images, from the top: {', '.join(LIST_TITLES)}")
         for cluster in clusters[:MAX_CLUSTERS]
