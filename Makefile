@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format docs clean
+.PHONY: help install demo test test-all test-slurm lint format docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,12 @@ test: $(VENV)/.dev lint ## lint, then every test but the slow ones
 
 test-all: $(VENV)/.dev lint ## every test, with new random examples
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/pytest -n 2 --dist worksteal
+	@if test "$$(id -u)" = 0 && test -e /etc/debian_version; then $(MAKE) test-slurm; \
+	else echo "the tests of Slurm did not run: make test-slurm needs root on Debian"; fi
+
+test-slurm: $(VENV)/.dev ## install and start a Slurm of two nodes on this machine (root, Debian), test with it, stop it
+	tests/cluster/slurm.sh install
+	OMP_NUM_THREADS=1 tests/cluster/slurm.sh run $(BIN)/pytest tests/cluster
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -31,5 +31,28 @@ class InputError(ValueError):
         return _restore, (self.what, self.expected, self.do)
 
 
+class ProcessLost(InputError):
+    """Another process of the run was killed, has failed or does not answer; the last checkpoint is intact.
+
+    Args:
+        what: which process, and how it has ended.
+        do: how the run goes on.
+        exit_code: with which this process ends.
+    """
+
+    def __init__(self, what: str, *, do: str, exit_code: int) -> None:
+        super().__init__(what, expected="all processes to run to the end", do=do)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple:
+        return _restore_lost, (self.what, self.do, self.exit_code, self.is_printed)
+
+
+def _restore_lost(what: str, do: str, exit_code: int, is_printed: bool | None) -> ProcessLost:
+    error = ProcessLost(what, do=do, exit_code=exit_code)
+    error.is_printed = is_printed
+    return error
+
+
 def _restore(what: str, expected: str, do: str) -> InputError:
     return InputError(what, expected=expected, do=do)

@@ -19,11 +19,11 @@ set_forkserver_preload(["lightning", "torchmetrics"])  # imported once, not by e
 TWO_PROCESSES = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
 
 
-def run_deepclust(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a command of deepclust to its end; with `check` it must succeed."""
+def run_deepclust(*arguments: str, check: bool = True, timeout: float = 400) -> subprocess.CompletedProcess:
+    """Run a command of deepclust to its end, for at most `timeout` seconds; with `check` it must succeed."""
     command = [sys.executable, "-c", PROGRAM, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert not check or completed.returncode == 0, completed.stderr
     return completed
 
@@ -42,7 +42,7 @@ def lock_shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> I
 
 def run_on_processes(function, num_processes, folder, *arguments):
     """Call `function(rank, *arguments)` on several processes, and return a list of what each returned."""
-    arguments = (function, num_processes, _find_free_port(), folder, arguments)
+    arguments = (function, num_processes, find_free_port(), folder, arguments)
     start_processes(_call_in_process, arguments, nprocs=num_processes, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(num_processes)]
 
@@ -57,7 +57,7 @@ def _call_in_process(rank, function, num_processes, port, folder, arguments):
         dist.destroy_process_group()
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return bound.getsockname()[1]

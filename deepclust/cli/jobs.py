@@ -22,7 +22,7 @@ from deepclust.cli.arguments import check_flags, check_sweeper, name_plain_argum
 from deepclust.cli.environment import FULL_ERROR, command_line_arguments, environment_variable, is_job_started
 from deepclust.cli.system_errors import storage_errors_explained
 from deepclust.cli.terminal import notice_on_terminal, print_message, show_warnings, warnings_in_log
-from deepclust.errors import InputError
+from deepclust.errors import InputError, ProcessLost
 from deepclust.exit_codes import DONE, exit_code_of_error
 
 RUN_FOLDER_VERBS = ("train", "cluster")  # which keep what they do, and their configuration, in Hydra's folder
@@ -108,6 +108,7 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     has_named_folder = bool({"hydra.run.dir", "hydra.sweep.dir"} & {*keys})
 
     def run_one_job(cfg: DictConfig) -> Any:
+        from deepclust.engine.launch import processes_exist
         from deepclust.runs.provenance import GOING_ON, describe_going_on
         from deepclust.runs.run_folder import CHECKPOINT
 
@@ -122,7 +123,11 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         all_runs = Path(os.path.abspath(hydra_settings.sweep.dir)) if outcomes.is_sweep else folder
         outcomes.sweep_folder = all_runs if outcomes.is_sweep else None
         going_on = describe_going_on(verb, typed, all_runs, is_sweep=outcomes.is_sweep, is_from_python=is_from_python)
+        is_here = os.getpid() == launching_process
+        # Elsewhere the command line is that of submitit; the job's own repeats the run.
+        command = sys.argv if is_here else [program, *configs_of_user, *hydra_settings.overrides.task]
         with (
+            command_line_arguments(command),
             environment_variable(FULL_ERROR, users_full_error),
             environment_variable(GOING_ON, going_on),
             warnings_in_log(held_warnings),
@@ -150,9 +155,10 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
                 trace = "" if hides_traceback else "".join(traceback.format_exception(error))
                 overrides = " ".join(hydra_settings.overrides.task)
                 text = f"job {hydra_settings.job.num} ({overrides}): {summarize_error(error)}"
-                # A plain sweep in this process goes on; a distant launcher or a searching sweeper must be told.
-                is_here = os.getpid() == launching_process
-                if is_here and hydra_settings.sweeper._target_.endswith(".BasicSweeper"):
+                # A plain sweep in this process goes on, unless it has lost a process that srun or torchrun started. A
+                # distant launcher or a searching sweeper must be told.
+                goes_on = not (isinstance(error, ProcessLost) and processes_exist())
+                if is_here and goes_on and hydra_settings.sweeper._target_.endswith(".BasicSweeper"):
                     if not getattr(error, "is_printed", False):
                         sys.stderr.write(trace)
                         print_message(f"error: {text}")
@@ -164,6 +170,8 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     configs = f"pkg://{CONFIG_PACKAGE}"
     application = hydra.main(version_base=VERSION_BASE, config_path=configs, config_name=verb)(run_one_job)
     program = "deepclust" if flags.shell_completion else f"deepclust {verb}"
+    chosen = {"--config-name": flags.config_name, "--config-dir": flags.config_dir}
+    configs_of_user = [f"{flag}={value}" for flag, value in chosen.items() if value is not None]
     try:
         with (
             command_line_arguments([program, *arguments]),
@@ -191,6 +199,13 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         if not outcomes.failures:
             raise explained from error
         print_message(f"error: {explained}")
+    except Exception as error:
+        from deepclust.cli.lost_jobs import explain_lost_job
+
+        lost = explain_lost_job(error)
+        if lost is None:
+            raise
+        raise lost from error
     if verb in RUN_FOLDER_VERBS and outcomes.failures and not outcomes.begun and not has_named_folder:
         remove_new_folders(outcomes)
     if outcomes.is_sweep or not outcomes.failures:
@@ -324,7 +339,8 @@ def run_job(
         except OmegaConfBaseException as error:
             raise explain_value_error(error) from error
     except Exception as error:
-        if error_file is not None and not isinstance(error, RunFolderInUse):
+        is_told = isinstance(error, ProcessLost) and error.is_printed  # by the process that has failed
+        if error_file is not None and not isinstance(error, RunFolderInUse) and not is_told:
             if not processes_exist():  # nobody else has told of it
                 with contextlib.suppress(OSError):
                     error_file.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ from deepclust.runs.earlier_stage import find_earlier_run
 from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.memory_check import check_memory
 from deepclust.runs.open_dataset import open_dataset
+from deepclust.runs.provenance import read_going_on
 from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
 from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
@@ -94,6 +95,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             num_devices=count_devices(cfg.hardware.accelerator, cfg.hardware.devices),
             num_nodes=cfg.hardware.num_nodes,
             strategy_is_auto=cfg.hardware.strategy == "auto",
+            going_on=read_going_on() or f"the same command with hydra.run.dir={folder}",
         )
     finally:
         cuda_graphs.release_recordings()  # their memory, for the runs that follow in this process

@@ -8,15 +8,26 @@ finds a ready process group.
 import ctypes
 import logging
 import os
+import pickle
 import signal
 import sys
+import tempfile
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from deepclust.errors import InputError
-from deepclust.exit_codes import exit_code_of_signal
+from deepclust.engine.lost_processes import (
+    ROLL_CALL_SECONDS,
+    lost_processes_named,
+    name_processes,
+    stop_with_parent,
+)
+from deepclust.errors import InputError, ProcessLost
+from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error, exit_code_of_signal
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +36,23 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # options of glibc's mallopt, by th
 
 
 def run_on_devices(
-    work: Callable[..., Any], *arguments: Any, num_devices: int, num_nodes: int, strategy_is_auto: bool
+    work: Callable[..., Any],
+    *arguments: Any,
+    num_devices: int,
+    num_nodes: int,
+    strategy_is_auto: bool,
+    going_on: str,
 ) -> Any:
     """Call `work(*arguments)` in one process for each device and return the result of rank 0.
 
-    The arguments must be picklable. Where torchrun or srun has started the processes, each of them calls this.
+    The arguments must be picklable. Where torchrun or srun has started the processes, each of them calls this. Where
+    one process fails, all end. `going_on` is what to type so that a run goes on that has lost a process.
 
     Raises:
         InputError: if the strategy for several devices is left to Lightning, whose choice broadcasts buffers at every
             step; if the processes that were started do not fit the devices.
-        Exception: what `work` raises.
+        ProcessLost: if a process was killed, or does not answer the others.
+        Exception: what `work` raises; of a process that was started here, a RuntimeError with its traceback.
         SystemExit: if a signal has stopped the run, with `exit_code_of_signal`.
     """
     if num_devices > 1 and strategy_is_auto:
@@ -46,8 +64,25 @@ def run_on_devices(
     check_launcher(num_nodes)
     if processes_exist():
         check_processes(num_devices, num_nodes)
-    if num_devices == 1 or processes_exist():
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # srun's processes end with it, those of torchrun do not
+            stop_with_parent()
+        with lost_processes_named(going_on=going_on):
+            return work(*arguments)
+    if num_devices == 1:
         return work(*arguments)
+    with tempfile.TemporaryDirectory() as failures:
+        return start_processes(work, *arguments, num_processes=num_devices, going_on=going_on, failures=Path(failures))
+
+
+def start_processes(
+    work: Callable[..., Any], *arguments: Any, num_processes: int, going_on: str, failures: Path
+) -> Any:
+    """Start processes that call `work(*arguments)`, and return the result of rank 0 once all have ended.
+
+    Signals are passed on to them. The empty folder `failures` is where they write why they fail.
+
+    Raises: as `run_on_devices`.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -58,7 +93,7 @@ def run_on_devices(
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=num_devices,
+        nproc_per_node=num_processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
@@ -67,27 +102,42 @@ def run_on_devices(
         signals_to_handle=",".join(number.name for number in handlers),  # these are passed on to the processes
     )
     try:
-        with hide_stopped_processes_from_log():
-            results = elastic_launch(config, call_in_worker)(work, *arguments)
+        with hide_ended_processes_from_log():
+            results = elastic_launch(config, call_in_worker)(failures, going_on, work, *arguments)
     except SignalException as stopped:
         call_handler(handlers[stopped.sigval], signal.Signals(stopped.sigval))
         sys.exit(exit_code_of_signal(stopped.sigval))
     except ChildFailedError as failed:
-        number = find_stopping_signal(failed.get_first_failure()[1].exitcode)
-        if number is None:
-            raise
+        rank, failure = failed.get_first_failure()
+        number = find_ending_signal(failure.exitcode)
+        if number not in handlers:
+            name = name_processes([rank])
+            raise read_failure(failures / str(rank), name, failure.exitcode, going_on) from None
         log.warning("a process of the run was stopped by %s", number.name)
         call_handler(handlers.get(number), number)
         sys.exit(exit_code_of_signal(number))
     finally:
         restore_handlers(handlers)
-    for result in results.values():
-        if isinstance(result, InputError):
-            raise result
     return results[0]
 
 
-def find_stopping_signal(exit_code: int) -> signal.Signals | None:
+def read_failure(file: Path, name: str, exit_code: int, going_on: str) -> Exception:
+    """Return the error of the process `name`, from the file that it wrote before it ended, or from its exit code."""
+    if file.exists():
+        error = pickle.loads(file.read_bytes())  # our own process wrote it a moment ago
+        if not isinstance(error, InputError):
+            return RuntimeError(f"{name} has failed:\n{error}")
+        error.is_printed = None
+        return error
+    number = find_ending_signal(exit_code)
+    return ProcessLost(
+        f"{name} has ended with exit code {exit_code}" if number is None else f"{name} was ended by {number.name}",
+        do=f"to go on: {going_on}",
+        exit_code=PROCESS_LOST if number is None else exit_code_of_signal(number),
+    )
+
+
+def find_ending_signal(exit_code: int) -> signal.Signals | None:
     """Return the signal that ended a process with this exit code, at once (-number) or after its checkpoint; or None.
 
     A process that asks all others to stop has `exit_code_of_signal`.
@@ -100,15 +150,12 @@ def find_stopping_signal(exit_code: int) -> signal.Signals | None:
 
 
 @contextmanager
-def hide_stopped_processes_from_log() -> Iterator[None]:
-    """Keep torch from logging a traceback for each process that a signal has stopped; other failures are logged."""
-    from torch.multiprocessing import ProcessExitedException
+def hide_ended_processes_from_log() -> Iterator[None]:
+    """Keep torch from logging tracebacks and warnings about processes that end early: their errors are raised here."""
 
     def is_unexpected(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, ProcessExitedException):
-            return find_stopping_signal(error.exit_code) is None
-        return not record.getMessage().startswith("Terminating process")
+        is_of_an_end = record.getMessage().startswith(("Terminating process", "Closing process"))
+        return record.exc_info is None and not is_of_an_end
 
     loggers = [logging.getLogger(f"torch.{name}") for name in ELASTIC_LOGGERS]
     for logger in loggers:
@@ -120,16 +167,22 @@ def hide_stopped_processes_from_log() -> Iterator[None]:
             logger.removeFilter(is_unexpected)
 
 
-def call_in_worker(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work` in a process that `run_on_devices` has started, and return its result, or the InputError it raised.
+def call_in_worker(failures: Path, going_on: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work` in a process that `start_processes` has started, and return its result.
 
-    A raised error would reach the calling process as text only.
+    An error is written into the folder `failures`, and the process ends, so that the others cannot wait for it.
     """
     keep_freed_memory()
+    stop_with_parent()
     try:
-        return work(*arguments)
-    except InputError as error:
-        return error
+        with lost_processes_named(going_on=going_on):
+            return work(*arguments)
+    except Exception as error:
+        if isinstance(error, ProcessLost):
+            time.sleep(ROLL_CALL_SECONDS)  # the process that has failed ends first, and then the others are stopped
+        content = error if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+        (failures / os.environ["RANK"]).write_bytes(pickle.dumps(content))
+        sys.exit(exit_code_of_error(error))
 
 
 def processes_exist() -> bool:
