@@ -59,21 +59,27 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def time_interleaved(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device | str = "cpu"
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Return the seconds that each function takes in each round.
 
-    In every round the functions run one after the other. One round without a clock comes first.
+    In every round the functions run one after the other. One round without a clock comes first, to warm up.
+    `clock` is time.perf_counter, or time.process_time for CPU seconds, which other programs disturb less.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(rounds + 1):
+    for round_number in range(0 if warm_up else 1, rounds + 1):
         for name, function in functions.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronize(device)
             if round_number > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -17,6 +17,7 @@ The inertia is the sum of the rows' distances to their own centroids. Although a
 rows at a time, the outcome of each is the same whichever others run with it. So they can be shared out over processes.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,15 +25,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deepclust.clustering.backend import current_settings, takes_faiss
 from deepclust.clustering.exact_products import exact_products
 from deepclust.clustering.kmeans_distances import KMeansData, Metric, assign_rows, float64_chunk_size, restart_row_pairs
 from deepclust.clustering.kmeans_empty_clusters import relocate_empty_clusters
 from deepclust.clustering.kmeans_seeding import choose_seeds
+from deepclust.clustering.unit_rows import draw_rows
 from deepclust.engine.progress_bar import track
 from deepclust.engine.randomness import make_generator
 from deepclust.errors import InputError
 from deepclust.nn.one_hot import one_hot_mask
 
+log = logging.getLogger(__name__)
+
+BLOCK_ROWS = 8192  # on which both libraries are timed
 MAX_ROUNDING = 1e-5  # of centroids, in standard deviations of the rows; below it no row is assigned anew
 
 
@@ -73,15 +79,22 @@ def kmeans(
             expected="at least 1 cluster and a row for each",
             do="change the number of clusters",
         )
+    num_seeding_rows = current_settings().num_seeding_rows(len(features), num_clusters)
     first_seeds, uniforms = [], []
     for restart in restarts:
         generator = make_generator(*key, "restart", restart)
-        first_seeds.append(torch.randint(len(features), (), generator=generator))
+        first_seeds.append(torch.randint(num_seeding_rows, (), generator=generator))
         shape = num_clusters - 1, 2 + int(math.log(num_clusters))
         uniforms.append(torch.rand(shape, dtype=torch.float64, generator=generator))
     with exact_products(features.device):
         data = KMeansData(features, metric)
-        seeds = choose_seeds(data, torch.stack(first_seeds), torch.stack(uniforms))
+        if num_seeding_rows < len(features):
+            drawn = torch.from_numpy(draw_rows(len(features), num_seeding_rows, *key, "seeding")).to(features.device)
+            log.info("k-means++ chooses among %s of %s rows", f"{num_seeding_rows:,}", f"{len(features):,}")
+            sample = KMeansData(features[drawn], metric)
+            seeds = drawn[choose_seeds(sample, torch.stack(first_seeds), torch.stack(uniforms))]
+        else:
+            seeds = choose_seeds(data, torch.stack(first_seeds), torch.stack(uniforms))
         results = _run_lloyd(data, data.rows[seeds], list(restarts), max_iterations, tolerance)
         return _assign_to_rounded_centroids(data, best_result(results))
 
@@ -119,7 +132,8 @@ def _run_lloyd(
 ) -> list[KMeansResult]:
     """Return the best state of each of R restarts that begin at centroids (R, K, D), in the order in which they end."""
     weights, biases = data.linear_form(centroids)
-    assignments = assign_rows(data, weights, biases)
+    with_faiss = _takes_faiss(data, weights, biases)
+    assignments = _assign_rows(data, weights, biases, with_faiss)
     sums, counts = _sum_clusters(data, assignments, centroids.shape[1])
     # The first dimension of all that follows is the restarts that are still carried along.
     restart_ids = torch.tensor(restarts, device=sums.device)
@@ -137,7 +151,7 @@ def _run_lloyd(
     for _ in track(range(max_iterations), f"k-means (at most {max_iterations} iterations)"):
         centroids = _compute_centroids(data, sums, counts, centroids, assignments)
         old_weights, (weights, biases) = weights, data.linear_form(centroids)
-        new_assignments = assign_rows(data, weights, biases)
+        new_assignments = _assign_rows(data, weights, biases, with_faiss)
         has_moved = new_assignments != assignments
         if data.is_cosine:
             shift = (1 - (old_weights * weights).sum(2)).sum(1)
@@ -176,6 +190,25 @@ def _run_lloyd(
         if num_running == 0:
             break
     return finished + make_results(torch.ones_like(is_running))
+
+
+def _takes_faiss(data: KMeansData, weights: Tensor, biases: Tensor) -> bool:
+    """Return whether faiss is to assign the rows to K clusters of weights (R, K, D)."""
+
+    def assign_block(with_faiss: bool) -> Tensor:
+        return _assign_rows(data.first_rows(BLOCK_ROWS), weights[:1], biases[:1], with_faiss)
+
+    return takes_faiss("k-means", len(data.rows), weights.shape[1:], assign_block, device=weights.device)
+
+
+def _assign_rows(data: KMeansData, weights: Tensor, biases: Tensor, with_faiss: bool) -> Tensor:
+    """Return the nearest centroid to each row, (R, M), by weights (R, K, D) and biases (R, K, 1)."""
+    if not with_faiss:
+        return assign_rows(data, weights, biases)
+    from deepclust.clustering.faiss_search import nearest_by_faiss
+
+    is_euclidean = not data.is_cosine  # the weights are the centroids, for the cosine those of unit length
+    return torch.cat([nearest_by_faiss(data.rows, own, 1, is_euclidean=is_euclidean).T for own in weights])
 
 
 def _compute_centroids(

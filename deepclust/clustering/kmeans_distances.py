@@ -1,5 +1,6 @@
 """Distances between rows and centroids, cosine or Euclidean, and how k-means assigns rows to the nearest centroid."""
 
+import copy
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from deepclust.clustering.exact_products import exact_products, require_finite
 from deepclust.errors import InputError
 
 Metric = Literal["cosine", "euclidean"]
+MANY_CLUSTERS = 64  # from so many on, the scores of a row lie side by side
 FLOAT64_ERROR = 1e-12  # differences of scores or distances up to this share of the largest ones count as none
 
 
@@ -80,6 +82,12 @@ class KMeansData:
         squared_deviations = squares.sum() - len(rows) * _compute_mean(self.rows).square().sum()
         self.mean_variance = float(squared_deviations) / (max(len(rows) - 1, 1) * rows.shape[1])
 
+    def first_rows(self, num_rows: int) -> "KMeansData":
+        """Return the same with the first rows only, which is enough to assign these."""
+        first = copy.copy(self)
+        first.rows, first.lengths, first.offsets = (part[:num_rows] for part in (self.rows, self.lengths, self.offsets))
+        return first
+
     def subtract_origin(self, centroids: Tensor) -> Tensor:
         """Move centroids (..., D) from the coordinates of the features into those of `rows`."""
         return centroids.to(self.rows) - self.origin
@@ -108,6 +116,18 @@ class KMeansData:
         for chunk in chunks:
             columns = self.rows[chunk].T
             yield chunk, torch.addmm(biases, weights, columns, out=buffer[:, : columns.shape[1]])
+
+    def long_score_chunks(self, weights: Tensor, biases: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the same scores for chunks of more rows, with those of one row side by side in memory.
+
+        On a CPU this is faster where there are many weights.
+        """
+        weights, biases = weights.to(self.rows).T, biases.to(self.rows).T
+        size = min(max(2**22 // weights.shape[1], 256), 1024)
+        buffer = weights.new_empty(min(size, len(self.rows)), weights.shape[1])
+        for start in range(0, len(self.rows), size):
+            rows = self.rows[start : start + size]
+            yield slice(start, start + size), torch.addmm(biases, rows, weights, out=buffer[: len(rows)]).T
 
     def restart_groups(self, num_restarts: int) -> list[slice]:
         """Split the restarts into groups that are worked on at once: one by one on a CPU, all together on a GPU.
@@ -146,10 +166,12 @@ def assign_rows(data: KMeansData, weights: Tensor, biases: Tensor) -> Tensor:
     codes = (2**23 + ids).T.to(data.rows)
     assignments = torch.empty(num_restarts, len(data.rows), dtype=torch.int64, device=weights.device)
     is_ambiguous = torch.empty_like(assignments, dtype=torch.bool)
-    for chunk, products in data.score_chunks(weights.flatten(0, 1), biases.flatten(0, 1)):
-        scores = products.view(num_restarts, num_clusters, -1)
+    is_long = data.rows.is_cpu and num_clusters >= MANY_CLUSTERS
+    score_chunks = data.long_score_chunks if is_long else data.score_chunks
+    for chunk, products in score_chunks(weights.flatten(0, 1), biases.flatten(0, 1)):
+        scores = products.unflatten(0, (num_restarts, num_clusters))
         margin = score_error * (data.lengths[chunk] * max_norms + max_norms.square())
-        is_near = torch.ge(scores, (scores.amax(1) - margin)[:, None], out=torch.empty_like(scores))
+        is_near = torch.ge(scores, (scores.amax(1) - margin)[:, None], out=scores)  # in place: it stays in the cache
         code_sums = (codes @ is_near)[:, 0]
         assignments[:, chunk] = code_sums - 2**23
         is_ambiguous[:, chunk] = code_sums >= 2**24

@@ -1,17 +1,23 @@
-"""Exact nearest neighbours by exhaustive search, in chunks of queries."""
+"""Nearest neighbours by exhaustive search, in chunks of queries: exact, or by faiss where the settings say so."""
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclust.clustering.backend import takes_faiss
 from deepclust.clustering.exact_products import exact_products, require_finite
 from deepclust.engine import distributed
 from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 
 CPU_CHUNK_PRODUCTS, GPU_CHUNK_PRODUCTS = 2**23, 2**27  # products of queries and keys that are in memory at a time
+MAX_KEYS_AT_ONCE = 2**17  # of more keys, a block of BLOCK_KEYS at a time is compared with the queries
+BLOCK_KEYS = 2**14
+TIMED_QUERIES = 1024  # with which both libraries are timed
+GROUP_SIZE = 10  # scores of which only the largest one is looked at first
 
 
 def nearest_neighbors(
@@ -45,21 +51,28 @@ def nearest_neighbors(
         if is_euclidean:
             origin = keys.mean(0)
             queries, keys = queries - origin, keys - origin
-        biases = keys.square().sum(1) / -2 if is_euclidean else keys.new_zeros(1)
+        biases = keys.square().sum(1) / -2 if is_euclidean else None
         values = queries.new_empty(len(queries), k)  # in one piece: many small ones would break up the memory
         indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        chunk_size = max((CPU_CHUNK_PRODUCTS if keys.device.type == "cpu" else GPU_CHUNK_PRODUCTS) // len(keys), 64)
+        block_size = len(keys) if len(keys) <= MAX_KEYS_AT_ONCE else BLOCK_KEYS
+        chunk_size = max((CPU_CHUNK_PRODUCTS if keys.device.type == "cpu" else GPU_CHUNK_PRODUCTS) // block_size, 64)
+
+        def search(part: slice, with_faiss: bool) -> Tensor:
+            rows, excluded = queries[part], None if exclude is None else exclude[part]
+            if not with_faiss:
+                return find_best_keys(rows, keys, biases, k, excluded, block_size)
+            from deepclust.clustering.faiss_search import find_keys_by_faiss
+
+            return find_keys_by_faiss(rows, keys, k, excluded, is_euclidean=is_euclidean)
+
+        with_faiss = takes_faiss(
+            "nearest neighbours", len(queries), keys.shape, partial(search, slice(0, TIMED_QUERIES)), device=keys.device
+        )
+        found = search(slice(None), True) if with_faiss else None
         for start in track(range(0, len(queries), chunk_size), "nearest neighbours"):
             chunk = slice(start, start + chunk_size)
             rows = queries[chunk]
-            scores = torch.addmm(biases, rows, keys.T)
-            if exclude is not None:
-                scores.scatter_(1, exclude[chunk, None], -torch.inf)
-            top_scores, nearest = scores.topk(min(k + 1, len(keys)))
-            if top_scores.shape[1] > k:
-                is_tied = top_scores[:, k - 1] == top_scores[:, k]  # topk takes any of equal keys
-                nearest[is_tied] = scores[is_tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
-            nearest = nearest[:, :k].sort(1).values
+            nearest = search(chunk, False) if found is None else found[chunk]
             # Computed pair by pair, equal keys have equal values, and a row has distance zero from itself.
             nearest_keys = keys[nearest]
             pair_values = (
@@ -68,6 +81,61 @@ def nearest_neighbors(
             values[chunk], order = pair_values.sort(dim=1, descending=not is_euclidean, stable=True)
             indices[chunk] = nearest.gather(1, order)
         return values, indices
+
+
+def find_best_keys(
+    rows: Tensor, keys: Tensor, biases: Tensor | None, k: int, exclude: Tensor | None, block_size: int
+) -> Tensor:
+    """Return the `k` keys (N, k) that each of rows (N, D) has the largest scores with, by rising index.
+
+    The scores are the products with keys (M, D) plus `biases` (M,). `exclude` (N,) names a key that is left out
+    for each row. The keys are compared with the rows in blocks of `block_size`, and the best of each block compete.
+    """
+    best_scores, best_keys = [], []
+    for start in range(0, len(keys), block_size):
+        block = slice(start, start + block_size)
+        products = rows, keys[block].T
+        scores = torch.mm(*products) if biases is None else torch.addmm(biases[block], *products)
+        if exclude is not None:
+            excluded = (exclude - start)[:, None]
+            is_here = (excluded >= 0) & (excluded < scores.shape[1])
+            excluded = torch.where(is_here, excluded, 0)
+            scores.scatter_(1, excluded, scores.gather(1, excluded).masked_fill(is_here, -torch.inf))
+        best = find_largest(scores, min(k, scores.shape[1]))
+        if block_size >= len(keys):
+            return best
+        best_scores.append(scores.gather(1, best))
+        best_keys.append(best + start)
+    return torch.cat(best_keys, 1).gather(1, find_largest(torch.cat(best_scores, 1), k))
+
+
+def find_largest(scores: Tensor, k: int) -> Tensor:
+    """Return the places (N, k) of the `k` largest of each row of scores (N, M), by rising place.
+
+    Of equal scores those at the first places are taken.
+    """
+    top_scores, places = top_by_groups(scores, min(k + 1, scores.shape[1]))
+    if top_scores.shape[1] > k:
+        is_tied = top_scores[:, k - 1] == top_scores[:, k]  # any of equal scores may be among the top
+        places[is_tied] = scores[is_tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
+    return places[:, :k].sort(1).values
+
+
+def top_by_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what `scores.topk(k)` returns, on a CPU in less time, for rows much longer than `k`.
+
+    Each row of scores (N, M) falls into groups, and the `k` groups with the largest maxima hold the `k` largest scores.
+    """
+    num_groups = scores.shape[1] // GROUP_SIZE
+    if not scores.is_cpu or num_groups < 64 * k:  # with fewer, topk is slow to choose the groups
+        return scores.topk(k)
+    grouped = scores[:, : GROUP_SIZE * num_groups].unflatten(1, (GROUP_SIZE, num_groups))
+    groups = grouped.amax(1).topk(k, sorted=False).indices
+    members = groups[:, None] + num_groups * torch.arange(GROUP_SIZE)[:, None]
+    rest = torch.arange(GROUP_SIZE * num_groups, scores.shape[1]).expand(len(scores), -1)
+    places = torch.cat([members.flatten(1), rest], 1)
+    top_scores, best = scores.gather(1, places).topk(k)
+    return top_scores, places.gather(1, best)
 
 
 @torch.no_grad()

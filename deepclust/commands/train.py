@@ -12,6 +12,7 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 
 from deepclust.callbacks.last_checkpoint import LastCheckpoint
+from deepclust.clustering.backend import clustering_settings
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
@@ -112,7 +113,7 @@ def train(cfg: DictConfig, folder: Path, earlier: dict[str, Any] | None = None) 
         images = open_dataset(cfg.dataset)
         saved_config = read_run_config(load_checkpoint(folder)) if (folder / CHECKPOINT).exists() else None
         cfg, estimate = resolve_config(cfg, images, earlier, saved_config)
-        with num_threads_set(cfg.hardware.threads):
+        with num_threads_set(cfg.hardware.threads), clustering_settings(**cfg.clustering):
             return train_on_images(cfg, images, folder, estimate, saved_config)
 
 

@@ -28,7 +28,9 @@ NotEmptyText = Annotated[str, MinLen(1)]
 
 TYPES: dict[str, Any] = {
     # sections
-    **dict.fromkeys(("dataset", "hardware", "trainer", "evaluation", "report", "names", "earlier"), Mapping[str, Any]),
+    **dict.fromkeys(
+        ("dataset", "hardware", "trainer", "clustering", "evaluation", "report", "names", "earlier"), Mapping[str, Any]
+    ),
     "own_network": Mapping[str, Any],
     "before": Mapping[str, Any] | None,
     # conf/train.yaml
@@ -44,6 +46,10 @@ TYPES: dict[str, Any] = {
     "evaluation.kmeans_restarts": PositiveInt,
     "evaluation.kmeans_max_iterations": PositiveInt,
     "evaluation.kmeans_tolerance": NonNegativeFloat,
+    "clustering.backend": Literal["torch", "faiss", "auto"],
+    "clustering.seeding_rows_per_cluster": PositiveInt | Literal["auto"] | None,
+    "clustering.neighbor_index": Literal["flat", "ivf", "hnsw"],
+    "clustering.neighbor_index_min_rows": PositiveInt,
     "pixel_baseline_max_values": NonNegativeInt,
     "report.per_cluster": NonNegativeInt,
     "report.map_points": NonNegativeInt,

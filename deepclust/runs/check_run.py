@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from deepclust.clustering.backend import check_backend
 from deepclust.config.build import build
 from deepclust.config.call_checks import check_calls
 from deepclust.config.override_format import format_override, format_value
@@ -34,6 +35,7 @@ def check_run(cfg: DictConfig) -> None:
         InputError: for the first that cannot be used; it names the key to change.
     """
     check_objective(cfg.get("objective"))
+    check_backend(cfg.clustering.backend, cfg.clustering.neighbor_index)
     for section in ("hardware", "trainer"):
         check_precision(cfg[section].get("precision"), key=f"{section}.precision")
     check_accelerator(cfg.hardware.accelerator, key="hardware.accelerator")

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from deepclust.clustering.backend import BY_TORCH
 from deepclust.config.override_format import format_override, format_value
 from deepclust.errors import InputError
 from deepclust.runs.batch_size import fit_batch_size
@@ -95,6 +97,10 @@ def select_recipe(config: dict[str, Any]) -> dict[str, Any]:
         name: value for name, value in config["trainer"].items() if name not in TRAINER_KEYS_NOT_IN_RECIPE
     }
     recipe["hardware"] = {"precision": config["hardware"].get("precision")}
+    # Only what differs from the exact default, so that a run from before there were these keys has the same recipe.
+    usual = asdict(BY_TORCH)
+    clustering = config.get("clustering") or {}
+    recipe["clustering"] = {name: value for name, value in clustering.items() if value != usual[name]}
     dataset = without_file_keys(recipe["dataset"] or {})
     if isinstance(dataset.get("source"), dict):
         dataset["source"] = without_file_keys(dataset["source"])

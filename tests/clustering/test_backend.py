@@ -1,0 +1,139 @@
+"""k-means and neighbours by faiss equal those by torch, and the settings say when which is taken."""
+
+import logging
+from dataclasses import asdict
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from deepclust.clustering import backend
+from deepclust.clustering.backend import ClusteringSettings, clustering_settings
+from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
+from deepclust.errors import InputError
+from tests.clustering.kmeans_reference import KEY, METRICS, SETTINGS, make_blobs
+
+DEFAULTS = {
+    "backend": "torch",
+    "seeding_rows_per_cluster": "auto",
+    "neighbor_index": "flat",
+    "neighbor_index_min_rows": 100_000,
+}
+pytest.importorskip("faiss")
+
+
+def settings(**changes):
+    return clustering_settings(**{**DEFAULTS, **changes})
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("num_clusters", [1, 5, 70])
+def test_kmeans_by_faiss_equals_that_by_torch(metric, num_clusters):
+    rows = make_blobs(600, 8, 5).float()
+    arguments = {"num_clusters": num_clusters, "metric": metric, "restarts": range(3), "key": KEY, **SETTINGS}
+    expected = kmeans(rows, **arguments)
+    with settings(backend="faiss"):
+        result = kmeans(rows, **arguments)
+    assert torch.equal(result.assignments, expected.assignments)
+    torch.testing.assert_close(result.centroids, expected.centroids)
+    assert (result.restart, result.iterations) == (expected.restart, expected.iterations)
+    assert result.inertia == pytest.approx(expected.inertia, rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "euclidean"])
+@pytest.mark.parametrize("self_excluded", [False, True])
+def test_neighbours_by_faiss_equal_those_by_torch(metric, self_excluded):
+    rows = make_blobs(500, 8, 5).float() + 3
+    exclude = torch.arange(500) if self_excluded else None
+    expected = nearest_neighbors(rows, rows, 7, metric=metric, exclude=exclude)
+    with settings(backend="faiss"):
+        found = nearest_neighbors(rows, rows, 7, metric=metric, exclude=exclude)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0])
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_approximate_neighbours_have_their_recall_in_the_log(index, caplog):
+    rows = make_blobs(3000, 8, 5).float()
+    expected = mine_neighbors(rows, 5)
+    with settings(backend="faiss", neighbor_index=index, neighbor_index_min_rows=3000), caplog.at_level(logging.INFO):
+        found = mine_neighbors(rows, 5)
+    assert torch.equal(found[:, 0], torch.arange(3000))
+    assert (found[:, 1:] != found[:, :1]).all() and (found >= 0).all()
+    share = (found[:, 1:, None] == expected[:, None, 1:]).any(2).double().mean()
+    assert share > 0.8
+    assert f"6 nearest of 3,000 by {index}: recall 0." in caplog.text or "recall 1.0000" in caplog.text
+
+
+def test_few_rows_are_searched_exactly():
+    rows = make_blobs(400, 8, 5).float()
+    with settings(backend="faiss", neighbor_index="ivf", neighbor_index_min_rows=401):
+        found = mine_neighbors(rows, 5)
+    assert torch.equal(found, mine_neighbors(rows, 5))
+
+
+def test_auto_times_both_and_says_which_it_took(caplog, monkeypatch):
+    rows = make_blobs(300, 8, 5).float()
+    monkeypatch.setattr(backend, "_winners", {})
+    arguments = {"num_clusters": 5, "metric": "cosine", "restarts": [0], "key": KEY, **SETTINGS}
+    with settings(backend="auto"), caplog.at_level(logging.INFO):
+        kmeans(rows, **arguments)
+        assert not caplog.messages  # too little work to repay it
+        monkeypatch.setattr(backend, "MIN_PRODUCTS_FOR_TIMING", 1)
+        result = kmeans(rows, **arguments)
+        kmeans(rows, **arguments)
+        nearest_neighbors(rows, rows, 3, metric="euclidean", exclude=None)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("k-means among 5 x 8 by ") and "a block took faiss" in caplog.messages[0]
+    assert caplog.messages[1].startswith("nearest neighbours among 300 x 8 by ")
+    assert torch.equal(result.assignments, kmeans(rows, **arguments).assignments)
+
+
+def test_without_faiss_auto_is_torch_and_faiss_is_refused(monkeypatch):
+    monkeypatch.setattr(backend, "is_faiss_installed", lambda: False)
+    monkeypatch.setattr(backend, "MIN_PRODUCTS_FOR_TIMING", 1)
+    with pytest.raises(InputError, match=r"faiss is not installed.*pip install faiss-cpu"), settings(backend="faiss"):
+        pass
+    with settings(backend="auto"):
+        mine_neighbors(make_blobs(100, 8, 5), 5)
+
+
+def test_torch_does_not_search_approximately():
+    refusal = pytest.raises(InputError, match=r"neighbor_index is ivf.*set clustering.backend=faiss")
+    with refusal, settings(neighbor_index="ivf"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rows_per_cluster", "num_rows", "num_clusters", "expected"),
+    [
+        ("auto", 70_000, 10, 70_000),
+        ("auto", 100_000, 1000, 100_000),
+        ("auto", 1_281_167, 1000, 64_000),
+        (None, 1_281_167, 1000, 1_281_167),
+        (10, 70_000, 10, 100),
+        (10, 50, 10, 50),
+    ],
+)
+def test_rows_that_seeding_looks_at(rows_per_cluster, num_rows, num_clusters, expected):
+    chosen = ClusteringSettings(seeding_rows_per_cluster=rows_per_cluster)
+    assert chosen.num_seeding_rows(num_rows, num_clusters) == expected
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_seeding_on_a_sample_is_repeated_and_nearly_as_good(metric):
+    rows = make_blobs(2000, 8, 20)
+    arguments = {"num_clusters": 20, "metric": metric, "key": KEY, **SETTINGS}
+    full = kmeans(rows, restarts=range(3), **arguments)
+    with settings(seeding_rows_per_cluster=20):
+        sampled = kmeans(rows, restarts=range(3), **arguments)
+        again = kmeans(rows, restarts=[sampled.restart], **arguments)
+    assert torch.equal(sampled.assignments, again.assignments) and sampled.inertia == again.inertia
+    assert sampled.inertia < 1.1 * full.inertia
+
+
+def test_the_configuration_of_a_run_has_the_settings_that_hold_outside_of_one():
+    with initialize_config_module("deepclust.conf", version_base="1.3"):
+        cfg = compose("train")
+    assert dict(cfg.clustering) == asdict(backend.BY_TORCH) == DEFAULTS
