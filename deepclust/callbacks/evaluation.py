@@ -104,7 +104,7 @@ class Evaluator:
         kmeans_result = self.run_kmeans(features, purpose="k-means on the features")
         centroids = kmeans_result.centroids
         scale = mean_squared_distance(features, centroids, kmeans_result.assignments)
-        by_own_rule = assign_by_own_rule(method.cluster_logits, features)
+        by_own_rule = assign_by_own_rule(method.cluster_logits, features, num_clusters=self.num_clusters)
         tree = method.cluster_tree()
         samples = method.sample_images((self.seed, "sample images"))
         assignments, confidence = by_own_rule or assign_to_centroids(features, centroids, scale)

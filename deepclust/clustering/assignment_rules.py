@@ -9,21 +9,23 @@ from deepclust.clustering.kmeans_distances import centroid_logits, float64_chunk
 from deepclust.errors import InputError
 
 CHUNK_SIZE = 65536  # rows of features that are assigned at a time
+MAX_LOGITS = 2**25  # that are in memory at a time: of more than 512 clusters, fewer rows are
 
 
 def assign_by_own_rule(
-    cluster_logits: Callable[[Tensor], Tensor | None], features: Tensor
+    cluster_logits: Callable[[Tensor], Tensor | None], features: Tensor, *, num_clusters: int
 ) -> tuple[Tensor, Tensor] | None:
     """Return assignments (M,) and confidence (M,) of features (M, D) by a method's own rule; None if it has none.
 
-    `cluster_logits` is the method's function of that name. The confidence of an assignment is its probability.
+    `cluster_logits` is the method's function of that name, and `num_clusters` the number K of its logits. The confidence
+    of an assignment is its probability.
 
     Raises:
         InputError: if the logits of an image give no probabilities.
     """
     assignments, confidence = [], []
     with torch.no_grad():
-        for chunk in features.split(CHUNK_SIZE):
+        for chunk in features.split(min(CHUNK_SIZE, max(MAX_LOGITS // num_clusters, 1))):
             logits = cluster_logits(chunk)
             if logits is None:
                 return None

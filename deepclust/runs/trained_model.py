@@ -85,7 +85,8 @@ class TrainedModel:
         The method's own rule assigns, else k-means of the checkpoint. A distance is that to the mean of the training
         images in the cluster; nan for a cluster that held none.
         """
-        clusters, confidences = assign_by_own_rule(self.method.cluster_logits, features) or assign_to_centroids(
+        own = assign_by_own_rule(self.method.cluster_logits, features, num_clusters=self.method.num_clusters)
+        clusters, confidences = own or assign_to_centroids(
             features, self.checkpoint["kmeans_centroids"].to(features), self.checkpoint["kmeans_scale"].to(features)
         )
         cluster_means = self.checkpoint["cluster_means"].to(self.method.device)

@@ -164,7 +164,8 @@ def make_untrained_program(*overrides: str, height: int, width: int):
     images = torch.cat([example, example]).flip(0, 1, 3)[1:]
     features = method.encode_all([views.clean(images)], 5)
     centroids, scale = torch.randn(cfg.dataset.num_clusters, features.shape[1]), torch.tensor(3.0)
-    own = assign_by_own_rule(method.cluster_logits, features) or assign_to_centroids(features, centroids, scale)
+    own = assign_by_own_rule(method.cluster_logits, features, num_clusters=method.num_clusters)
+    own = own or assign_to_centroids(features, centroids, scale)
     program = Program(method=method, views=views, centroids=centroids, scale=scale).eval().requires_grad_(False)
     drop_unused_tensors(program, example)
     return program, example, images, (*own, features)

@@ -75,8 +75,8 @@ def test_logits_without_probabilities_are_refused_and_minus_infinity_is_a_probab
     bad, good = torch.tensor([[0.0, 1.0]]).repeat(5, 1), torch.tensor([[-torch.inf, 1.0]]).repeat(5, 1)
     bad[3, 1] = logit
     with pytest.raises(InputError, match=r"logits of 1 of 5 images.*cluster_logits"):
-        assign_by_own_rule(lambda _: bad, features)
-    assert assign_by_own_rule(lambda _: good, features)[1].tolist() == [1.0] * 5
+        assign_by_own_rule(lambda _: bad, features, num_clusters=bad.shape[1])
+    assert assign_by_own_rule(lambda _: good, features, num_clusters=good.shape[1])[1].tolist() == [1.0] * 5
     with pytest.raises(InputError, match="logits of 5 of 5 images"):
         assign_to_centroids(features, torch.full((2, 3), torch.nan), torch.tensor(1.0))
 
