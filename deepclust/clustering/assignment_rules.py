@@ -17,8 +17,8 @@ def assign_by_own_rule(
 ) -> tuple[Tensor, Tensor] | None:
     """Return assignments (M,) and confidence (M,) of features (M, D) by a method's own rule; None if it has none.
 
-    `cluster_logits` is the method's function of that name, and `num_clusters` the number K of its logits. The confidence
-    of an assignment is its probability.
+    `cluster_logits` is the method's function of that name, and `num_clusters` the number K of its logits. The
+    confidence of an assignment is its probability.
 
     Raises:
         InputError: if the logits of an image give no probabilities.
