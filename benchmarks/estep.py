@@ -9,7 +9,7 @@ seconds, which other programs on the machine disturb less than the time on the c
   restart converges earlier. All sides use all rows (by default faiss would use 256 for each cluster).
 - Ours, scikit-learn and the authors' code seed by greedy k-means++, and their times include it; the column "seeding"
   gives ours by itself, by default settings: at ImageNet's size on a sample. faiss starts from random rows.
-- "by faiss" is ours with clustering.backend=faiss. With 200,000 rows or more the peak of memory of each side is recorded too,
+- "by faiss" is ours with clustering.backend=faiss. From LARGE rows on the peak of memory of each side is recorded too,
   the rows themselves included.
 - On a GPU, ours and the authors' code run on the GPU, and the others on the CPU.
 - DIR is a copy of github.com/Hzzone/torch_clustering, which the authors' E-step calls.

@@ -12,6 +12,9 @@ from deepclust.clustering.backend import ClusteringSettings, clustering_settings
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
 from deepclust.errors import InputError
+from deepclust.runs.checkpoint import load_checkpoint
+from deepclust.runs.resume_checks import check_same_recipe
+from deepclust.runs.trusted_targets import read_run_config
 from tests.clustering.kmeans_reference import KEY, METRICS, SETTINGS, make_blobs
 
 DEFAULTS = {
@@ -137,3 +140,17 @@ def test_the_configuration_of_a_run_has_the_settings_that_hold_outside_of_one():
     with initialize_config_module("deepclust.conf", version_base="1.3"):
         cfg = compose("train")
     assert dict(cfg.clustering) == asdict(backend.BY_TORCH) == DEFAULTS
+
+
+def test_a_run_follows_the_settings_and_goes_on_with_the_same_ones_only(train_small, caplog):
+    with caplog.at_level(logging.INFO):
+        _, folder = train_small(
+            "trainer.max_epochs=1", "clustering.backend=faiss", "clustering.seeding_rows_per_cluster=2"
+        )
+    assert "k-means++ chooses among" in caplog.text
+    by_faiss = read_run_config(load_checkpoint(folder))
+    by_torch = by_faiss | {"clustering": DEFAULTS}
+    with pytest.raises(InputError, match=r"clustering\.backend"):
+        check_same_recipe(by_torch, by_faiss)
+    from_before_there_were_settings = {key: value for key, value in by_faiss.items() if key != "clustering"}
+    check_same_recipe(from_before_there_were_settings, by_torch)
