@@ -1,6 +1,7 @@
 """The files and records that loggers write."""
 
 import csv
+import json
 import os
 import socket
 import threading
@@ -16,6 +17,8 @@ from deepclust.errors import InputError
 from deepclust.loggers import weights_and_biases
 from deepclust.loggers.metrics_csv import MetricsCsv
 from deepclust.runs.dashboards import send_to_dashboards
+from deepclust.score_names import SCORE_NAMES
+from tests.comparison.run_folders import compare, write_run
 
 
 def read_metrics(folder):
@@ -126,6 +129,13 @@ def read_wandb_file(file):
 
 
 def parse_wandb_file(file):
+    """Return the kinds of the records that are in the file by now, and the text of all of them."""
+    records = list_wandb_records(file)
+    kinds = {record.WhichOneof("record_type") for record in records}
+    return kinds, "\n".join(str(record).replace('\\"', '"') for record in records)
+
+
+def list_wandb_records(file):
     """Parse a LevelDB log: 7 bytes of wandb's own, then blocks of 32 kB that hold pieces of records.
 
     Each piece begins with a checksum (4 bytes), its length (2), and whether it is a whole record or the first, a middle
@@ -133,7 +143,7 @@ def parse_wandb_file(file):
     """
     from wandb.proto import wandb_internal_pb2
 
-    data, position, kinds, texts, pieces = file.read_bytes(), 7, set(), [], b""
+    data, position, records, pieces = file.read_bytes(), 7, [], b""
     while position + 7 < len(data):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
@@ -146,10 +156,9 @@ def parse_wandb_file(file):
         if piece_type in (1, 4):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(pieces)
-            kinds.add(record.WhichOneof("record_type"))
-            texts.append(str(record).replace('\\"', '"'))
+            records.append(record)
             pieces = b""
-    return kinds, "\n".join(texts)
+    return records
 
 
 def test_tensorboard_files_hold_scores_and_images(train_small):
@@ -205,3 +214,46 @@ def test_what_lies_in_place_of_the_id_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(InputError, match=r"wandb_id\.txt is not as deepclust wrote it") as caught:
         weights_and_biases.read_run_id(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_table_of_a_sweep_on_wandb_is_that_of_compare(tmp_path, monkeypatch):
+    """The summaries of offline runs, averaged over seeds, are the rows of `deepclust compare`."""
+    pytest.importorskip("wandb").teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = ("train_seconds", "earlier_seconds")
+    summaries = []
+    for seed, acc, seconds in ((0, 0.8125, 61.0), (1, 0.9, 127.5)):
+        folder = tmp_path / "sweep" / str(seed)
+        scores = {"acc": acc, "nmi": acc - 0.1, "ari": acc / 3}
+        write_run(
+            folder,
+            overrides=["method=cc", f"seed={seed}"],
+            seed=seed,
+            scores={"method": scores, "kmeans": {name: value / 2 for name, value in scores.items()}},
+            baseline={"kmeans_on_pixels": {"acc": 0.3, "nmi": 0.2, "ari": 0.1}},
+            timing=dict(zip(names, (seconds, 30.0), strict=True)),
+        )
+        results = json.loads((folder / "results.json").read_text()) | {"health": {"empty_clusters": seed}}
+        config = {"names": {"method": "cc", "backbone": "mlp"}, "dataset": {"name": "digits"}, "seed": seed}
+        logger = weights_and_biases.wandb_logger(folder=folder, config=config, project="test")
+        send_to_dashboards([logger], results, [], None, None)
+        summaries.append(read_wandb_summary(next((folder / "wandb").glob("offline-run-*/run-*.wandb"))))
+    rows = {row.rule: row for row in compare(tmp_path).rows}
+    for rule, key in (("method", "method"), ("k-means", "kmeans"), ("pixels", "kmeans_on_pixels")):
+        for name in SCORE_NAMES:
+            values = [summary[f"final/{key}/{name}"] for summary in summaries]
+            assert np.mean(values) == pytest.approx(rows[rule].scores[name].mean, abs=1e-12)
+            assert np.std(values, ddof=1) == pytest.approx(rows[rule].scores[name].spread, abs=1e-12)
+    assert np.mean([s["final/minutes"] for s in summaries]) == pytest.approx(rows["method"].minutes, abs=1e-12)
+    assert [summary["final/empty_clusters"] for summary in summaries] == [0, 1]
+
+
+def read_wandb_summary(file):
+    """Return the summary that the file of an offline run ends with, by name."""
+    read_wandb_file(file)  # waits for its end
+    summary = {}
+    for record in list_wandb_records(file):
+        for item in record.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return summary
