@@ -42,7 +42,7 @@ class TrainingMonitor(Callback):
 
     def __init__(self, *, gradient_norm: bool) -> None:
         self.gradient_norm = gradient_norm
-        self.values: dict[str, float | Tensor] = {}  # to be logged at the next interval
+        self.values: dict[str, float] = {}  # to be logged at the next interval
         self.batch_began_at: float | None = None
         self.last_logged_step = 0
         self.num_images, self.num_batches, self.seconds = 0, 0, 0.0  # since the last interval
@@ -68,7 +68,7 @@ class TrainingMonitor(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         if self.gradient_norm and is_logged(trainer, trainer.global_step + 1):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.values["gradients/norm"] = get_total_norm(gradients)
+            self.values["gradients/norm"] = float(get_total_norm(gradients))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
@@ -86,7 +86,10 @@ class TrainingMonitor(Callback):
                 self.values["memory/process_bytes"] = float(process_bytes)
             if pl_module.device.type == "cuda":  # reserved: CUDA graphs count, which allocate nothing
                 self.values["memory/device_bytes"] = float(torch.cuda.max_memory_reserved(pl_module.device))
-            pl_module.log_dict(self.values, rank_zero_only=True)
+            # Not by `pl_module.log`, which would repeat what is told once until the end of the epoch.
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # that of the other values of this batch
+            for logger in trainer.loggers:
+                logger.log_metrics(self.values, step)
             self.values, self.waited_before = {}, waited
             self.num_images, self.num_batches, self.seconds = 0, 0, 0.0
 
