@@ -23,6 +23,14 @@ The statistics follow the embeddings as an average over batches, and are pooled 
 before each epoch. A statistics network turns those of a cluster, [m; log v; log(n / N)], into its context. The decoder
 is given each embedding plus the mean of the contexts by q. The contexts of the two halves of a batch are to agree.
 
+Training takes the images as they are, as DEC does. The first sketch rotated and shifted them (`view_names=[moved]
+before.view_names=[moved]`), and then there was no end to it: the divergence rose for as long as training went on, and
+the clusters fell apart. A moved image lies in another cluster than its original one time in five, and its gradient
+pushes the images near it away from the cluster where it lies. In DEC, images whose target that cluster is hold it where
+it is. Here the statistics follow the images that are pushed away, and are constants in the gradient, so nothing holds
+them. With statistics that stay those of k-means the clusters last; neither pooling them in the E-step only, nor widths
+of a constant mean, nor a tenth of the weight is enough. On images as they are, the divergence falls to almost 0.
+
 Decisions, where the abstract leaves everything open:
 - The decoder reads contexts of the running statistics, which are constants in the gradient; those of the two halves of
   a batch have a gradient. The assignments by which anything is pooled are constants.

@@ -19,6 +19,15 @@ results were at hand when this was written. Scores of this method are those of a
   views, optimiser and batch size are CC's or those of its relatives.
 - Several processes. Keys of all processes enter the queue, and clusters are sums over the global batch.
 
+Why its clusters are poor, as reconstructed. The objective is met without any clusters. A vector R_k of unit length does
+not tell how certain the assignments are. While all of them are near 1/K, R_k depends linearly on the prototype,
+R_k ~ mean v + Cov(v) (mu_k - mean mu), whatever groups the embeddings form; any ten prototypes that point apart in the
+widest directions of v then bring the contrast of clusters near its least value, and its gradient vanishes. The
+contrast of images gains nothing from the assignment, because the query holds v already, so the prior keeps it
+undecided. The arg max cuts the sphere of v into sectors of arbitrary directions. Meanwhile the contrast of images
+spreads v evenly over the sphere; the classes stay in the features of the backbone. Neither a smaller `prior_weight`,
+nor none, nor a temperature in the assignment changes this. docs/results.md has the figures, and what does.
+
 Logged terms, all of them weighted:
 - `train/instance`: the contrast of images.
 - `train/prior`: log K minus the mean entropy of the assignments: 0 if none is decided, log K if all are certain.
