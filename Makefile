@@ -30,6 +30,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,'.[dev]')
 	@touch $(VENV)/.core $(VENV)/.docs $@
 
+# Apart from `dev`: with `datasets` comes pandas, which scikit-learn imports where it is, a second in each process.
+$(VENV)/.all: pyproject.toml constraints.txt | $(VENV)/.dev
+	$(call install,'.[dev,huggingface]')
+	@touch $@
+
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,'.[docs]')
 	@touch $@
@@ -43,7 +48,7 @@ demo: $(VENV)/.core ## train ProPos on the embedded digits and show the clusters
 test: $(VENV)/.dev lint ## lint, then every test but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
-test-all: $(VENV)/.dev lint ## every test, with new random examples
+test-all: $(VENV)/.dev $(VENV)/.all lint ## every test, with new random examples
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=search $(BIN)/pytest -n 2 --dist worksteal
 	@if test "$$(id -u)" = 0 && test -e /etc/debian_version; then $(MAKE) test-slurm; \
 	else echo "the tests of Slurm did not run: make test-slurm needs root on Debian"; fi
