@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -218,9 +219,11 @@ class DevicesLauncher(Launcher):
             print(f"{job.name} done in {format_duration(time.monotonic() - job.started_at)}", flush=True)
 
     def pass_on(self, number: signal.Signals, running: list[Job], *, is_first: bool) -> None:
-        """Ask jobs to save and stop; at a second signal, to stop at once."""
+        """Ask jobs to save and stop; at a later Ctrl-C, to stop at once. Other signals change nothing any more."""
         if is_first:
             print_message(f"{number.name}: asking {format_count(len(running), 'job')} to save and stop")
+        if not is_first and number != signal.SIGINT:
+            return
         for job in running:
             assert job.process is not None
             job.process.send_signal(signal.SIGTERM if is_first else signal.SIGINT)
@@ -231,6 +234,8 @@ class DevicesLauncher(Launcher):
         self.received = []
         previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         noted = [number for number in STOP_SIGNALS if previous[number] is not signal.SIG_IGN]
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
+            noted = []
         for number in noted:
             signal.signal(number, lambda number, frame: self.received.append(signal.Signals(number)))
         try:
