@@ -75,9 +75,9 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from deepclust.cli.devices_launcher import DevicesLauncher
     from deepclust.config.composition import COMPOSITION_ERRORS, CONFIG_PACKAGE, VERSION_BASE
 
+    outcomes = JobOutcomes()
     is_sweep, typed = bool({"-m", "--multirun"} & {*arguments}), arguments
     if verb == "sweep":
         arguments = name_plain_arguments(arguments)
@@ -88,7 +88,8 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         "config_dir": flags.config_dir,
         "overrides": flags.overrides,
     }
-    prepare_plugins()
+    if is_sweep or any("hydra" in override for override in flags.overrides):
+        prepare_plugins(outcomes)
     check_flags(flags, **composed_from)
     check_sweeper(flags.overrides)
     if flags.help and flags.config_name is None and (text := compose_own_help(verb, flags)) is not None:
@@ -103,7 +104,6 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         check_chosen_options(command=f"deepclust {verb}", **composed_from)
     users_full_error = os.environ.get(FULL_ERROR)
     launching_process = os.getpid()
-    outcomes = JobOutcomes()
     keys = [override.lstrip("+").partition("=")[0] for override in flags.overrides]
     has_named_folder = bool({"hydra.run.dir", "hydra.sweep.dir"} & {*keys})
 
@@ -166,7 +166,6 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
                 raise JobFailed(text, exit_code_of_error(error), trace) from None
 
     run_one_job.__module__ = f"deepclust.commands.{verb}"  # Hydra takes the job's name from it
-    DevicesLauncher.outcomes = outcomes
     configs = f"pkg://{CONFIG_PACKAGE}"
     application = hydra.main(version_base=VERSION_BASE, config_path=configs, config_name=verb)(run_one_job)
     program = "deepclust" if flags.shell_completion else f"deepclust {verb}"
@@ -213,13 +212,17 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     return outcomes
 
 
-def prepare_plugins() -> None:
-    """Make our launcher known to Hydra, and let conf/hydra/sweeper/optuna.yaml stand in place of the plugin's own."""
+def prepare_plugins(outcomes: JobOutcomes) -> None:
+    """Make our launcher known to Hydra, and let conf/hydra/sweeper/optuna.yaml stand in place of the plugin's own.
+
+    The launcher notes in `outcomes` what becomes of its jobs.
+    """
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
     from deepclust.cli.devices_launcher import DevicesLauncher
 
+    DevicesLauncher.outcomes = outcomes
     Plugins.instance().register(DevicesLauncher)  # this also loads all plugins, which store their configurations
     stored: Any = ConfigStore.instance().repo
     stored.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)

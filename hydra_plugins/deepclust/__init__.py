@@ -1,5 +1,14 @@
-"""Where Hydra looks for the launcher `devices`; it takes launchers from packages below `hydra_plugins` only."""
+"""Where Hydra looks for the launcher `devices`; it takes launchers from packages below `hydra_plugins` only.
 
-from deepclust.cli.devices_launcher import DevicesLauncher
+Hydra imports this at each start, so the launcher itself is imported when it is asked for.
+"""
 
-__all__ = ["DevicesLauncher"]
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name != "DevicesLauncher":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from deepclust.cli.devices_launcher import DevicesLauncher
+
+    return DevicesLauncher
