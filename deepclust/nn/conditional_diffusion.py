@@ -157,10 +157,17 @@ def make_unet(
             expected="it for a method that generates images by diffusion",
             do="pip install diffusers, or the extra generative",
         ) from error
+
+    class UNet(UNet2DModel):
+        """Knows its device and dtype without weights, too: TorchScript asks where an exported program has left them."""
+
+        device = property(lambda self: next((p.device for p in self.parameters()), torch.device("cpu")))
+        dtype = property(lambda self: next((p.dtype for p in self.parameters()), torch.float32))
+
     others = len(widths) - 1
     # Groups of normalisation hold two channels or more. Steps and conditions shift channels as a whole just before it,
     # so groups of one, as diffusers' 32 groups are where there are 32 channels, would lose them.
-    return UNet2DModel(
+    return UNet(
         sample_size=image_size,
         in_channels=channels,
         out_channels=channels,
