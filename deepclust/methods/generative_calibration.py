@@ -28,6 +28,7 @@ What the abstract leaves open, and is chosen here, beside the formulas:
 - Base loss. It is that of the earlier run on its own views; the other terms take the image without augmentation.
 - One batch. Real and generated images go through the network together, so that batch normalisation treats them alike.
 - Turns. An epoch trains the diffusion model or the clustering, and a round has epochs of the one, then of the other.
+- Sampling. What is predicted of an image is clipped to its range at each step; else some images came out as noise.
 - Empty clusters. They have no generated images.
 - Without generated images. If all three weights are 0, none are made, for comparison: the run goes on with `L_base`.
 

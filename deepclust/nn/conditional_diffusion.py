@@ -131,7 +131,7 @@ class ConditionalDiffusion(nn.Module):
         for number in reversed(range(self.num_sampling_steps)):
             steps = torch.full_like(conditions, number * stride)
             found = guided_noise(self(x, steps, conditions), self(x, steps, none), guidance=self.guidance)
-            _, x = ddim_step(x, found, self.alphas_cumprod, step=number * stride, stride=stride)
+            _, x = ddim_step(x, found, self.alphas_cumprod, step=number * stride, stride=stride, limit=1.0)
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -208,14 +208,17 @@ def guided_noise(conditional: Tensor, unconditional: Tensor, *, guidance: float)
 
 @full_precision
 def ddim_step(
-    images: Tensor, noise: Tensor, alphas_cumprod: Tensor, *, step: int, stride: int
+    images: Tensor, noise: Tensor, alphas_cumprod: Tensor, *, step: int, stride: int, limit: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the image x_0 that is predicted, not clipped, and the image `stride` steps earlier, both (N, ...).
+    """Return the image x_0 that is predicted and the image `stride` steps earlier, both (N, ...).
 
     `images` are those at `step`, `noise` is what is found in them, and `alphas_cumprod` (num_steps,) are a_t of all
-    steps; before the first one it is 1. (DDIM, equation 12, without random noise.)
+    steps; before the first one it is 1. x_0 is clipped to [-limit, limit], if there is a limit: at late steps its error
+    is that of the noise a hundred times. (DDIM, equation 12, without random noise.)
     """
     now = alphas_cumprod[step].to(images.dtype)
     before = alphas_cumprod[step - stride].to(images.dtype) if step >= stride else torch.ones_like(now)
     x_0 = (images - (1 - now).sqrt() * noise) / now.sqrt()
+    if limit is not None:
+        x_0 = x_0.clamp(-limit, limit)
     return x_0, before.sqrt() * x_0 + (1 - before).sqrt() * noise

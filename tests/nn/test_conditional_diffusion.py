@@ -92,8 +92,10 @@ def test_every_size_has_noise_of_its_shape(image_size, widths, attention):
 
 def test_the_last_step_ends_at_the_predicted_image():
     alphas = linear_alphas_cumprod(10, beta_start=0.1, beta_end=0.2)
-    x_0, x_previous = ddim_step(torch.ones(1, 2), torch.zeros(1, 2), alphas, step=3, stride=5)
-    assert torch.equal(x_0, x_previous)
+    noise, arguments = torch.tensor([[0.0, -9.0]]), {"step": 3, "stride": 5}
+    x_0, x_previous = ddim_step(torch.ones(1, 2), noise, alphas, limit=None, **arguments)
+    assert torch.equal(x_0, x_previous) and x_0[0, 1] > 2
+    assert torch.equal(ddim_step(torch.ones(1, 2), noise, alphas, limit=2.0, **arguments)[0], x_0.clamp(-2, 2))
 
 
 def test_the_network_learns_to_find_noise():

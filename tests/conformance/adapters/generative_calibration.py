@@ -31,6 +31,7 @@ def ddim_step(params, inputs):
         make_alphas_cumprod(params),
         step=params["t"],
         stride=params["num_steps"] // params["num_sampling_steps"],
+        limit=None,
     )
     return {"x_0": x_0, "x_previous": x_previous}
 
