@@ -173,4 +173,4 @@ def test_a_run_logs_everything_and_learns_the_same_without(train_small):
     text = (without / "metrics.csv").read_text().splitlines()[0]
     assert "speed/" not in text and "learning_rate" not in text
     page = (folder / "report.html").read_text()
-    assert "images per second" not in page
+    assert "data seconds" not in page and "process bytes" not in page
