@@ -24,6 +24,8 @@ REQUIRED = {
     "folder": ["dataset.path=x", "dataset.num_clusters=2"],
     "arrays": ["dataset.path=x", "dataset.num_clusters=2"],
     "features": ["dataset.path=x", "dataset.num_clusters=2"],
+    "webdataset": ["dataset.path=x", "dataset.num_clusters=2"],
+    "huggingface": ["dataset.path=x", "dataset.num_clusters=2"],
 }
 GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
 SLOW = ("idec", "decs", "generative_calibration")  # the class of DEC with other weights, and large networks
