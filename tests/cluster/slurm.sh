@@ -8,7 +8,8 @@
 #
 # It is Debian's Slurm with accounting and two pretended GPUs a node, started by hand, as root and without systemd.
 # Each of its daemons is waited for at most WAIT_SECONDS, and is stopped by its pid file. A configuration in /etc/slurm
-# that is not from here is left alone, and then nothing is started. `down` leaves the configuration and the packages.
+# that is not from here is left alone, and then nothing is started. `down` leaves the packages, a line of /etc/hosts and
+# the pretended GPUs in /dev.
 set -euo pipefail
 
 WAIT_SECONDS=60
@@ -172,6 +173,7 @@ down() {
     for file in "${PID_FILES[@]}"; do stop "$file"; done
     if [ -L /run/mysqld/mysqld.sock ]; then rm /run/mysqld/mysqld.sock; fi
     rm -rf $DATABASE
+    rm -f /etc/slurm/{slurm,gres,slurmdbd}.conf # without them Slurm's commands do not look for a controller for seconds
 }
 
 case "${1:-}" in
