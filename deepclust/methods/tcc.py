@@ -4,7 +4,7 @@ The assignment of an image to one of K clusters is a random variable that links 
 Alone"). In the contrast of images, a sample of the assignment is added to the embedding of an image, which is then
 told apart from images of earlier batches. Its objective is a bound on a likelihood in which the assignment is latent.
 So the divergence of the assignment from the uniform distribution is part of it, and the gradient passes through a
-relaxed sample (Gumbel softmax). In the contrast of clusters, each cluster is the sum of the embeddings of a batch,
+relaxed sample (Gumbel softmax). In the contrast of clusters, each cluster is the mean of the embeddings of a batch,
 weighted by their assignments; it is to be found again in another view of the batch, among clusters of earlier batches.
 The cluster of an image is the arg max of its assignment, without noise. There are no stages and no state per image.
 
@@ -14,23 +14,25 @@ results were at hand when this was written. Scores of this method are those of a
 - Recalled from the paper, and uncertain: the formulas of both terms, that the sample enters the query through one
   linear layer and is added to the embedding (`context: concat` is the other possibility), and the temperatures, weights
   and sizes of queues, which conf/method/tcc.yaml marks.
-- Own choices: keys come from a moving average of the networks, the projector has two layers, only clusters of other
+- Own choices: the form of a cluster's vector and of the prior, and a temperature in the assignment, as below; keys come from a moving average of the networks, the projector has two layers, only clusters of other
   indices are negatives of a cluster, both terms are computed in both directions (`symmetric: false`: in one), and the
   views, optimiser and batch size are CC's or those of its relatives.
 - Several processes. Keys of all processes enter the queue, and clusters are sums over the global batch.
 
-Why its clusters are poor, as reconstructed. The objective is met without any clusters. A vector R_k of unit length does
-not tell how certain the assignments are. While all of them are near 1/K, R_k depends linearly on the prototype,
-R_k ~ mean v + Cov(v) (mu_k - mean mu), whatever groups the embeddings form; any ten prototypes that point apart in the
-widest directions of v then bring the contrast of clusters near its least value, and its gradient vanishes. The
-contrast of images gains nothing from the assignment, because the query holds v already, so the prior keeps it
-undecided. The arg max cuts the sphere of v into sectors of arbitrary directions. Meanwhile the contrast of images
-spreads v evenly over the sphere; the classes stay in the features of the backbone. Neither a smaller `prior_weight`,
-nor none, nor a temperature in the assignment changes this. docs/results.md has the figures, and what does.
+Why it differs from the first sketch (`cluster_vector: unit`, `prior: each`, `assignment_temperature: 1`,
+`cluster_temperature: 1`). That objective is met without any clusters. A vector R_k of unit length does not tell how
+certain the assignments are. While all of them are near 1/K, R_k depends linearly on the prototype, R_k ~ mean v +
+Cov(v) (mu_k - mean mu), whatever groups the embeddings form; any ten prototypes that point apart in the widest
+directions of v then bring the contrast of clusters near its least value, and its gradient vanishes. The contrast of
+images gains nothing from the assignment, because the query holds v already, so the prior keeps it undecided. The arg
+max cuts the sphere of v into sectors of arbitrary directions. A weighted mean is the longer, the narrower its cluster,
+so that the contrast rewards clusters. The prior on the mean of the assignments leaves each of them free to be certain
+and keeps clusters equally large. docs/results.md has the figures.
 
 Logged terms, all of them weighted:
 - `train/instance`: the contrast of images.
-- `train/prior`: log K minus the mean entropy of the assignments: 0 if none is decided, log K if all are certain.
+- `train/prior`: log K minus the entropy of the mean assignment: 0 if clusters are equally large, log K if there is one.
+  With `prior: each`, log K minus the mean entropy: 0 if none is decided, log K if all are certain.
 - `train/cluster`: the contrast of clusters.
 The first and the last are 0 in the first step, in which the queues are empty.
 """
@@ -48,6 +50,7 @@ from deepclust.batch import TrainBatch
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
+from deepclust.losses.balance import cluster_size_entropy_deficit
 from deepclust.methods.base import ClusteringMethod
 from deepclust.nn.ema import TargetNetwork, make_target, update_target
 from deepclust.nn.queue import Queue
@@ -68,10 +71,14 @@ class TCC(ClusteringMethod):
 
     Args of the objective:
         symmetric: whether each view is the query once and the key once; otherwise the first view is the query.
+        assignment_temperature: divides the similarity of an embedding and a prototype in the assignment.
         gumbel_temperature: lambda, the temperature of the relaxed sample of the assignment.
         instance_temperature: kappa, the temperature of the contrast of images.
         cluster_temperature: tau, the temperature of the contrast of clusters.
-        prior_weight: the weight of the divergence of the assignments from the uniform distribution; 1 in the bound.
+        prior: what is held against the uniform distribution: `each` assignment, or the `mean` of those of a batch.
+        prior_weight: the weight of its divergence from the uniform distribution; 1 in the bound, which has `each`.
+        cluster_vector: what a cluster is in its contrast: the weighted `mean` of the embeddings, or `unit`, the same
+            scaled to unit length.
         cluster_weight: alpha, the weight of the contrast of clusters.
         key_queue_size: J, the number of keys of earlier batches that are negatives of an image.
         cluster_queue_size: L, the number of clusters of earlier batches that are remembered as negatives.
@@ -88,10 +95,13 @@ class TCC(ClusteringMethod):
         context: Literal["add", "concat"],
         ema_decay: Fraction,
         symmetric: bool,
+        assignment_temperature: PositiveFloat,
         gumbel_temperature: PositiveFloat,
         instance_temperature: PositiveFloat,
         cluster_temperature: PositiveFloat,
+        prior: Literal["each", "mean"],
         prior_weight: NonNegativeFloat,
+        cluster_vector: Literal["mean", "unit"],
         cluster_weight: NonNegativeFloat,
         key_queue_size: PositiveInt,
         cluster_queue_size: PositiveInt,
@@ -117,10 +127,13 @@ class TCC(ClusteringMethod):
         self.context = context
         self.ema_decay = ema_decay
         self.symmetric = symmetric
+        self.assignment_temperature = assignment_temperature
         self.gumbel_temperature = gumbel_temperature
         self.instance_temperature = instance_temperature
         self.cluster_temperature = cluster_temperature
+        self.prior = prior
         self.prior_weight = prior_weight
+        self.cluster_vector = cluster_vector
         self.cluster_weight = cluster_weight
 
     # One step
@@ -166,9 +179,14 @@ class TCC(ClusteringMethod):
         key_rows, cluster_rows = self.key_queue.rows.clone(), self.cluster_queue.rows.clone()
         is_filled = self.key_queue.indices >= 0
         instance = contrast_with_queue(queries, keys, key_rows, is_filled, temperature=self.instance_temperature)
-        prior = divergence_from_uniform(logits)
-        clusters = sum_by_cluster(v, logits)
-        key_clusters = sum_by_cluster(keys, self.target_cluster_head(keys))
+        mean_factor = distributed.global_mean_factor(indices)
+        if self.prior == "each":
+            prior = mean_factor * divergence_from_uniform(logits)
+        else:
+            prior = divergence_of_mean_from_uniform(logits)
+        make_vectors = average_by_cluster if self.cluster_vector == "mean" else sum_by_cluster
+        clusters = make_vectors(v, logits)
+        key_clusters = make_vectors(keys, self.target_cluster_head(keys) / self.assignment_temperature)
         cluster = cluster_contrast(
             clusters, key_clusters, cluster_rows, self.cluster_queue.indices, temperature=self.cluster_temperature
         )
@@ -177,8 +195,7 @@ class TCC(ClusteringMethod):
         self.key_queue.push(global_keys, distributed.all_gather(indices).repeat(num_directions))
         cluster_ids = torch.arange(self.num_clusters, device=v.device)
         self.cluster_queue.push(key_clusters.flatten(0, 1), cluster_ids.repeat(num_directions))
-        mean_factor = distributed.global_mean_factor(indices)
-        return mean_factor * instance, mean_factor * prior, cluster
+        return mean_factor * instance, prior, cluster
 
     def make_queries(self, v: Tensor, sample: Tensor) -> Tensor:
         """Return unit queries e (..., N, D) of embeddings v (..., N, D) and samples of assignments (..., N, K)."""
@@ -197,7 +214,7 @@ class TCC(ClusteringMethod):
 
     @full_precision
     def cluster_logits(self, features: Tensor) -> Tensor:
-        return self.cluster_head(features)
+        return self.cluster_head(features) / self.assignment_temperature
 
 
 @full_precision
@@ -226,6 +243,16 @@ def divergence_from_uniform(logits: Tensor) -> Tensor:
 
 
 @full_precision
+def divergence_of_mean_from_uniform(logits: Tensor) -> Tensor:
+    """Return the divergence, a scalar, of the mean assignment of the global batch from the uniform one.
+
+    The logits are (V, N, K), and the result is the mean over the V directions.
+    """
+    sizes = distributed.sum_with_gradient(logits.softmax(-1).sum(-2))
+    return torch.stack([cluster_size_entropy_deficit(row.unsqueeze(0)) for row in sizes]).mean()
+
+
+@full_precision
 def contrast_with_queue(
     anchors: Tensor, positives: Tensor, queue: Tensor, is_negative: Tensor, *, temperature: float
 ) -> Tensor:
@@ -247,6 +274,18 @@ def sum_by_cluster(embeddings: Tensor, logits: Tensor) -> Tensor:
     cluster without any mass has the vector 0.
     """
     return to_unit_length(distributed.sum_with_gradient(logits.softmax(-1).mT @ embeddings))
+
+
+@full_precision
+def average_by_cluster(embeddings: Tensor, logits: Tensor) -> Tensor:
+    """Return the weighted mean of the embeddings of the global batch for each cluster, R (..., K, D).
+
+    R_k = sum_i pi_i(k) v_i / sum_i pi_i(k), with the letters of `sum_by_cluster`; 0 for a cluster without any mass.
+    """
+    assignments = logits.softmax(-1)
+    sums = distributed.sum_with_gradient(assignments.mT @ embeddings)
+    sizes = distributed.sum_with_gradient(assignments.sum(-2)).unsqueeze(-1)
+    return sums / sizes.clamp(min=1e-8)
 
 
 def cluster_contrast(

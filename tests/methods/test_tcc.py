@@ -11,9 +11,11 @@ from deepclust.batch import Draws, TrainBatch
 from deepclust.errors import InputError
 from deepclust.methods.tcc import (
     TCC,
+    average_by_cluster,
     cluster_contrast,
     contrast_with_queue,
     divergence_from_uniform,
+    divergence_of_mean_from_uniform,
     relaxed_sample,
     sum_by_cluster,
 )
@@ -29,10 +31,13 @@ def make_method(**settings):
         "context": "add",
         "ema_decay": 0.9,
         "symmetric": True,
+        "assignment_temperature": 1.0,
         "gumbel_temperature": 0.8,
         "instance_temperature": 0.15,
         "cluster_temperature": 1.0,
+        "prior": "each",
         "prior_weight": 1.0,
+        "cluster_vector": "unit",
         "cluster_weight": 1.0,
         "key_queue_size": 40,
         "cluster_queue_size": 20,
@@ -97,6 +102,37 @@ def test_a_cluster_without_mass_is_zero_and_gives_no_gradient():
     assert not clusters[1].any()
     cluster_contrast(clusters, clusters.detach(), torch.randn(4, 2), torch.arange(4) % 3, temperature=1.0).backward()
     assert v.grad.isfinite().all() and logits.grad.isfinite().all() and not logits.grad[:, 1].any()
+
+
+def test_the_vector_of_a_cluster_is_the_weighted_mean_of_its_embeddings():
+    v, logits = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    logits[:, 2] = -1e4
+    p = logits.softmax(1)
+    expected = [sum(p[i, k] * v[i] for i in range(7)) / max(float(p[:, k].sum()), 1e-8) for k in range(4)]
+    torch.testing.assert_close(average_by_cluster(v, logits), torch.stack(expected))
+    assert not expected[2].any(), "a cluster without any mass"
+
+
+def test_the_prior_of_the_mean_is_0_where_clusters_are_equally_large():
+    certain = 1e4 * torch.eye(5)
+    both = torch.stack([certain, certain[:1].repeat(5, 1)]).requires_grad_()
+    prior = divergence_of_mean_from_uniform(both)
+    prior.backward()
+    assert float(prior.detach()) == pytest.approx(math.log(5) / 2) and both.grad.isfinite().all()
+    assert float(divergence_of_mean_from_uniform(certain.unsqueeze(0))) == pytest.approx(0, abs=1e-6)
+
+
+def test_terms_are_those_of_the_chosen_forms():
+    method = make_method(prior="mean", cluster_vector="mean", assignment_temperature=0.5)
+    batch = make_batch()
+    v = torch.stack([method.encode(view) for view in batch.views])
+    logits = method.cluster_logits(v)
+    torch.testing.assert_close(logits, v @ method.cluster_head.weight.T * 2)
+    terms = method.losses(batch)
+    torch.testing.assert_close(terms["prior"], divergence_of_mean_from_uniform(logits))
+    keys = method.target(batch.views[1])
+    expected = average_by_cluster(keys, method.target_cluster_head(keys) / 0.5)
+    torch.testing.assert_close(method.cluster_queue.rows[:4], expected)
 
 
 def test_the_prior_is_0_where_nothing_is_decided_and_log_k_where_all_is():
