@@ -14,9 +14,10 @@ results were at hand when this was written. Scores of this method are those of a
 - Recalled from the paper, and uncertain: the formulas of both terms, that the sample enters the query through one
   linear layer and is added to the embedding (`context: concat` is the other possibility), and the temperatures, weights
   and sizes of queues, which conf/method/tcc.yaml marks.
-- Own choices: the form of a cluster's vector and of the prior, and a temperature in the assignment, as below; keys come from a moving average of the networks, the projector has two layers, only clusters of other
-  indices are negatives of a cluster, both terms are computed in both directions (`symmetric: false`: in one), and the
-  views, optimiser and batch size are CC's or those of its relatives.
+- Own choices: the form of a cluster's vector and of the prior, and a temperature in the assignment, as below; keys come
+  from a moving average of the networks, the projector has two layers, only clusters of other indices are negatives of a
+  cluster, both terms are computed in both directions (`symmetric: false`: in one), and the views, optimiser and batch
+  size are CC's or those of its relatives.
 - Several processes. Keys of all processes enter the queue, and clusters are sums over the global batch.
 
 Why it differs from the first sketch (`cluster_vector: unit`, `prior: each`, `assignment_temperature: 1`,
