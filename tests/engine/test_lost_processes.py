@@ -241,6 +241,7 @@ def reduce_until_something_ends(rank: int) -> tuple[str, int | None]:
         return type(error).__name__, getattr(error, "exit_code", None)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_tells_the_others_its_exit_code(tmp_path):
     ends = run_on_processes(reduce_until_something_ends, 2, tmp_path)
     assert ends == [("ProcessLost", 1), ("ZeroDivisionError", None)]

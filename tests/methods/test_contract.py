@@ -23,7 +23,8 @@ from tests.host_waits import HostWaits, watch_host_operations_in_parts
 from tests.processes import TWO_PROCESSES, lock_shared_folder, run_deepclust
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
-SLOW = ("idec", "decs", "generative_calibration")  # DEC with another weight, and large networks
+# DEC with another weight, its relatives, and large networks
+SLOW = ("idec", "decs", "self_evoc", "statdec", "generative_calibration")
 pytestmark = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS]
 )

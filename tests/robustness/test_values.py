@@ -28,7 +28,12 @@ REQUIRED = {
     "huggingface": ["dataset.path=x", "dataset.num_clusters=2"],
 }
 GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
-SLOW = ("idec", "decs", "generative_calibration")  # the class of DEC with other weights, and large networks
+# The class of DEC or of ProPos with other weights, large networks, and methods whose arguments are of the same types as
+# those of others.
+SLOW = (
+    *("idec", "decs", "generative_calibration", "byol", "statdec", "self_evoc", "temi", "tcc", "conv_autoencoder"),
+    *("scan_pretext", "precise_feature", "digpro"),
+)
 METHODS = [
     pytest.param(method, marks=pytest.mark.slow) if method in SLOW else method for method in list_options("method")
 ]
