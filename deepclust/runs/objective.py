@@ -13,9 +13,10 @@ for something else have another geometry, in which the numbers mean something el
 
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from deepclust.clustering.assignment_rules import cluster_means, mean_squared_distance
+from deepclust.clustering.kmeans_distances import float64_chunk_size
 from deepclust.clustering.number_of_clusters import sample_rows
 from deepclust.errors import InputError
 
@@ -41,29 +42,38 @@ def compute_objective(name: ObjectiveName, features: Tensor, assignments: Tensor
 
     `value` is the objective, and `minimised` the number that a search is given: Hydra's sweepers minimise by default.
     """
-    rows = features.cpu().double()
-    rows, assignments = rows - rows.mean(0), assignments.cpu()
+    features, assignments = features.cpu(), assignments.cpu()
     if name == "silhouette":
-        value = compute_silhouette(rows, assignments, seed=seed)
+        value = compute_silhouette(features, assignments, seed=seed)
         minimised = -value
     else:
-        value = minimised = compute_unexplained_variance(rows, assignments)
+        value = minimised = compute_unexplained_variance(features, assignments)
     return {"name": f"select/{name}", "value": value, "minimised": minimised}
 
 
-def compute_silhouette(rows: Tensor, assignments: Tensor, *, seed: int) -> float:
-    """Return the mean silhouette of a sample of rows (M, D); -1 where the sample lies in one cluster."""
+def compute_silhouette(features: Tensor, assignments: Tensor, *, seed: int) -> float:
+    """Return the mean silhouette of a sample of features (M, D); -1 where the sample lies in one cluster."""
     from sklearn.metrics import silhouette_score  # takes half a second
 
-    sample = sample_rows(len(rows), seed)
-    rows, assignments = rows[sample], assignments[sample]
+    sample = sample_rows(len(features), seed)
+    rows, assignments = features[sample].double(), assignments[sample]
     if not 1 < assignments.unique().numel() < len(rows):
         return -1.0
-    return float(silhouette_score(rows.numpy(), assignments.numpy()))
+    return float(silhouette_score((rows - rows.mean(0)).numpy(), assignments.numpy()))
 
 
-def compute_unexplained_variance(rows: Tensor, assignments: Tensor) -> float:
-    """Return the mean squared distance of rows (M, D) to the means of their clusters, over that to the mean of all."""
-    means = cluster_means(rows, assignments, int(assignments.max()) + 1)
-    total = mean_squared_distance(rows, rows.mean(0, keepdim=True), assignments * 0)
-    return min(1.0, float(mean_squared_distance(rows, means, assignments) / total))
+def compute_unexplained_variance(features: Tensor, assignments: Tensor) -> float:
+    """Return the mean squared distance of features (M, D) to their clusters' means, over that to the mean of all."""
+    size = float64_chunk_size(features.device)
+    chunks = [*zip(features.split(size), assignments.split(size), strict=True)]  # a copy of all in float64 is too large
+    mean = torch.stack([rows.double().sum(0) for rows, _ in chunks]).sum(0) / len(features)
+    sums = mean.new_zeros(int(assignments.max()) + 1, len(mean))
+    for rows, clusters in chunks:
+        sums.index_add_(0, clusters, rows.double() - mean)
+    means = sums / torch.bincount(assignments)[:, None]
+    within = total = mean.new_zeros(())
+    for rows, clusters in chunks:
+        centered = rows.double() - mean
+        within, total = within + (centered - means[clusters]).square().sum(), total + centered.square().sum()
+    least = 1e-12 * len(features)  # for identical rows, of which nothing is explained
+    return min(1.0, float(within.clamp(min=least) / total.clamp(min=least)))

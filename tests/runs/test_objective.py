@@ -38,6 +38,11 @@ def test_one_cluster_and_identical_rows_are_the_worst(name, worst):
     assert same in (worst, 0.0)
 
 
+def test_identical_rows_in_two_clusters_have_nothing_explained():
+    objective = compute_objective("unexplained_variance", torch.ones(4, 2), ASSIGNMENTS, seed=0)
+    assert objective["value"] == 1.0
+
+
 @pytest.mark.parametrize("name", ["acc", "eval/method/acc", "nonsense", 3])
 def test_scores_that_have_seen_labels_are_no_objective(name, tmp_path):
     with pytest.raises(InputError, match=r"objective is .*set objective=silhouette"):
