@@ -13,6 +13,7 @@ def apply_separable(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Ten
 
     The matrices have the shapes (N, h, H) and (N, w, W).
     """
+    vertical, horizontal = vertical.to(images.dtype), horizontal.to(images.dtype)  # others with precision=64-true
     n, channels, height, width = images.shape
     rows = images.reshape(n, channels * height, width) @ horizontal.mT
     return vertical[:, None] @ rows.reshape(n, channels, height, horizontal.shape[1])

@@ -198,3 +198,15 @@ def test_a_pipeline_that_leaves_shapes_different_is_refused():
         CenterCrop(size=41).apply_to_whole(to_float_images(pad(make_whole_images(SHAPES[:4]))), {})
     with pytest.raises(InputError, match="random crop of 60 pixels does not fit"):
         Pipeline([RandomCrop(size=60, padding=0)]).apply(whole, {"0.position": torch.zeros(8, 2)})
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_views_are_made_where_float64_is_the_default(start):
+    """As in a training with precision=64-true, in which images stay float32 until a network takes them."""
+    images, n = pad(make_whole_images()), len(SHAPES)
+    torch.set_default_dtype(torch.float64)
+    try:
+        views = make_views(STARTS[start])(images, seeded_generator(), rows=slice(0, n), global_batch_size=n)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert views.shape == (n, 3, 24, 24) and 0 <= views.amin() < views.amax() <= 1 + 1e-6
