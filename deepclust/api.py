@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deepclust.cli.jobs import JobOutcomes, end_jobs, run_jobs
+from deepclust.cli.job_outcomes import JobOutcomes, end_jobs
+from deepclust.cli.jobs import run_jobs
 from deepclust.cli.process_state import process_state_kept
 from deepclust.config.handed_over import objects_handed_over
 from deepclust.config.override_format import format_value

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepclust.cli.arguments import parse_arguments, quote_text
 from deepclust.cli.environment import FULL_ERROR, is_job_started
+from deepclust.cli.job_outcomes import JobFailed, JobOutcomes, pick_objective
 from deepclust.cli.terminal import print_message
 from deepclust.engine.durations import format_duration
 from deepclust.engine.plurals import format_count
@@ -35,9 +36,6 @@ from deepclust.exit_codes import DONE, INPUT_ERROR, exit_code_of_signal
 from deepclust.runs.provenance import describe_going_on
 from deepclust.runs.run_folder import RESULTS
 from deepclust.runs.sweep_jobs import summarize_traceback
-
-if TYPE_CHECKING:
-    from deepclust.cli.jobs import JobOutcomes
 
 LOG_FOLDER = ".jobs"
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -77,7 +75,7 @@ class DevicesLauncher(Launcher):
     """
 
     # Those of the command that runs now. Hydra makes the launcher, so that it cannot be given them.
-    outcomes: "JobOutcomes | None" = None
+    outcomes: JobOutcomes | None = None
 
     def __init__(self, *, devices: Any, devices_per_job: Any, threads_per_job: Any) -> None:
         self.devices = devices
@@ -260,8 +258,6 @@ class DevicesLauncher(Launcher):
 
     def make_return(self, job: Job, code: int | None, sweep_folder: Path) -> JobReturn:
         """Return what Hydra is told of a job that has ended with an exit code; None: it was not to be started."""
-        from deepclust.cli.jobs import JobFailed, pick_objective
-
         overrides = list(job.config.hydra.overrides.task)
         done = JobReturn(overrides=overrides, cfg=job.config, status=JobStatus.COMPLETED)
         if code is None:

@@ -7,46 +7,31 @@ import contextlib
 import gc
 import importlib
 import os
-import shlex
-import shutil
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepclust.cli.arguments import check_flags, check_sweeper, name_plain_arguments, parse_arguments, quote_path
 from deepclust.cli.environment import FULL_ERROR, command_line_arguments, environment_variable, is_job_started
+from deepclust.cli.job_outcomes import (
+    JobFailed,
+    JobOutcomes,
+    end_jobs,
+    pick_objective,
+    remove_new_folders,
+    show_table,
+    summarize_error,
+)
 from deepclust.cli.system_errors import storage_errors_explained
 from deepclust.cli.terminal import notice_on_terminal, print_message, show_warnings, warnings_in_log
 from deepclust.errors import InputError, ProcessLost
-from deepclust.exit_codes import DONE, exit_code_of_error
+from deepclust.exit_codes import exit_code_of_error
 
 RUN_FOLDER_VERBS = ("train", "cluster")  # which keep what they do, and their configuration, in Hydra's folder
-
-
-@dataclass
-class JobOutcomes:
-    """What became of the jobs that ran in this process.
-
-    `failed_elsewhere` is the exit code of a job that failed in another process, None without one.
-    """
-
-    folders: list[Path] = field(default_factory=list)
-    configs: list[Any] = field(default_factory=list)  # the composed configuration of each job
-    results: list[Any] = field(default_factory=list)  # what `main` of the verb returned, for each job that succeeded
-    failures: list[tuple[Path, Exception]] = field(default_factory=list)
-    begun: list[Path] = field(default_factory=list)  # folders of the jobs whose values, paths and numbers were accepted
-    is_sweep: bool = False
-    sweep_folder: Path | None = None  # of a sweep, with the folders of its jobs
-    failed_elsewhere: int | None = None
-
-
-class JobFailed(Exception):
-    """A job's failure on its way to the process that launched it: (summary, exit code, traceback or '')."""
 
 
 def run_verb(verb: str, arguments: list[str]) -> int:
@@ -228,47 +213,6 @@ def prepare_plugins(outcomes: JobOutcomes) -> None:
     stored.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
 
 
-def remove_new_folders(outcomes: JobOutcomes) -> None:
-    """Remove what jobs that were refused before they began have left in folders that nobody has named.
-
-    That is the log, the configuration and the error, which is printed. A folder with anything else in it stays, and so
-    does that of a job of several processes.
-    """
-    from deepclust.engine.launch import processes_exist
-
-    if processes_exist():
-        return
-    folders = [*outcomes.folders, *([outcomes.sweep_folder] if outcomes.sweep_folder else [])]
-    if any(Path.cwd().is_relative_to(folder.absolute()) for folder in folders):
-        return
-    own = {"error.txt", "multirun.yaml", "config.yaml", "hydra.yaml", "overrides.yaml"}
-    for folder in folders:
-        entries = [entry for entry in folder.rglob("*") if entry != folder / ".hydra"]
-        if not all(entry.is_file() and (entry.name in own or entry.suffix == ".log") for entry in entries):
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        above = folder.parent  # of the day, and `outputs`
-        while above != Path.cwd() and above.is_relative_to(Path.cwd()):
-            try:
-                above.rmdir()
-            except OSError:  # it holds other runs
-                break
-            above = above.parent
-
-
-def show_table(outcomes: JobOutcomes) -> None:
-    """End a sweep with the table over its finished runs, and the command that shows it again."""
-    from deepclust.commands.compare import print_table
-
-    folder = outcomes.sweep_folder
-    if folder is None or not folder.is_dir():
-        return
-    place = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    with contextlib.suppress(InputError):  # no run to show: the errors are told
-        print_table(folder)
-    print(f"the same table: {shlex.join(['deepclust', 'compare', f'runs={place}'])}")
-
-
 def compose_own_help(verb: str, flags: Any) -> str | None:
     """Return the help of a verb; None where it has no configuration of ours, and Hydra knows more."""
     from deepclust.cli.main import VERBS
@@ -281,12 +225,6 @@ def compose_own_help(verb: str, flags: Any) -> str | None:
         own = [] if flags.config_dir is None else Path(flags.config_dir, group).glob("*.yaml")
         names[:] = sorted({*names, *(file.stem for file in own)})
     return compose_help(verb, VERBS[verb], config_package=CONFIG_PACKAGE, options=options)
-
-
-def pick_objective(result: Any) -> Any:
-    """Return what a sweeper that searches minimises: the objective in the results of a run, else the result itself."""
-    objective = result.get("objective") if isinstance(result, dict) else None
-    return objective["minimised"] if isinstance(objective, dict) else result
 
 
 def run_job(
@@ -366,28 +304,3 @@ def write_error_once(error_file: Path, text: str) -> bool:
     except OSError:  # a full disk, perhaps the very error that is to be written; the caller prints it
         pass
     return True
-
-
-def end_jobs(outcomes: JobOutcomes) -> int:
-    """Raise the error of a single job, or sum up a sweep; return the exit code."""
-    if outcomes.failed_elsewhere is not None:
-        return outcomes.failed_elsewhere
-    if not outcomes.failures:
-        return DONE
-    if not outcomes.is_sweep:
-        raise outcomes.failures[0][1]
-    parent = os.path.relpath(os.path.commonpath([folder for folder, _ in outcomes.failures]))
-    files = f"; run folders have them as error.txt, below {parent}" if os.path.exists(parent) else ""
-    summary = InputError(
-        f"{len(outcomes.failures)} of {len(outcomes.folders)} jobs failed",
-        expected="none",
-        do=f"read the lines above{files}",
-    )
-    print_message(f"error: {summary}")
-    return min(exit_code_of_error(error) for _, error in outcomes.failures)
-
-
-def summarize_error(error: Exception) -> str:
-    """Return an error as one line."""
-    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
