@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deepclust.engine import distributed
 from deepclust.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def clustering_settings(
     """Let k-means and the search for neighbours follow these settings inside the `with` block.
 
     Args:
-        backend: torch, faiss, or the faster one of them where the work is large enough to time both on a block.
+        backend: torch, faiss, or the faster one of them where the work is large enough to time both on a block. With
+            several processes `auto` is torch.
         seeding_rows_per_cluster: k-means++ chooses among so many rows for each cluster, drawn at random; None: among
             all; `auto`: among all up to MAX_PAIRS pairs of rows and clusters, else SAMPLED_ROWS_PER_CLUSTER.
         neighbor_index: how faiss searches for neighbours: exactly, or faster and approximately.
@@ -128,6 +130,8 @@ def takes_faiss(
         return backend == "faiss"
     num_keys, num_features = keys_shape
     if num_queries * num_keys * num_features < MIN_PRODUCTS_FOR_TIMING or not is_faiss_installed():
+        return False
+    if distributed.world_size() > 1:  # each process would time by itself, and could then come to another result
         return False
     key = (work, num_keys, num_features, str(device), torch.get_num_threads())
     if key not in _winners:

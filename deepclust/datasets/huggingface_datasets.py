@@ -259,7 +259,7 @@ def read_labels(path: str, rows: Any, column: str) -> tuple[np.ndarray, list[str
         numbers = {name: number for number, name in enumerate(names)}
         return np.array([numbers.get(text, UNKNOWN) for text in texts], np.int64), names
     if re.fullmatch(r"u?int\d+", dtype):
-        return values.fill_null(UNKNOWN).to_numpy().astype(np.int64), getattr(feature, "names", None)
+        return values.cast("int64").fill_null(UNKNOWN).to_numpy(), getattr(feature, "names", None)
     raise InputError(
         f"the column {column} of {path} holds {dtype or type(feature).__name__}",
         expected="classes: integers or texts",

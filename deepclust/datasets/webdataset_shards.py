@@ -71,9 +71,9 @@ def load_webdataset(
         path: the shards (see `find_shards`).
         evaluate: the shards that are evaluated; None evaluates the images of `path` (the merged protocol).
         data_dir: where the index is kept, until a shard is added, removed or changed.
-        image_extension: what follows the key in the name of an image, such as jpg or left.png; None: each key has one
-            image only.
-        label_extension: what follows the key in the name of a label; None: the labels are left out.
+        image_extension: what follows the key in the name of an image, such as jpg or left.png, in any case; None: each
+            key has one image only.
+        label_extension: what follows the key in the name of a label, in any case; None: the labels are left out.
         image_size: short side of the decoded images, as in `decode_image`; so are `channels` and `keep`.
         value_ranges: of values of more than 8 bits. Without them integers go from 0 to 65535 and floats from 0 to 1:
             the shards are not searched for the range of their values.
@@ -91,8 +91,8 @@ def load_webdataset(
     open_index = partial(
         open_shards,
         data_dir=Path(data_dir).expanduser().absolute(),
-        image_extension=image_extension,
-        label_extension=label_extension,
+        image_extension=normalize_extension(image_extension),
+        label_extension=normalize_extension(label_extension),
         num_workers=num_workers,
     )
     shards = find_shards(path)
@@ -113,6 +113,11 @@ def load_webdataset(
         named = {shards[0].parent: labels}
         labels, class_names = number_classes(named, num_classes=num_classes, class_names=None)
     return ImageSet(fit, evaluation, labels=labels, class_names=class_names, value_ranges=ranges or None)
+
+
+def normalize_extension(extension: str | None) -> str | None:
+    """Return an extension in the form of those in shards: in lower case, without a dot before it."""
+    return None if extension is None else extension.lower().removeprefix(".")
 
 
 def find_shards(path: str | Sequence[str]) -> list[Path]:

@@ -1,8 +1,8 @@
 """Generative calibration, a reconstruction: a clustering that also learns from images which diffusion makes of it.
 
 Xia, Huang, Ding ("Generative calibration clustering", arXiv 2404.09115). Only the abstract and digests of the paper
-were at hand, and no code of the authors is known: its stages, the names of its losses and its data sets are theirs, and
-every formula and number is this project's own. So the figures of the paper cannot be expected of it.
+were at hand, and no code of the authors is known: its two stages, what its losses are for and its data sets are theirs,
+and every formula, number and name of a term is this project's own. So the paper's figures cannot be expected of it.
 
 Where images are few or uneven over the classes, generated ones shall help. The method goes on with a trained
 clustering, such as CC's, which keeps its own loss on the real images. Rounds of three steps follow:
@@ -211,6 +211,9 @@ class GenerativeCalibration(ClusteringMethod):
                 do="set start=DIR to a run of such a method",
             )
         self.pseudo_labels.copy_(logits.argmax(1))
+
+    def e_step_assignments(self) -> Tensor:
+        return self.pseudo_labels
 
     # Step 1: the diffusion model
 

@@ -196,12 +196,12 @@ class SCC(ClusteringMethod):
             assignments=self.assignments.cpu().numpy(),
         )
 
-    # New images
-
-    @full_precision
     def e_step_assignments(self) -> Tensor:
         return self.assignments
 
+    # New images
+
+    @full_precision
     def cluster_logits(self, features: Tensor) -> Tensor:
         """Return minus the cosine distances (N, K) of features (N, D) to the nearest image of the fit set in a cluster.
 

@@ -11,14 +11,17 @@ The cluster of an image is the arg max of its assignment, without noise. There a
 Differs from the authors' code in: no code was published, and of the paper only the first page, the captions and the
 results were at hand when this was written. Scores of this method are those of a reconstruction of TCC, not of TCC.
 - From the paper's first page: all of the above but the form of each formula.
+- Changed: by default the divergence is that of the mean assignment (`prior: mean`), so that the objective is no longer
+  the paper's bound on a likelihood, and a cluster's vector is not of unit length, as it is recalled to be. The reasons
+  stand below.
 - Recalled from the paper, and uncertain: the formulas of both terms, that the sample enters the query through one
   linear layer and is added to the embedding (`context: concat` is the other possibility), and the temperatures, weights
   and sizes of queues, which conf/method/tcc.yaml marks.
-- Own choices: the form of a cluster's vector and of the prior, and a temperature in the assignment, as below; keys come
-  from a moving average of the networks, the projector has two layers, only clusters of other indices are negatives of a
+- Own choices: a temperature in the assignment, and the same one in the contrast of clusters, as below; keys come from a
+  moving average of the networks, the projector has two layers, only clusters of other indices are negatives of a
   cluster, both terms are computed in both directions (`symmetric: false`: in one), and the views, optimiser and batch
   size are CC's or those of its relatives.
-- Several processes. Keys of all processes enter the queue, and clusters are sums over the global batch.
+- Several processes. Keys of all processes enter the queue, and clusters are means over the global batch.
 
 Why it differs from the first sketch (`cluster_vector: unit`, `prior: each`, `assignment_temperature: 1`,
 `cluster_temperature: 1`). That objective is met without any clusters. A vector R_k of unit length does not tell how

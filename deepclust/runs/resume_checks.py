@@ -57,6 +57,8 @@ def check_same_recipe(saved_config: dict[str, Any], config: dict[str, Any]) -> N
         InputError: naming the first key that differs.
     """
     saved, current = select_recipe(saved_config), select_recipe(config)
+    for recipe in (saved, current):  # in full, so that the advice names values and not null
+        recipe["clustering"] = asdict(BY_TORCH) | recipe["clustering"]
     for key, saved_value, current_value in find_differences(saved, current):
         advice = f"set {format_override(key, saved_value)}"
         if key.startswith("earlier"):

@@ -11,6 +11,7 @@ from deepclust.clustering import backend
 from deepclust.clustering.backend import ClusteringSettings, clustering_settings
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
+from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.resume_checks import check_same_recipe
@@ -57,6 +58,13 @@ def test_neighbours_by_faiss_equal_those_by_torch(metric, self_excluded):
 
 
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_very_few_rows_have_approximate_neighbours_too(index):
+    rows = make_blobs(5, 8, 2).float()
+    with settings(backend="faiss", neighbor_index=index, neighbor_index_min_rows=1):
+        assert torch.equal(mine_neighbors(rows, 2), mine_neighbors(rows, 2))
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
 def test_approximate_neighbours_have_their_recall_in_the_log(index, caplog):
     rows = make_blobs(3000, 8, 5).float()
     expected = mine_neighbors(rows, 5)
@@ -91,6 +99,16 @@ def test_auto_times_both_and_says_which_it_took(caplog, monkeypatch):
     assert caplog.messages[0].startswith("k-means among 5 x 8 by ") and "a block took faiss" in caplog.messages[0]
     assert caplog.messages[1].startswith("nearest neighbours among 300 x 8 by ")
     assert torch.equal(result.assignments, kmeans(rows, **arguments).assignments)
+
+
+def test_with_several_processes_auto_is_torch(monkeypatch):
+    monkeypatch.setattr(backend, "_winners", {})
+    monkeypatch.setattr(backend, "MIN_PRODUCTS_FOR_TIMING", 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    rows = make_blobs(300, 8, 5).float()
+    with settings(backend="auto"):
+        nearest_neighbors(rows, rows, 3, metric="euclidean", exclude=None)
+    assert not backend._winners
 
 
 def test_without_faiss_auto_is_torch_and_faiss_is_refused(monkeypatch):
@@ -150,7 +168,7 @@ def test_a_run_follows_the_settings_and_goes_on_with_the_same_ones_only(train_sm
     assert "k-means++ chooses among" in caplog.text
     by_faiss = read_run_config(load_checkpoint(folder))
     by_torch = by_faiss | {"clustering": DEFAULTS}
-    with pytest.raises(InputError, match=r"clustering\.backend"):
+    with pytest.raises(InputError, match=r"made with clustering\.backend=torch, .*; set clustering\.backend=torch"):
         check_same_recipe(by_torch, by_faiss)
     from_before_there_were_settings = {key: value for key, value in by_faiss.items() if key != "clustering"}
     check_same_recipe(from_before_there_were_settings, by_torch)

@@ -119,6 +119,7 @@ def test_images_in_files_are_read_where_they_are(tmp_path):
 
 LABELS = {
     "integers": ([40, 70, -1, 40], datasets.Value("int32"), [0, 1, -1, 0], ["40", "70"]),
+    "unsigned": ([0, 1, None, 1], datasets.Value("uint8"), [0, 1, -1, 1], None),
     "texts": (["cat", "ant", None, "cat"], datasets.Value("string"), [1, 0, -1, 1], ["ant", "cat"]),
     "classes": ([3, None, -1, 0], CLASSES, [3, -1, -1, 0], NAMES),
 }

@@ -160,6 +160,8 @@ def test_labels_may_be_missing_or_left_out(shards, tmp_path):
     )
     data = load_images(ids, tmp_path)
     assert data.labels.tolist() == [1, 0] and data.class_names == ["40", "70"]
+    data = load_images(ids, tmp_path, label_extension=".CLS", image_extension="PNG")
+    assert data.labels.tolist() == [1, 0] and len(data.fit) == 2
 
 
 def test_what_the_library_passes_over_is_passed_over(tmp_path):

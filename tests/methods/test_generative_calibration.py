@@ -152,6 +152,7 @@ def test_pseudo_labels_are_the_clusters_of_the_clustering():
     method, features = make_method(), torch.rand(NUM_IMAGES, 5)
     method.e_step(features, ())
     assert torch.equal(method.pseudo_labels, method.model.cluster_logits(features).argmax(1))
+    assert torch.equal(method.e_step_assignments(), method.pseudo_labels)
 
 
 # Generated images

@@ -92,6 +92,16 @@ def test_images_of_the_fit_set_keep_their_clusters_and_new_ones_get_that_of_the_
     assert torch.equal(logits.argmax(1), method.assignments[nearest]) and bool((logits <= 0).all())
 
 
+def test_clusters_of_new_images_do_not_hang_on_the_precision_of_a_run():
+    rows, _ = draw_blobs(5, 20)
+    method = make_method(100, 8, num_clusters=5, k=8)
+    method.e_step(rows, ())
+    new_rows, _ = draw_blobs(5, 20, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = method.cluster_logits(new_rows)
+    assert torch.equal(logits, method.cluster_logits(new_rows))
+
+
 def test_the_state_of_a_method_comes_back_with_its_clusters():
     rows, _ = draw_blobs(3, 20)
     method, loaded = (make_method(60, 8, k=5) for _ in range(2))
