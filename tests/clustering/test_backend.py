@@ -11,12 +11,14 @@ from deepclust.clustering import backend
 from deepclust.clustering.backend import ClusteringSettings, clustering_settings
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
+from deepclust.commands import evaluate
 from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.resume_checks import check_same_recipe
 from deepclust.runs.trusted_targets import read_run_config
 from tests.clustering.kmeans_reference import KEY, METRICS, SETTINGS, make_blobs
+from tests.conftest import compose_verb
 
 DEFAULTS = {
     "backend": "torch",
@@ -162,10 +164,13 @@ def test_the_configuration_of_a_run_has_the_settings_that_hold_outside_of_one():
 
 def test_a_run_follows_the_settings_and_goes_on_with_the_same_ones_only(train_small, caplog):
     with caplog.at_level(logging.INFO):
-        _, folder = train_small(
+        results, folder = train_small(
             "trainer.max_epochs=1", "clustering.backend=faiss", "clustering.seeding_rows_per_cluster=2"
         )
-    assert "k-means++ chooses among" in caplog.text
+        assert "k-means++ chooses among" in caplog.text
+        caplog.clear()
+        again = evaluate.main(compose_verb("evaluate", f"run={folder}"))
+        assert "k-means++ chooses among" in caplog.text and again["scores"] == results["scores"]
     by_faiss = read_run_config(load_checkpoint(folder))
     by_torch = by_faiss | {"clustering": DEFAULTS}
     with pytest.raises(InputError, match=r"made with clustering\.backend=torch, .*; set clustering\.backend=torch"):
