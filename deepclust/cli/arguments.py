@@ -96,7 +96,13 @@ def check_sweeper(overrides: list[str]) -> None:
     Raises:
         InputError: naming the extra that brings it.
     """
-    if "hydra/sweeper=optuna" in overrides and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+    if "hydra/sweeper=optuna" not in overrides:
+        return
+    try:
+        is_missing = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None
+    except ModuleNotFoundError:  # without any plugin of Hydra there is not even the package above
+        is_missing = True
+    if is_missing:
         raise InputError(
             "hydra/sweeper=optuna needs hydra-optuna-sweeper, which is not installed",
             expected="the extra optuna of deepclust",

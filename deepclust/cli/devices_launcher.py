@@ -6,7 +6,9 @@ one too. What a job prints is kept in `.jobs/NUMBER.log` in the folder of the sw
 """
 
 import ctypes
+import gc
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from deepclust.engine.durations import format_duration
 from deepclust.engine.plurals import format_count
 from deepclust.engine.small_files import read_json_object
 from deepclust.engine.worker_processes import PR_SET_PDEATHSIG
-from deepclust.errors import InputError
+from deepclust.errors import InputError, ProcessLost
 from deepclust.exit_codes import DONE, INPUT_ERROR, exit_code_of_signal
 from deepclust.runs.provenance import describe_going_on
 from deepclust.runs.run_folder import RESULTS
@@ -96,6 +98,7 @@ class DevicesLauncher(Launcher):
             KeyboardInterrupt: after Ctrl-C, once all jobs have saved and stopped.
             SystemExit: after another signal.
         """
+        gc.enable()  # no job is loaded into this process, which would do it, and a search may go on for days
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep_folder = Path(str(self.config.hydra.sweep.dir))
@@ -103,10 +106,9 @@ class DevicesLauncher(Launcher):
         jobs = [self.make_job(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
         started = [job for job in jobs if is_job_started(job.number)]
         slots = self.list_slots(started)
-        print(
+        print_progress(
             f"{format_count(len(started), 'job')}, {min(len(slots), len(started))} at once; to watch them: "
-            f"deepclust sweep {os.path.relpath(sweep_folder)}",
-            flush=True,
+            f"{shlex.join(['deepclust', 'sweep', os.path.relpath(sweep_folder)])}"
         )
         with self.signals_noted():
             codes = self.run_all(started, slots, sweep_folder)
@@ -160,6 +162,9 @@ class DevicesLauncher(Launcher):
         """Run jobs on the slots until all have ended, or a signal came and those that ran have ended.
 
         Returns the exit codes by the numbers of the jobs; that of a signal is negative.
+
+        Raises:
+            InputError: if the system starts no more processes; those that run are asked to save and stop.
         """
         waiting, running, codes, num_signals_passed_on = jobs[::-1], list[Job](), dict[int, int](), 0
         free = slots[::-1]
@@ -167,7 +172,15 @@ class DevicesLauncher(Launcher):
             while waiting and free and not self.received:
                 job = waiting.pop()
                 job.slot = free.pop()
-                self.start(job, sweep_folder)
+                try:
+                    self.start(job, sweep_folder)
+                except OSError as error:
+                    self.send_signal(signal.SIGTERM, running)
+                    raise InputError(
+                        f"{job.name} cannot be started: {error}",
+                        expected="room for one more process",
+                        do=f"to go on: {describe_going_on_of_sweep(sweep_folder)}",
+                    ) from error
                 running.append(job)
             for number in self.received[num_signals_passed_on:]:
                 self.pass_on(number, running, is_first=num_signals_passed_on == 0)
@@ -209,22 +222,25 @@ class DevicesLauncher(Launcher):
                 start_new_session=True,
             )
         devices = (job.slot or {}).get("CUDA_VISIBLE_DEVICES")
-        print(f"{job.name} started" + (f" on GPU {devices}" if devices else ""), flush=True)
+        print_progress(f"{job.name} started" + (f" on GPU {devices}" if devices else ""))
 
     def tell_end(self, job: Job, code: int) -> None:
         """Say that a job has ended well; the errors of others are told later."""
         if code == DONE:
-            print(f"{job.name} done in {format_duration(time.monotonic() - job.started_at)}", flush=True)
+            print_progress(f"{job.name} done in {format_duration(time.monotonic() - job.started_at)}")
 
     def pass_on(self, number: signal.Signals, running: list[Job], *, is_first: bool) -> None:
         """Ask jobs to save and stop; at a later Ctrl-C, to stop at once. Other signals change nothing any more."""
         if is_first:
             print_message(f"{number.name}: asking {format_count(len(running), 'job')} to save and stop")
-        if not is_first and number != signal.SIGINT:
-            return
+        if is_first or number == signal.SIGINT:
+            self.send_signal(signal.SIGTERM if is_first else signal.SIGINT, running)
+
+    def send_signal(self, number: signal.Signals, running: list[Job]) -> None:
+        """Send a signal to jobs."""
         for job in running:
             assert job.process is not None
-            job.process.send_signal(signal.SIGTERM if is_first else signal.SIGINT)
+            job.process.send_signal(number)
 
     @contextmanager
     def signals_noted(self) -> Iterator[None]:
@@ -249,8 +265,7 @@ class DevicesLauncher(Launcher):
             KeyboardInterrupt: after Ctrl-C, saying how the sweep goes on.
             SystemExit: after another signal.
         """
-        verb = sys.argv[0].split()[-1]
-        going_on = describe_going_on(verb, sys.argv[1:], Path(os.path.abspath(sweep_folder)), is_sweep=True)
+        going_on = describe_going_on_of_sweep(sweep_folder)
         if self.received[0] == signal.SIGINT:
             raise KeyboardInterrupt(going_on)
         print_message(f"stopped by {self.received[0].name}; to go on: {going_on}")
@@ -291,6 +306,20 @@ def run_as_job(parent: int) -> int:
     if os.getppid() != parent:  # it has ended before
         return exit_code_of_signal(signal.SIGTERM)
     return main()
+
+
+def print_progress(text: str) -> None:
+    """Print a line, unless the reader, such as head, has seen enough: the jobs go on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe_going_on_of_sweep(sweep_folder: Path) -> str:
+    """Return what to type so that the sweep of this command goes on."""
+    verb = sys.argv[0].split()[-1]  # it is "deepclust VERB"
+    return describe_going_on(verb, sys.argv[1:], Path(os.path.abspath(sweep_folder)), is_sweep=True)
 
 
 def is_sweep_setting(override: str) -> bool:
@@ -357,8 +386,8 @@ def describe_failure(job: Job, code: int, sweep_folder: Path) -> tuple[Exception
     ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code > 128 and code - 128 in set(signal.Signals):
         ending = f"stopped by {signal.Signals(code - 128).name}"
-    expected, do = "a job that runs to its end", f"start the same command again; see {log_path(sweep_folder, job)}"
-    return InputError(ending, expected=expected, do=do), ""
+    do = f"see {log_path(sweep_folder, job)}; to go on: {describe_going_on_of_sweep(sweep_folder)}"
+    return ProcessLost(ending, do=do, exit_code=code if code > 0 else exit_code_of_signal(-code)), ""
 
 
 def read_log(job: Job, sweep_folder: Path) -> str:

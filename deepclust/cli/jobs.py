@@ -140,13 +140,15 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
                 trace = "" if hides_traceback else "".join(traceback.format_exception(error))
                 overrides = " ".join(hydra_settings.overrides.task)
                 text = f"job {hydra_settings.job.num} ({overrides}): {summarize_error(error)}"
-                # A plain sweep in this process goes on, unless it has lost a process that srun or torchrun started. A
-                # distant launcher or a searching sweeper must be told.
-                goes_on = not (isinstance(error, ProcessLost) and processes_exist())
-                if is_here and goes_on and hydra_settings.sweeper._target_.endswith(".BasicSweeper"):
-                    if not getattr(error, "is_printed", False):
-                        sys.stderr.write(trace)
-                        print_message(f"error: {text}")
+                if is_here and not getattr(error, "is_printed", False):
+                    sys.stderr.write(trace)
+                    print_message(f"error: {text}")
+                # In this process, a sweep ends that has lost a process of srun or torchrun: the next job would wait for
+                # it. Hydra's launcher takes a SystemExit alone for an end. Any other plain sweep goes on. A distant
+                # launcher or a searching sweeper must be told.
+                if is_here and isinstance(error, ProcessLost) and processes_exist():
+                    sys.exit(error.exit_code)
+                if is_here and hydra_settings.sweeper._target_.endswith(".BasicSweeper"):
                     return None
                 raise JobFailed(text, exit_code_of_error(error), trace) from None
 

@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def watch(folder: Path) -> None:
-    """Show the table anew every SECONDS_BETWEEN_TABLES until no job runs or may begin."""
+    """Show the table anew every SECONDS_BETWEEN_TABLES until all jobs are done, failed or stopped."""
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
         while True:
@@ -126,7 +126,9 @@ def retry(sweep: Sweep) -> None:
     arguments, folder = compose_command(sweep)
     if is_plain_sweep(sweep.settings):
         os.environ[JOBS_TO_START] = ",".join(numbers)
-    print(f"starting {format_count(len(numbers), 'job')}", file=sys.stderr)
+        print(f"starting {format_count(len(numbers), 'job')}", file=sys.stderr)
+    else:
+        print("going on with the search", file=sys.stderr)
     sys.stdout.flush()
     os.chdir(folder)
     program = "from deepclust.cli.main import main; raise SystemExit(main())"

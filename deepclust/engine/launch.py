@@ -121,6 +121,16 @@ def start_processes(
     return results[0]
 
 
+def write_failure(file: Path, content: InputError | str) -> None:
+    """Write down why this process fails, complete or not at all; on a full disk it is printed."""
+    unfinished = file.with_suffix(".writing")
+    try:
+        unfinished.write_bytes(pickle.dumps(content))
+        unfinished.rename(file)
+    except OSError:
+        print(content, file=sys.stderr, flush=True)
+
+
 def read_failure(file: Path, name: str, exit_code: int, going_on: str) -> Exception:
     """Return the error of the process `name`, from the file that it wrote before it ended, or from its exit code."""
     if file.exists():
@@ -181,7 +191,7 @@ def call_in_worker(failures: Path, going_on: str, work: Callable[..., Any], *arg
         if isinstance(error, ProcessLost):
             time.sleep(ROLL_CALL_SECONDS)  # the process that has failed ends first, and then the others are stopped
         content = error if isinstance(error, InputError) else "".join(traceback.format_exception(error))
-        (failures / os.environ["RANK"]).write_bytes(pickle.dumps(content))
+        write_failure(failures / os.environ["RANK"], content)
         sys.exit(exit_code_of_error(error))
 
 

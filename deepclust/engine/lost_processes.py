@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from deepclust.engine.worker_processes import PR_SET_PDEATHSIG
 from deepclust.errors import ProcessLost
 from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error
 
 ROLL_CALL_SECONDS = 10.0  # a process that computes on a busy machine must be able to answer
-PR_SET_PDEATHSIG = 1  # an option of Linux's prctl, by its number in prctl.h
 
 _runs = itertools.count()  # a later run of this process asks under other names
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from deepclust.cli.arguments import NULL_MEANS_NONE, PATH_KEYS, quote_path
+from deepclust.cli.arguments import NULL_MEANS_NONE, PATH_KEYS, check_sweeper, quote_path
 from deepclust.cli.main import VERBS, main
+from deepclust.errors import InputError
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = ["0", "2024", "-3", "1.5", "1e5", "1_000", ".5", "null", "true", "False", "inf", "nan", "Null"]
@@ -102,3 +103,9 @@ def test_folder_named_by_a_number_is_used(tmp_path, monkeypatch, capfd):
     for arguments in (train, ["evaluate", "run=0"], ["compare", "runs=0"]):
         monkeypatch.setattr(sys, "argv", ["deepclust", *arguments])
         assert main() == 0, capfd.readouterr().err
+
+
+def test_a_search_says_which_package_is_missing_where_hydra_has_no_plugins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hydra_plugins", None)
+    with pytest.raises(InputError, match=r"deepclust\[optuna\]"):
+        check_sweeper(["hydra/sweeper=optuna"])

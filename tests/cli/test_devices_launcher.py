@@ -1,5 +1,6 @@
 """The launcher `devices`: its jobs are processes of their own; here they are short programs in place of trainings."""
 
+import gc
 import os
 import signal
 import sys
@@ -88,7 +89,8 @@ def test_jobs_that_fail_leave_the_others_alone_and_are_told_at_the_end(sweep, tm
     assert "job 3 (seed=0 hardware=cpu) done in" in out
     assert "deepclust: error: job 0 (seed=2 hardware=cpu): it is wrong; expected right; mend it\n" in err
     assert "Traceback" in err and "deepclust: error: job 1 (seed=3 hardware=cpu): ValueError: a fault\n" in err
-    assert "job 2 (seed=4 hardware=cpu): killed by SIGKILL; expected a job that runs to its end; start the same" in err
+    assert "job 2 (seed=4 hardware=cpu): killed by SIGKILL; expected all processes to run to the end; see " in err
+    assert "see sweep/.jobs/2.log; to go on: deepclust train -m hydra/launcher=devices seed=2,3,4,0,5" in err
     assert "deepclust: error: 3 of 4 jobs failed" in err.splitlines()[-1]
     assert "a fault" in (tmp_path / "sweep/.jobs/1.log").read_text()
 
@@ -117,6 +119,40 @@ def test_a_signal_reaches_all_jobs_and_all_save(sweep, tmp_path, monkeypatch, ca
     err = capsys.readouterr().err
     assert f"{name}: asking 2 jobs to save and stop" in err
     assert "to go on: deepclust train -m hydra/launcher=devices" in err and "hydra.sweep.dir=sweep" in err
+
+
+def test_the_end_of_a_job_is_that_of_the_sweep_though_nobody_reads_what_is_printed(sweep, tmp_path, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    standard_output = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        assert sweep("seed=4", "hardware=cpu") == 137
+    finally:
+        os.dup2(standard_output, 1)
+        os.close(writer)
+        os.close(standard_output)
+    assert [*read_jobs(tmp_path)] == ["0"]
+
+
+def test_where_no_process_can_be_started_those_that_run_save(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices_launcher, "count_cores", lambda: 2)
+    start, jobs = devices_launcher.DevicesLauncher.start, []
+
+    def start_one(self, job, sweep_folder):
+        assert gc.isenabled()
+        if jobs:
+            raise BlockingIOError("no more processes")
+        start(self, job, sweep_folder)
+        jobs.append(job)
+        while not read_jobs(tmp_path):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(devices_launcher.DevicesLauncher, "start", start_one)
+    assert sweep("seed=5", "method=cc,byol", "hardware=cpu") == 2
+    err = capsys.readouterr().err
+    assert "cannot be started: no more processes; expected room for one more process; to go on: deepclust train" in err
+    assert jobs[0].process.wait(timeout=60) == 143 and (tmp_path / "sweep/0/saved").exists()
 
 
 @pytest.mark.parametrize(

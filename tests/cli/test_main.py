@@ -14,7 +14,7 @@ from deepclust import __version__
 from deepclust.cli import jobs
 from deepclust.cli.environment import FULL_ERROR
 from deepclust.cli.main import VERBS, main
-from deepclust.errors import InputError
+from deepclust.errors import InputError, ProcessLost
 from tests.toy_verb import fail_at_seed
 
 SCRIPT = Path(sys.executable).with_name("deepclust")
@@ -247,6 +247,15 @@ def test_failure_of_a_job_in_another_process_reaches_the_launching_process(toy_v
     assert "1 of 2 jobs failed" in capsys.readouterr().err
     unpickled = pickle.loads(pickle.dumps(jobs.JobFailed("job 1 (seed=1): bad", 2, "")))
     assert unpickled.args == ("job 1 (seed=1): bad", 2, "")
+
+
+def test_a_sweep_of_several_processes_that_has_lost_one_says_which(toy_verb, capsys, monkeypatch):
+    toy_verb.on_job = fail_at_seed(0, ProcessLost("rank 1 was killed", do="to go on: again", exit_code=75))
+    monkeypatch.setattr("deepclust.engine.launch.processes_exist", lambda: True)
+    with pytest.raises(SystemExit) as end:
+        toy_verb.run("-m", "seed=0,1")
+    assert end.value.code == 75 and len(toy_verb.job_configs) == 1, "another job would wait for the lost process"
+    assert "deepclust: error: job 0 (seed=0): rank 1 was killed; " in capsys.readouterr().err
 
 
 def test_processes_of_one_run_write_an_error_once(tmp_path):

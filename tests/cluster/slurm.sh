@@ -164,6 +164,7 @@ stop() {
 
 down() {
     configuration_is_ours || fail "/etc/slurm/slurm.conf is of a cluster of this machine, which is left alone"
+    [ -e /etc/slurm/slurm.conf ] || return 0 # nothing was started from here: munged may be of this machine
     if is_running /run/slurmctld.pid; then
         timeout 20 scancel --user="$(id -un)" || true
         timeout 20 scancel --signal=KILL --user="$(id -un)" || true

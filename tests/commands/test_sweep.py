@@ -86,6 +86,9 @@ def test_retry_starts_the_command_of_the_sweep_for_what_is_missing(sweep, starte
     assert arguments == ["train", "-m", "--config-dir", "/own", *task, f"hydra.sweep.dir={sweep}"]
     assert numbers == "2,3,4,5,6,7" and folder == str(tmp_path)
     assert "starting 6 jobs" in capsys.readouterr().err
+    write_sweep(sweep, task, "OptunaSweeper", job={"name": "train", "config_name": "train"}, runtime=runtime)
+    assert run_sweep(monkeypatch, sweep, "retry=failed") == 0
+    assert "going on with the search" in capsys.readouterr().err and len(started) == 2
 
 
 @pytest.mark.parametrize(

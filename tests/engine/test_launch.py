@@ -159,3 +159,8 @@ def test_several_devices_need_a_hardware_file_for_several(tmp_path):
     with pytest.raises(InputError, match="hardware=ddp") as raised:
         run(compose_train("hardware=cpu", "hardware.devices=2"), tmp_path)
     assert "hardware.devices=2" in str(raised.value)
+
+
+def test_a_failure_that_cannot_be_written_down_is_printed(tmp_path, capsys):
+    launch.write_failure(tmp_path / "gone/0", "Traceback: the reason")
+    assert "the reason" in capsys.readouterr().err
