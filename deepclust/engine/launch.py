@@ -190,7 +190,9 @@ def call_in_worker(failures: Path, going_on: str, work: Callable[..., Any], *arg
     except Exception as error:
         if isinstance(error, ProcessLost):
             time.sleep(ROLL_CALL_SECONDS)  # the process that has failed ends first, and then the others are stopped
-        content = error if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+        content: InputError | str = (
+            error if isinstance(error, InputError) else "".join(traceback.format_exception(error))
+        )
         write_failure(failures / os.environ["RANK"], content)
         sys.exit(exit_code_of_error(error))
 
