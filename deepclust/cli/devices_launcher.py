@@ -16,55 +16,33 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from deepclust.cli.arguments import parse_arguments, quote_text
 from deepclust.cli.environment import FULL_ERROR, is_job_started
 from deepclust.cli.job_outcomes import JobFailed, JobOutcomes, pick_objective
+from deepclust.cli.job_processes import LOG_FOLDER, Job, describe_failure, describe_going_on_of_sweep, open_log
 from deepclust.cli.terminal import print_message
 from deepclust.engine.durations import format_duration
 from deepclust.engine.plurals import format_count
 from deepclust.engine.small_files import read_json_object
 from deepclust.engine.worker_processes import PR_SET_PDEATHSIG
-from deepclust.errors import InputError, ProcessLost
-from deepclust.exit_codes import DONE, INPUT_ERROR, exit_code_of_signal
-from deepclust.runs.provenance import describe_going_on
+from deepclust.errors import InputError
+from deepclust.exit_codes import DONE, exit_code_of_signal
 from deepclust.runs.run_folder import RESULTS
 from deepclust.runs.sweep_jobs import summarize_traceback
 
-LOG_FOLDER = ".jobs"
 SECONDS_BETWEEN_LOOKS = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Settings of the whole sweep, which its jobs, as commands of their own, have no use for.
 SWEEP_SETTINGS = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.mode", "hydra.run.dir")
 JOB_PROGRAM = "from deepclust.cli.devices_launcher import run_as_job; raise SystemExit(run_as_job({parent}))"
-MAX_LOG_BYTES = 2**16  # of the end of a log, in which the error of a job is looked for
-
-
-@dataclass
-class Job:
-    """A job of the sweep, with its process while it runs."""
-
-    number: int
-    overrides: list[str]
-    config: DictConfig
-    folder: Path
-    process: subprocess.Popen | None = None
-    slot: dict[str, str] | None = None  # the environment variables that give it its devices
-    log_start: int = 0  # bytes of its log that are of earlier starts
-    started_at: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """The number and values of the job, as errors name it."""
-        return f"job {self.number} ({' '.join(filter_overrides(self.overrides))})"
 
 
 class DevicesLauncher(Launcher):
@@ -316,12 +294,6 @@ def print_progress(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def describe_going_on_of_sweep(sweep_folder: Path) -> str:
-    """Return what to type so that the sweep of this command goes on."""
-    verb = sys.argv[0].split()[-1]  # it is "deepclust VERB"
-    return describe_going_on(verb, sys.argv[1:], Path(os.path.abspath(sweep_folder)), is_sweep=True)
-
-
 def is_sweep_setting(override: str) -> bool:
     """Return whether an override is a setting of the sweep and not of its jobs."""
     return override.lstrip("+~").startswith(SWEEP_SETTINGS)
@@ -331,7 +303,7 @@ def list_devices(setting: Any) -> list[str]:
     """Return the ids of the GPUs that `setting` names; auto: of those that are visible.
 
     Raises:
-        InputError: if it is neither auto nor a list.
+        InputError: if it is neither auto nor a list, or the GPUs cannot be counted.
     """
     if setting != "auto":
         if not isinstance(setting, Sequence) or isinstance(setting, str) or not setting:
@@ -346,59 +318,20 @@ def list_devices(setting: Any) -> list[str]:
         names = [name.strip() for name in visible.split(",")]
         return names[: next((i for i, name in enumerate(names) if name in ("", "-1")), None)]
     # In another process: this one needs neither torch nor a place on a GPU.
-    code = "import torch; print(torch.cuda.device_count())"
+    code = "import sys, torch; sys.stdout.write(f'{torch.cuda.device_count()}')"
     counted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return [str(number) for number in range(int(counted.stdout or 0))]
+    if counted.returncode or not counted.stdout.isdecimal():
+        raise InputError(
+            f"the GPUs of this machine cannot be counted: {summarize_traceback(counted.stderr)}",
+            expected="torch, which says how many there are",
+            do="mend that, or name them, as in hydra.launcher.devices=[0]; hardware=cpu needs none",
+        )
+    return [str(number) for number in range(int(counted.stdout))]
 
 
 def count_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def log_path(sweep_folder: Path, job: Job) -> Path:
-    """Return the file of what a job prints."""
-    return sweep_folder / LOG_FOLDER / f"{job.number}.log"
-
-
-def open_log(sweep_folder: Path, job: Job) -> IO[bytes]:
-    """Open the file of what a job prints, after what earlier starts have printed; nothing is kept on a full disk."""
-    try:
-        file = log_path(sweep_folder, job).open("ab")
-        file.seek(0, os.SEEK_END)
-        return file
-    except OSError:
-        return open(os.devnull, "wb")
-
-
-def describe_failure(job: Job, code: int, sweep_folder: Path) -> tuple[Exception, str]:
-    """Return the error of a job that has failed, and its traceback, '' for what the user can mend."""
-    text = read_log(job, sweep_folder)
-    if code == INPUT_ERROR:
-        lines = [line for line in text.splitlines() if line.startswith("deepclust: error: ")]
-        if lines:
-            what, _, rest = lines[-1].removeprefix("deepclust: error: ").partition("; expected ")
-            expected, _, do = rest.partition("; ")
-            return InputError(what, expected=expected, do=do), ""
-    start = text.rfind("Traceback (most recent call last):")
-    if code > 0 and start >= 0:
-        return RuntimeError(summarize_traceback(text[start:])), text[start:]
-    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    if code > 128 and code - 128 in set(signal.Signals):
-        ending = f"stopped by {signal.Signals(code - 128).name}"
-    do = f"see {log_path(sweep_folder, job)}; to go on: {describe_going_on_of_sweep(sweep_folder)}"
-    return ProcessLost(ending, do=do, exit_code=code if code > 0 else exit_code_of_signal(-code)), ""
-
-
-def read_log(job: Job, sweep_folder: Path) -> str:
-    """Return the end of what a job has printed since its last start."""
-    try:
-        with log_path(sweep_folder, job).open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(job.log_start, end - MAX_LOG_BYTES))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 # Hydra takes launchers from packages below hydra_plugins only, and goes by this name.
