@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 import deepclust
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "deepclust", "conf"]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "deepclust", "conf", "hydra_plugins"]
 
 
 def run_checked(*command: str | Path, cwd: Path) -> str:

@@ -178,6 +178,8 @@ def train_on_images(
 def fit(trainer: Trainer, method: ClusteringMethod, datamodule: LightningDataModule, checkpoint: Path | None) -> float:
     """Train, from a checkpoint on where there is one, and return the seconds that it took."""
     started = time.monotonic()
+    # Lightning would do so after it has loaded the checkpoint, whose float64 weights would lose half of their digits.
+    trainer.precision_plugin.convert_module(method)
     try:
         trainer.fit(method, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint))
     except SystemExit as end:

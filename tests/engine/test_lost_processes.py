@@ -98,7 +98,7 @@ class Run:
         while not all(file.exists() for file in files):
             assert time.monotonic() < deadline
             assert end in ("fault", "input error", "exit") or all(c.poll() is None for c in self.commands)
-            if not self.list_processes():
+            if all(command.poll() is not None for command in self.commands) and not self.list_processes():
                 break
             time.sleep(0.05)
         if end.startswith("SIG"):

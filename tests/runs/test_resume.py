@@ -17,7 +17,8 @@ import torch
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint
 from deepclust.runs.run_folder import acquire_run_lock
-from tests.processes import PROGRAM, lock_shared_folder
+from tests.conftest import SMALL_RUN
+from tests.processes import PROGRAM, lock_shared_folder, run_deepclust
 
 TRAIN_ARGUMENTS = [
     "train",
@@ -162,3 +163,18 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         pass
     with acquire_run_lock(tmp_path):
         pass
+
+
+@pytest.mark.slow
+def test_in_float64_no_digit_is_lost(tmp_path):
+    settings = [*SMALL_RUN, "report.map_points=0", "batch_size=600", "hardware.precision=64-true"]
+    settings += ["callbacks.checkpoint.every_n_steps=1"]
+    run_deepclust("train", *settings, f"hydra.run.dir={tmp_path / 'whole'}")
+    stopped = [*settings, f"hydra.run.dir={tmp_path / 'stopped'}"]
+    end = "+callbacks.stop={_target_: tests.datasets.stop_at_step.StopAtStep, step: 3}"
+    assert run_deepclust("train", *stopped, end, check=False).returncode == 9
+    assert not (tmp_path / "stopped/results.json").exists()
+    run_deepclust("train", *stopped)
+    whole, resumed = (load_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "stopped"))
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
