@@ -276,6 +276,8 @@ def run_job(
             with notice_on_terminal(f"deepclust {verb}: loading ..."):
                 module = importlib.import_module(f"deepclust.commands.{verb}")
             if starts_garbage_collection:
+                if gc.get_freeze_count() == 0:  # what has been imported stays, and need not be looked through again
+                    gc.freeze()
                 gc.enable()
             with storage_errors_explained(run_folder):
                 return module.main(cfg)
