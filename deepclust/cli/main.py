@@ -46,6 +46,7 @@ def main() -> int:
     shows_traceback = os.environ.get(FULL_ERROR) == "1"
     gc.disable()  # until a job is loaded: looking through what is imported would be a sixth of the start
     atexit.register(gc.disable)  # nor is the whole process looked through when it ends
+    atexit.register(gc.unfreeze)  # but what libraries have made is, or they tell of leaks
     try:
         return run_command_line(sys.argv[1:])
     except InputError as error:
