@@ -32,7 +32,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 # Apart from `dev`: with `datasets` comes pandas, which scikit-learn imports where it is, a second in each process.
 $(VENV)/.all: pyproject.toml constraints.txt | $(VENV)/.dev
-	$(call install,'.[dev,huggingface]')
+	$(call install,'.[huggingface]')
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
