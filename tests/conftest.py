@@ -1,6 +1,7 @@
 """Shared by all tests: composed configurations, and whole runs on real images."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tests.toy_verb import toy_verb  # noqa: F401  this makes the fixture known 
 hypothesis.settings.register_profile("same", derandomize=True)  # the same examples in every run
 hypothesis.settings.register_profile("search", derandomize=False)  # new examples in every run
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# What is started in the background ignores Ctrl-C, and so do the processes that it starts; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL_RUN = [  # ProPos on the digits with a small network, about a second for an epoch
     "hardware=cpu",
