@@ -7,6 +7,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.engine.output_files import write_text
-from deepclust.engine.small_files import read_json_object
+from deepclust.engine.small_files import read_json, read_json_object
 from deepclust.errors import InputError
 
 STATUS = "status.json"
@@ -29,13 +30,24 @@ _writing = threading.Lock()  # the training and its heartbeats write from two th
 
 def read_status(folder: Path) -> dict[str, Any]:
     """Return the content of status.json, and an empty dictionary if there is none, or something else in its place."""
-    return read_json_object(folder / STATUS, max_bytes=MAX_BYTES)
+    file = folder / STATUS
+    # On a file server a read fails whose file is replaced meanwhile; the next one does not.
+    return read_json_object(file, max_bytes=MAX_BYTES) or read_json_object(file, max_bytes=MAX_BYTES)
 
 
 def update_status(folder: Path, **values: Any) -> None:
-    """Put values and the time into status.json; what else it holds stays. A number that is not finite becomes null."""
+    """Put values and the time into status.json; what else it holds stays. A number that is not finite becomes null.
+
+    A file that the system does not let be read now is left as it is: what else it holds would be lost.
+    """
     with _writing:
-        _write_status(folder, read_status(folder) | values)
+        try:
+            status = read_json(folder / STATUS, max_bytes=MAX_BYTES)
+        except (FileNotFoundError, ValueError):  # there is none, or something else in its place
+            status = {}
+        except OSError:
+            return
+        _write_status(folder, (status if isinstance(status, dict) else {}) | values)
 
 
 @contextmanager
@@ -59,7 +71,8 @@ def run_state_recorded(folder: Path) -> Iterator[None]:
         state = "preempted"
         raise
     finally:
-        update_status(folder, state=state)
+        with _writing:  # this state is the last: it is written though nothing else can be read
+            _write_status(folder, read_status(folder) | {"format": STATUS_FORMAT, "state": state, **process})
 
 
 @contextmanager
@@ -81,12 +94,34 @@ def heartbeats_written(folder: Path) -> Iterator[None]:
         beater.join()
 
 
-def is_alive(status: dict[str, Any], *, last_heartbeat: float) -> bool:
+def read_last_heartbeat(folder: Path) -> float | None:
+    """Return when status.json was last written, by the clock of its file system; None if there is none."""
+    try:
+        return (folder / STATUS).stat().st_mtime
+    except OSError:
+        return None
+
+
+def read_file_system_clock(folder: Path) -> float:
+    """Return the time that a file would get that is written in `folder` now, in seconds since 1970.
+
+    Heartbeats are compared with it, since the clocks of two hosts may differ by minutes. What both write on a file
+    server has the times of its clock.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # it has no name, or loses it at once
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # nothing can be written there
+        return time.time()
+
+
+def is_alive(status: dict[str, Any], *, heartbeat_age: float) -> bool:
     """Return whether the run of a status.json runs, as far as can be told from here.
 
-    `last_heartbeat` is the newest of the run, in seconds since 1970. On the host of the run, its process must be there.
+    `heartbeat_age` is that of the newest heartbeat of the run, in seconds. On the host of the run, its process must be
+    there.
     """
-    if status.get("state") != "running" or time.time() - last_heartbeat > SECONDS_UNTIL_DEAD:
+    if status.get("state") != "running" or heartbeat_age > SECONDS_UNTIL_DEAD:
         return False
     pid = status.get("pid")
     if status.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:

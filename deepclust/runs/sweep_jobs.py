@@ -5,7 +5,6 @@ The folder may be one that another machine writes to. Reading it needs no torch 
 
 import math
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from deepclust.comparison.finished_runs import find_run_folders, read_overrides
-from deepclust.engine.run_status import STATUS, is_alive, read_status
+from deepclust.engine.run_status import STATUS, is_alive, read_file_system_clock, read_last_heartbeat, read_status
 from deepclust.engine.small_files import read_json_object, read_small_text
 from deepclust.errors import InputError
 from deepclust.runs.hydra_files import SWEEP_FILE
@@ -102,7 +101,8 @@ def read_sweep(folder: Path) -> Sweep:
         same = [path for path in found if found[path] == overrides and path not in places]
         places[own if own in same or not same else same[0]] = overrides
     places |= {path: found[path] for path in sorted(found, key=sort_key) if path not in places}
-    return Sweep(folder, [read_job(folder, path, overrides) for path, overrides in places.items()], settings)
+    now = read_file_system_clock(folder)
+    return Sweep(folder, [read_job(folder, path, overrides, now=now) for path, overrides in places.items()], settings)
 
 
 def sort_key(path: Path) -> list[tuple[int, str]]:
@@ -149,17 +149,16 @@ def is_plain_sweep(settings: dict[str, Any]) -> bool:
     return isinstance(sweeper, dict) and str(sweeper.get("_target_")).endswith(".BasicSweeper")
 
 
-def read_job(sweep_folder: Path, folder: Path, overrides: list[str]) -> SweepJob:
-    """Read the state of one job from its folder."""
+def read_job(sweep_folder: Path, folder: Path, overrides: list[str], *, now: float) -> SweepJob:
+    """Read the state of one job from its folder; `now` is the time by the clock of the file system."""
     status, error = read_status(folder), read_error(folder)
-    newest = max(
-        (status, *(read_status(path.parent) for pattern in INNER_STATUS_FILES for path in folder.glob(pattern))),
-        key=lambda one: read_number(one, "heartbeat") or 0.0,
-    )
-    heartbeat = read_number(newest, "heartbeat")
+    inner = [path.parent for pattern in INNER_STATUS_FILES for path in folder.glob(pattern)]
+    heartbeats = {place: time for place in (folder, *inner) if (time := read_last_heartbeat(place)) is not None}
+    newest = max(heartbeats, key=heartbeats.__getitem__, default=folder)
+    heartbeat_age = max(0.0, now - heartbeats[newest]) if heartbeats else None
     results = read_json_object(folder / RESULTS)
-    state = find_state(folder, status, results, last_heartbeat=heartbeat or 0.0, error=error)
-    progress = dict(newest if state == "running" else status)
+    state = find_state(folder, status, results, heartbeat_age=heartbeat_age or 0.0, error=error)
+    progress = read_status(newest) if state == "running" else dict(status)
     if state == "done":
         progress |= describe_results(results)
     epoch, epochs = (read_number(progress, key) for key in ("epoch", "epochs"))
@@ -176,7 +175,7 @@ def read_job(sweep_folder: Path, folder: Path, overrides: list[str]) -> SweepJob
         score=read_number(progress, "score"),
         images_per_second=read_number(progress, "images_per_second"),
         seconds_left=read_number(progress, "seconds_left") if state == "running" else None,
-        heartbeat_age=None if heartbeat is None else max(0.0, time.time() - heartbeat),
+        heartbeat_age=heartbeat_age,
         host=str(status["host"]) if "host" in status else None,
         pid=None if pid is None else int(pid),
         error=error if state == "failed" else None,
@@ -184,12 +183,12 @@ def read_job(sweep_folder: Path, folder: Path, overrides: list[str]) -> SweepJob
 
 
 def find_state(
-    folder: Path, status: dict[str, Any], results: dict[str, Any], *, last_heartbeat: float, error: str | None
+    folder: Path, status: dict[str, Any], results: dict[str, Any], *, heartbeat_age: float, error: str | None
 ) -> JobState:
     """Return the state of a job from what its folder holds."""
     if results.get("format") == 1:  # it is written last
         return "done"
-    if is_alive(status, last_heartbeat=last_heartbeat):
+    if is_alive(status, heartbeat_age=heartbeat_age):
         return "running"
     if error is not None or status.get("state") == "failed":
         return "failed"

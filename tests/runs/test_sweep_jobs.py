@@ -23,13 +23,17 @@ def write_sweep(folder: Path, task: list[str], sweeper: str = "BasicSweeper", **
     return folder
 
 
-def write_job(folder: Path, overrides: list[str], status: dict | None = None, **files: str) -> None:
-    """Write the folder of a job that has begun; `files` are contents by the stems of their names."""
+def write_job(folder: Path, overrides: list[str], status: dict | None = None, *, age: float = 0, **files: str) -> None:
+    """Write the folder of a job that has begun; `files` are contents by the stems of their names.
+
+    `age` is that of its heartbeat, in seconds.
+    """
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra/config.yaml").write_text("{}")
     (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
     if status is not None:
-        (folder / "status.json").write_text(json.dumps({"heartbeat": time.time()} | status))
+        (folder / "status.json").write_text(json.dumps(status))
+        os.utime(folder / "status.json", (time.time() - age,) * 2)
     for name, text in files.items():
         (folder / (f"{name}.txt" if name == "error" else f"{name}.json")).write_text(text)
 
@@ -47,7 +51,7 @@ def sweep(tmp_path):
     write_job(folder / "1", overrides[1], running)
     write_job(folder / "2", overrides[2], running | {"state": "failed"}, error="Traceback (most\n  File\nKeyError: 1\n")
     write_job(folder / "3", overrides[3], running | {"state": "preempted"})
-    write_job(folder / "4", overrides[4], running | {"heartbeat": time.time() - 1000, "host": "elsewhere"})
+    write_job(folder / "4", overrides[4], running | {"host": "elsewhere"}, age=1000)
     write_job(folder / "5", overrides[5], running | {"state": "stopped"})
     write_job(folder / "6", overrides[6], None, error="it is wrong; expected right; mend it\n")
     return folder
@@ -78,12 +82,19 @@ def test_reading_changes_nothing(sweep):
 
 def test_an_earlier_stage_keeps_a_run_alive(tmp_path):
     folder = write_sweep(tmp_path, ["seed=0,1"])
-    write_job(folder / "0", ["seed=0"], {"state": "running", "heartbeat": time.time() - 1000, **HERE})
+    write_job(folder / "0", ["seed=0"], {"state": "running", **HERE}, age=1000)
     assert read_sweep(folder).jobs[0].state == "stopped"
     (folder / "0/before").mkdir()
-    (folder / "0/before/status.json").write_text(json.dumps({"heartbeat": time.time(), "epoch": 3, "epochs": 5}))
+    (folder / "0/before/status.json").write_text(json.dumps({"epoch": 3, "epochs": 5}))
     job = read_sweep(folder).jobs[0]
     assert (job.state, job.epoch, job.epochs, job.pid) == ("running", 3, 5, os.getpid())
+
+
+def test_the_clock_of_another_host_does_not_matter(tmp_path):
+    for number, clock in enumerate((-1000, 1000)):
+        elsewhere = {"state": "running", "host": "elsewhere", "heartbeat": time.time() + clock}
+        write_job(tmp_path / str(number), [f"seed={number}"], elsewhere, age=60 if clock < 0 else 300)
+    assert [job.state for job in read_sweep(tmp_path).jobs] == ["running", "stopped"]
 
 
 def test_jobs_are_found_by_their_values_where_folders_have_other_names(tmp_path):
@@ -99,9 +110,9 @@ def test_jobs_are_found_by_their_values_where_folders_have_other_names(tmp_path)
 )
 def test_what_is_damaged_leaves_the_folders_that_are_there(tmp_path, text):
     (tmp_path / "multirun.yaml").write_text(text)
-    write_job(tmp_path / "0", ["seed=0"], {"state": [], "heartbeat": "x", "epoch": 1e999, "pid": "3"}, results="[")
+    write_job(tmp_path / "0", ["seed=0"], {"state": [], "epoch": 1e999, "pid": "3"}, results="[")
     (job,) = read_sweep(tmp_path).jobs
-    assert job.state == "stopped" and job.epoch is None and job.heartbeat_age is None
+    assert job.state == "stopped" and job.epoch is None and job.pid is None
 
 
 def test_a_search_has_the_jobs_that_have_begun(tmp_path):
