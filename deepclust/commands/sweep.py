@@ -114,17 +114,20 @@ def to_json(sweep: Sweep) -> dict[str, Any]:
 def retry(sweep: Sweep) -> None:
     """Start what failed or is missing: this process becomes the command that the sweep was started with.
 
-    Jobs that are done or run are left alone. A sweep that searches goes on with its search.
+    Jobs that are done or run are left alone, and so are runs of other sweeps. A sweep that searches goes on with its
+    search.
 
     Raises:
         InputError: if the folder does not say how the sweep was started.
     """
-    numbers = [str(number) for number, job in enumerate(sweep.jobs) if job.state in STATES_TO_RETRY]
-    if not numbers:
+    jobs = [job for job in sweep.jobs if job.state in STATES_TO_RETRY]
+    is_plain = is_plain_sweep(sweep.settings)
+    numbers = [str(job.number) for job in jobs if job.number is not None]
+    if not (numbers if is_plain else jobs):
         print("nothing to start", file=sys.stderr)
         return
     arguments, folder = compose_command(sweep)
-    if is_plain_sweep(sweep.settings):
+    if is_plain:
         os.environ[JOBS_TO_START] = ",".join(numbers)
         print(f"starting {format_count(len(numbers), 'job')}", file=sys.stderr)
     else:

@@ -6,7 +6,7 @@ The folder may be one that another machine writes to. Reading it needs no torch 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,7 @@ class SweepJob:
 
     Attributes:
         name: of its folder, seen from that of the sweep.
+        number: in the sweep; None for a run that is not known to be of it, such as one of an earlier sweep.
         overrides: its values by key.
         state: `waiting` has not begun; `preempted` was asked to stop by a signal, and `stopped` by Ctrl-C or a kill.
         epoch: of the training, as many as are done.
@@ -44,6 +45,7 @@ class SweepJob:
     folder: Path
     overrides: dict[str, str]
     state: JobState
+    number: int | None = None
     epoch: int | None = None
     epochs: int | None = None
     score_name: str | None = None
@@ -95,14 +97,27 @@ def read_sweep(folder: Path) -> Sweep:
             expected="the folder of a sweep, such as multirun/DATE/TIME",
             do="check sweep=DIR",
         )
-    places: dict[Path, list[str]] = {}
+    now = read_file_system_clock(folder)
+    sweep = settings.get("sweep")
+    are_numbered = isinstance(sweep, dict) and str(sweep.get("subdir")).startswith("${job_folder:")  # conf/train.yaml
+    jobs, others = list[SweepJob](), dict(found)
     for number, overrides in enumerate(planned):
         own = folder / str(number)
-        same = [path for path in found if found[path] == overrides and path not in places]
-        places[own if own in same or not same else same[0]] = overrides
-    places |= {path: found[path] for path in sorted(found, key=sort_key) if path not in places}
-    now = read_file_system_clock(folder)
-    return Sweep(folder, [read_job(folder, path, overrides, now=now) for path, overrides in places.items()], settings)
+        same = [path for path in others if found[path] == overrides]
+        path = own if are_numbered or own in same or not same else same[0]
+        is_taken = bool(found.get(path)) and sorted(found[path]) != sorted(overrides)
+        if is_taken and are_numbered:
+            error = f"its folder holds a run of other values: {' '.join(found[path])}"
+            job = SweepJob(path.name, path, split_overrides(overrides), "failed", error=error)
+        elif is_taken:  # it has begun nowhere
+            job = SweepJob(path.name, path, split_overrides(overrides), "waiting")
+        else:
+            job = read_job(folder, path, overrides, now=now)
+        jobs.append(replace(job, number=number))
+        if are_numbered or not is_taken:
+            others.pop(path, None)
+    jobs += [read_job(folder, path, found[path], now=now) for path in sorted(others, key=sort_key)]
+    return Sweep(folder, jobs, settings)
 
 
 def sort_key(path: Path) -> list[tuple[int, str]]:
@@ -126,6 +141,12 @@ def read_overrides_of_run(folder: Path) -> list[str]:
         return [str(override) for override in read_overrides(folder / ".hydra" / "overrides.yaml")]
     except (OSError, ValueError, yaml.YAMLError):
         return []
+
+
+def split_overrides(overrides: list[str]) -> dict[str, str]:
+    """Return the values of overrides by their keys."""
+    pairs = (override.lstrip("+").partition("=") for override in overrides)
+    return {key: value for key, _, value in pairs}
 
 
 def list_planned_jobs(settings: dict[str, Any]) -> list[list[str]]:
@@ -163,11 +184,10 @@ def read_job(sweep_folder: Path, folder: Path, overrides: list[str], *, now: flo
         progress |= describe_results(results)
     epoch, epochs = (read_number(progress, key) for key in ("epoch", "epochs"))
     pid = read_number(status, "pid")
-    pairs = (override.lstrip("+").partition("=") for override in overrides)
     return SweepJob(
         name=str(folder.relative_to(sweep_folder)),
         folder=folder,
-        overrides={key: value for key, _, value in pairs},
+        overrides=split_overrides(overrides),
         state=state,
         epoch=None if epoch is None else int(epoch),
         epochs=None if epochs is None else int(epochs),

@@ -10,7 +10,7 @@ import pytest
 from deepclust.cli.environment import JOBS_TO_START
 from deepclust.cli.main import main
 from deepclust.commands import sweep as command
-from tests.runs.test_sweep_jobs import sweep, write_sweep  # noqa: F401 (a fixture)
+from tests.runs.test_sweep_jobs import sweep, write_job, write_sweep  # noqa: F401 (a fixture)
 
 
 def run_sweep(monkeypatch, *arguments: str) -> int:
@@ -89,6 +89,16 @@ def test_retry_starts_the_command_of_the_sweep_for_what_is_missing(sweep, starte
     write_sweep(sweep, task, "OptunaSweeper", job={"name": "train", "config_name": "train"}, runtime=runtime)
     assert run_sweep(monkeypatch, sweep, "retry=failed") == 0
     assert "going on with the search" in capsys.readouterr().err and len(started) == 2
+
+
+def test_retry_leaves_runs_of_an_earlier_sweep_alone(tmp_path, started, monkeypatch):
+    hydra = {"job": {"name": "train", "config_name": "train"}, "runtime": {"cwd": str(tmp_path)}}
+    folder = write_sweep(tmp_path / "sweep", ["seed=0,1"], sweep={"subdir": "${job_folder:0}"}, **hydra)
+    write_job(folder / "0", ["seed=1"], error="an earlier sweep")
+    write_job(folder / "1", ["seed=1"], results='{"format": 1}')
+    write_job(folder / "2", ["seed=0"], error="an earlier sweep")
+    assert run_sweep(monkeypatch, folder, "retry=failed") == 0
+    assert [numbers for _, numbers, _ in started] == ["0"]
 
 
 @pytest.mark.parametrize(

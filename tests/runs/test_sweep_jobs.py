@@ -105,8 +105,33 @@ def test_jobs_are_found_by_their_values_where_folders_have_other_names(tmp_path)
     assert [(job.name, job.state) for job in jobs] == [("0", "waiting"), ("first", "running"), ("10", "running")]
 
 
+def test_runs_of_an_earlier_sweep_in_the_folder_shift_no_number(tmp_path):
+    subdir = {"sweep": {"subdir": "${job_folder:${hydra.job.num}}"}}
+    folder = write_sweep(tmp_path, ["seed=3,4,1"], **subdir)
+    for number, seed in enumerate((0, 1, 3, 2)):  # an earlier sweep had seed=0,1,3,2
+        write_job(folder / str(number), [f"seed={seed}"], results='{"format": 1}')
+    jobs = read_sweep(folder).jobs
+    assert [(job.number, job.name, job.overrides["seed"]) for job in jobs] == [
+        *((0, "0", "3"), (1, "1", "4"), (2, "2", "1")),
+        (None, "3", "2"),
+    ]
+    assert [job.state for job in jobs] == ["failed", "failed", "failed", "done"]
+    assert jobs[1].error == "its folder holds a run of other values: seed=1" and jobs[1].score is None
+
+
+def test_numbers_are_those_of_the_jobs_where_folders_are_named_by_values(tmp_path):
+    folder = write_sweep(tmp_path, ["seed=3,1,0"], sweep={"subdir": "${seed}"})
+    write_job(folder / "1", ["seed=1"], results='{"format": 1}')
+    write_job(folder / "0", ["seed=0"], error="it is wrong")
+    jobs = read_sweep(folder).jobs
+    assert [(job.number, job.overrides["seed"], job.state) for job in jobs] == [
+        *((0, "3", "waiting"), (1, "1", "done"), (2, "0", "failed"))
+    ]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[", "a: [1", "hydra: 3", "hydra: {sweeper: {_target_: x.BasicSweeper}}", "\0", "[" * 400]
+    "text",
+    ["", "[", "a: [1", "hydra: 3", "hydra: {sweep: 3, sweeper: {_target_: x.BasicSweeper}}", "\0", "[" * 400],
 )
 def test_what_is_damaged_leaves_the_folders_that_are_there(tmp_path, text):
     (tmp_path / "multirun.yaml").write_text(text)
