@@ -179,9 +179,12 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
     except InputError:  # of the launcher
         raise
     except COMPOSITION_ERRORS as error:
+        from deepclust.cli.lost_jobs import explain_launcher_error
         from deepclust.config.explain_errors import explain_composition_error
 
-        explained = explain_composition_error(error, command=f"deepclust {verb}", **composed_from)
+        explained = explain_launcher_error(error) or explain_composition_error(
+            error, command=f"deepclust {verb}", **composed_from
+        )
         if not outcomes.failures:
             raise explained from error
         print_message(f"error: {explained}")

@@ -1,9 +1,10 @@
-"""What the command that launched a sweep says of a job that ended without a result, in one line."""
+"""What the command that launched a sweep says of its launcher, or of a job that ended without a result, in one line."""
 
 import re
+import traceback
 from pathlib import Path
 
-from deepclust.errors import ProcessLost
+from deepclust.errors import InputError, ProcessLost
 from deepclust.exit_codes import PROCESS_LOST
 
 SUBMITIT_TEXT = re.compile(
@@ -26,6 +27,31 @@ def explain_lost_job(error: Exception) -> ProcessLost | None:
         f"job {found['job']} has ended without a result: {read_end(path, found)}",
         do=f"read the logs in {path.parent}; the same command with hydra.sweep.dir={folder} goes on",
         exit_code=PROCESS_LOST,
+    )
+
+
+def explain_launcher_error(error: Exception) -> InputError | None:
+    """Return the one line for an error of the launcher's own; None for one of a configuration or of the sweep's folder.
+
+    A launcher composes the configurations of its jobs, whose errors have types of their own, and makes their folders.
+    Hydra's plain launcher does nothing else.
+    """
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+    from hydra.plugins.launcher import Launcher
+
+    if type(error).__module__.split(".")[0] in ("hydra", "omegaconf", "yaml"):
+        return None
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    launcher = next((owner for owner in owners if isinstance(owner, Launcher)), None)
+    if launcher is None or isinstance(launcher, BasicLauncher):
+        return None
+    folder = launcher.config.hydra.sweep.dir if launcher.config is not None else ""
+    if isinstance(error, OSError) and folder and str(error.filename).startswith(str(folder)):
+        return None
+    return InputError(
+        f"{type(launcher).__name__} has failed: {type(error).__name__}: {' '.join(str(error).split())}",
+        expected="a launcher that can start jobs here",
+        do="mend that, change hydra.launcher, or choose another, such as hydra/launcher=devices",
     )
 
 

@@ -178,6 +178,17 @@ def test_a_refusal_is_one_line(sweep, tmp_path, capsys):
     assert not read_jobs(tmp_path)
 
 
+def test_a_fault_of_the_launcher_is_not_told_as_one_of_the_configuration(sweep, monkeypatch, capsys):
+    def fail():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(devices_launcher, "count_cores", fail)
+    assert sweep("seed=0,1", "hardware=cpu") == 2
+    err = capsys.readouterr().err
+    assert "error: DevicesLauncher has failed: BlockingIOError: [Errno 11] Resource temporarily unavailable; " in err
+    assert err.count("\n") == 1 and "hydra/launcher=devices" in err
+
+
 @pytest.mark.parametrize(("visible", "devices"), [("", []), ("-1", []), ("1, 0", ["1", "0"]), ("0,-1,2", ["0"])])
 def test_visible_gpus(monkeypatch, visible, devices):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
