@@ -61,10 +61,13 @@ def is_simple_path(value: str) -> bool:
 
 
 def name_plain_arguments(arguments: list[str]) -> list[str]:
-    """Return the arguments of `deepclust sweep` as overrides: --json is json=true, and the one plain word sweep=DIR."""
+    """Return the arguments of `deepclust sweep` as overrides: --json is json=true, and the one plain word sweep=DIR.
+
+    A folder that is there is such a word, too: folders named by their values have a `=` in their names.
+    """
     arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
     given = parse_arguments("sweep", arguments).overrides
-    plain = [word for word in given if "=" not in word and not word.startswith("~")]
+    plain = [word for word in given if ("=" not in word and not word.startswith("~")) or Path(word).is_dir()]
     if len(plain) != 1 or any(word.startswith("sweep=") for word in given):
         return arguments
     position = len(arguments) - 1 - arguments[::-1].index(plain[0])
