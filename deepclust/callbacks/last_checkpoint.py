@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         self.path = Path(folder) / "checkpoints" / "last.ckpt"
         self.config = config
-        self.going_on = going_on or f"the same command with hydra.run.dir={folder}"
+        self.going_on = going_on or f"the same command with {shlex.quote(f'hydra.run.dir={folder}')}"
         self.every_n_steps = every_n_steps
         self.min_seconds = min_seconds
         self.stop_signals = StopSignals(patience=stop_patience)

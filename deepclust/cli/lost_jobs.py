@@ -3,7 +3,9 @@
 import re
 import traceback
 from pathlib import Path
+from typing import Any
 
+from deepclust.config.override_format import format_override
 from deepclust.errors import InputError, ProcessLost
 from deepclust.exit_codes import PROCESS_LOST
 
@@ -23,9 +25,10 @@ def explain_lost_job(error: Exception) -> ProcessLost | None:
         return None
     path = Path(found["path"])
     folder = next((str(parent.parent) for parent in path.parents if parent.name == ".submitit"), "SAME")
+    same = format_override("hydra.sweep.dir", folder)
     return ProcessLost(
         f"job {found['job']} has ended without a result: {read_end(path, found)}",
-        do=f"read the logs in {path.parent}; the same command with hydra.sweep.dir={folder} goes on",
+        do=f"read the logs in {path.parent}; the same command with {same} goes on",
         exit_code=PROCESS_LOST,
     )
 
@@ -36,14 +39,13 @@ def explain_launcher_error(error: Exception) -> InputError | None:
     A launcher composes the configurations of its jobs, whose errors have types of their own, and makes their folders.
     Hydra's plain launcher does nothing else.
     """
-    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
     from hydra.plugins.launcher import Launcher
 
     if type(error).__module__.split(".")[0] in ("hydra", "omegaconf", "yaml"):
         return None
     owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    launcher = next((owner for owner in owners if isinstance(owner, Launcher)), None)
-    if launcher is None or isinstance(launcher, BasicLauncher):
+    launcher: Any = next((owner for owner in owners if isinstance(owner, Launcher)), None)
+    if launcher is None or type(launcher).__name__ == "BasicLauncher":  # Hydra loads its plugins anew: a name stays
         return None
     folder = launcher.config.hydra.sweep.dir if launcher.config is not None else ""
     if isinstance(error, OSError) and folder and str(error.filename).startswith(str(folder)):

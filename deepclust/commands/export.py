@@ -4,6 +4,7 @@ With format=hub it is a folder as the Hugging Face Hub expects it, which this pa
 """
 
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from deepclust.commands.export_program import (
     format_description,
 )
 from deepclust.config.build import build
+from deepclust.config.override_format import format_override
 from deepclust.engine.output_files import check_output_file, is_standard_output, is_written_through, write_text
 from deepclust.engine.output_folders import check_new_folder, folders_above, make_folder
 from deepclust.engine.progress_bar import announce
@@ -111,11 +113,11 @@ def export_for_hub(cfg: DictConfig) -> Path:
         paths = write_hub_form(folder.work, checkpoint, results, card)
         folder.move_into_place()
     print(f"hub, {(output / HUB_WEIGHTS).stat().st_size / 1e6:.1f} MB: {output}")
-    print(f"in, out: as deepclust predict run={output} takes and gives them")
+    print(f"in, out: as deepclust predict {format_override('run', str(output))} takes and gives them")
     if paths:
         more = f" and {len(paths) - MAX_PATHS_SHOWN} more" if len(paths) > MAX_PATHS_SHOWN else ""
         print(f"names paths of this machine: {', '.join(paths[:MAX_PATHS_SHOWN])}{more}")
-    print(f"to share it: hf upload OWNER/NAME {output}")
+    print(f"to share it: hf upload OWNER/NAME {shlex.quote(str(output))}")
     return output
 
 

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deepclust.cli.environment import JOBS_TO_START
+from deepclust.config.override_format import format_override, format_value
 from deepclust.engine.durations import format_duration
 from deepclust.engine.plurals import format_count
 from deepclust.errors import InputError
@@ -159,12 +160,14 @@ def compose_command(sweep: Sweep) -> tuple[list[str], Path]:
         raise InputError(
             reason,
             expected="a sweep by Hydra's multirun, started from this machine",
-            do=f"start its command again with hydra.sweep.dir={sweep.folder}",
+            do=f"start its command again with {format_override('hydra.sweep.dir', str(sweep.folder))}",
         )
     own = [source for source in runtime.get("config_sources") or [] if source.get("provider") == "command-line"]
     flags = [flag for source in own for flag in ("--config-dir", str(source["path"]))]
     verb = str(job["name"])
     if job["config_name"] != verb:
         flags += ["--config-name", str(job["config_name"])]
-    kept = [override for override in given if not override.startswith(("hydra.sweep.dir=", "hydra.mode="))]
-    return [verb, "-m", *flags, *kept, f"hydra.sweep.dir={sweep.folder.absolute()}"], folder
+    kept = [word for word in given if not word.lstrip("+").startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    # In quotes where it needs them: with a comma it would be several folders.
+    place = f"hydra.sweep.dir={format_value(str(sweep.folder.absolute()))}"
+    return [verb, "-m", *flags, *kept, place], folder

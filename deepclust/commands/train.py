@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from deepclust.callbacks.last_checkpoint import LastCheckpoint
 from deepclust.clustering.backend import clustering_settings
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
+from deepclust.config.override_format import format_override
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine import cuda_graphs
@@ -96,7 +97,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             num_devices=count_devices(cfg.hardware.accelerator, cfg.hardware.devices),
             num_nodes=cfg.hardware.num_nodes,
             strategy_is_auto=cfg.hardware.strategy == "auto",
-            going_on=read_going_on() or f"the same command with hydra.run.dir={folder}",
+            going_on=read_going_on() or f"the same command with {format_override('hydra.run.dir', str(folder))}",
         )
     finally:
         cuda_graphs.release_recordings()  # their memory, for the runs that follow in this process

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from deepclust import __version__
+from deepclust.config.override_format import format_override
 
 PACKAGES = (
     "torch",
@@ -66,8 +67,8 @@ def describe_going_on(
     if is_from_python:
         return f"call deepclust.{verb} again with the same arguments and run_dir={place!r}"
     key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
-    given = [hide_environment_values(argument) for argument in arguments if not argument.startswith(f"{key}=")]
-    return shlex.join(["deepclust", verb, *given, f"{key}={place}"])
+    given = [hide_environment_values(word) for word in arguments if not word.lstrip("+").startswith(f"{key}=")]
+    return f"{shlex.join(['deepclust', verb, *given])} {format_override(key, place)}"
 
 
 def read_going_on() -> str | None:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from deepclust.cli.arguments import quote_path
 from deepclust.cli.environment import JOBS_TO_START
 from deepclust.cli.main import main
 from deepclust.commands import sweep as command
@@ -89,6 +91,21 @@ def test_retry_starts_the_command_of_the_sweep_for_what_is_missing(sweep, starte
     write_sweep(sweep, task, "OptunaSweeper", job={"name": "train", "config_name": "train"}, runtime=runtime)
     assert run_sweep(monkeypatch, sweep, "retry=failed") == 0
     assert "going on with the search" in capsys.readouterr().err and len(started) == 2
+
+
+@pytest.mark.parametrize("name", ["a,b", "a=b,c=d", "it's", "2024"])
+def test_any_folder_is_shown_and_retried(tmp_path, started, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    hydra = {"job": {"name": "train", "config_name": "train"}, "runtime": {"cwd": str(tmp_path)}}
+    hydra["overrides"] = {"task": ["seed=0,1"], "hydra": ["++hydra.sweep.dir=old"]}
+    write_sweep(tmp_path / name, [], **hydra)
+    assert run_sweep(monkeypatch, name, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sweep"] == name
+    assert run_sweep(monkeypatch, name, "retry=failed") == 0
+    (((*_, task, argument), numbers, _),) = started
+    (override,) = OverridesParser.create().parse_overrides([quote_path(argument, is_sweep=True)])
+    assert override.key_or_group == "hydra.sweep.dir" and override.value() == str(tmp_path / name)
+    assert task == "seed=0,1" and numbers == "0,1"
 
 
 def test_retry_leaves_runs_of_an_earlier_sweep_alone(tmp_path, started, monkeypatch):

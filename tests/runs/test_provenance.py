@@ -4,7 +4,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from deepclust.cli.arguments import quote_path
 from deepclust.runs.provenance import describe_going_on
 
 
@@ -21,6 +23,21 @@ def test_command_names_the_folder(arguments, is_sweep, expected, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert describe_going_on("train", arguments, Path("runs/1").absolute(), is_sweep=is_sweep) == expected
     assert shlex.split(expected)[2:-1] == [x for x in arguments if not x.startswith("hydra.")]
+
+
+NAMES = ["a,b", "a=b", "it's", 'say "a"', "{b}", "$HOME", "end\\", "2024", "null", "[a]", "# no", "~x", "a:b", "é"]
+
+
+@pytest.mark.parametrize("is_sweep", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_folder_comes_back(name, is_sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["+hydra.sweep.dir=old", "+hydra.run.dir=old"]
+    command = describe_going_on("train", given, tmp_path / name, is_sweep=is_sweep)
+    *_, kept, argument = shlex.split(command)
+    assert kept == given[is_sweep]
+    (override,) = OverridesParser.create().parse_overrides([quote_path(argument, is_sweep=is_sweep)])
+    assert not override.is_sweep_override() and override.value() == name
 
 
 def test_a_folder_elsewhere_is_absolute_and_secrets_are_hidden(tmp_path, monkeypatch):
