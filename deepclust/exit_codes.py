@@ -1,5 +1,7 @@
 """The exit codes of the command line: which end of a command has which code."""
 
+import signal
+
 from deepclust.errors import InputError, ProcessLost
 
 DONE = 0
@@ -19,3 +21,11 @@ def exit_code_of_error(error: BaseException) -> int:
 def exit_code_of_signal(number: int) -> int:
     """Return the exit code of a run that a signal ended, as a shell reports it: 128 + the signal's number."""
     return 128 + number
+
+
+def name_signal(number: int) -> str:
+    """Return the name of a signal, and its number where Python knows no name, as for most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -12,7 +12,7 @@ from hydra.core.utils import filter_overrides
 from omegaconf import DictConfig
 
 from deepclust.errors import InputError, ProcessLost
-from deepclust.exit_codes import INPUT_ERROR, exit_code_of_signal
+from deepclust.exit_codes import INPUT_ERROR, exit_code_of_signal, name_signal
 from deepclust.runs.provenance import describe_going_on
 from deepclust.runs.sweep_jobs import summarize_traceback
 
@@ -72,9 +72,9 @@ def describe_failure(job: Job, code: int, sweep_folder: Path) -> tuple[Exception
     start = text.rfind("Traceback (most recent call last):")
     if code > 0 and start >= 0:
         return RuntimeError(summarize_traceback(text[start:])), text[start:]
-    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    ending = f"killed by {name_signal(-code)}" if code < 0 else f"ended with exit code {code}"
     if code > 128 and code - 128 in set(signal.Signals):
-        ending = f"stopped by {signal.Signals(code - 128).name}"
+        ending = f"stopped by {name_signal(code - 128)}"
     do = f"see {log_path(sweep_folder, job)}; to go on: {describe_going_on_of_sweep(sweep_folder)}"
     return ProcessLost(ending, do=do, exit_code=code if code > 0 else exit_code_of_signal(-code)), ""
 

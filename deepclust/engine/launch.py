@@ -27,7 +27,7 @@ from deepclust.engine.lost_processes import (
     stop_with_parent,
 )
 from deepclust.errors import InputError, ProcessLost
-from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error, exit_code_of_signal
+from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error, exit_code_of_signal, name_signal
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +109,13 @@ def start_processes(
         sys.exit(exit_code_of_signal(stopped.sigval))
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        number = find_ending_signal(failure.exitcode)
-        if number not in handlers:
+        ended_by = find_ending_signal(failure.exitcode)
+        number = next((known for known in handlers if known == ended_by), None)
+        if number is None:
             name = name_processes([rank])
             raise read_failure(failures / str(rank), name, failure.exitcode, going_on) from None
         log.warning("a process of the run was stopped by %s", number.name)
-        call_handler(handlers.get(number), number)
+        call_handler(handlers[number], number)
         sys.exit(exit_code_of_signal(number))
     finally:
         restore_handlers(handlers)
@@ -140,22 +141,24 @@ def read_failure(file: Path, name: str, exit_code: int, going_on: str) -> Except
         error.is_printed = None
         return error
     number = find_ending_signal(exit_code)
+    end = f"has ended with exit code {exit_code}" if number is None else f"was ended by {name_signal(number)}"
     return ProcessLost(
-        f"{name} has ended with exit code {exit_code}" if number is None else f"{name} was ended by {number.name}",
+        f"{name} {end}",
         do=f"to go on: {going_on}",
         exit_code=PROCESS_LOST if number is None else exit_code_of_signal(number),
     )
 
 
-def find_ending_signal(exit_code: int) -> signal.Signals | None:
-    """Return the signal that ended a process with this exit code, at once (-number) or after its checkpoint; or None.
+def find_ending_signal(exit_code: int) -> int | None:
+    """Return the number of the signal that ended a process with this exit code, or None.
 
-    A process that asks all others to stop has `exit_code_of_signal`.
+    It ended the process at once (-number) or after its checkpoint. A process that asks all others to stop has
+    `exit_code_of_signal`.
     """
     from deepclust.engine.signals import STOP_SIGNALS
 
     if exit_code < 0:
-        return signal.Signals(-exit_code)
+        return -exit_code
     return next((number for number in STOP_SIGNALS if exit_code == exit_code_of_signal(number)), None)
 
 

@@ -134,6 +134,12 @@ def test_the_end_of_a_job_is_that_of_the_sweep_though_nobody_reads_what_is_print
     assert [*read_jobs(tmp_path)] == ["0"]
 
 
+def test_a_job_that_a_signal_without_a_name_ended_is_told(tmp_path):
+    job = devices_launcher.Job(0, [], OmegaConf.create(), tmp_path)
+    error, trace = devices_launcher.describe_failure(job, -40, tmp_path)
+    assert error.what == "killed by signal 40" and error.exit_code == 168 and not trace
+
+
 def test_where_no_process_can_be_started_those_that_run_save(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices_launcher, "count_cores", lambda: 2)
     start, jobs = devices_launcher.DevicesLauncher.start, []

@@ -161,6 +161,11 @@ def test_several_devices_need_a_hardware_file_for_several(tmp_path):
     assert "hardware.devices=2" in str(raised.value)
 
 
+def test_a_process_that_a_signal_without_a_name_ended_is_told(tmp_path):
+    error = launch.read_failure(tmp_path / "none", "rank 1", -40, "again")
+    assert error.what == "rank 1 was ended by signal 40" and error.exit_code == 168
+
+
 def test_a_failure_that_cannot_be_written_down_is_printed(tmp_path, capsys):
     launch.write_failure(tmp_path / "gone/0", "Traceback: the reason")
     assert "the reason" in capsys.readouterr().err
