@@ -7,15 +7,18 @@
 #   slurm.sh run COMMAND...   up, the command, and down whatever happens; the exit code is that of the command
 #
 # It is Debian's Slurm with accounting and two pretended GPUs a node, started by hand, as root and without systemd.
-# Each of its daemons is waited for at most WAIT_SECONDS, and is stopped by its pid file. A configuration in /etc/slurm
-# that is not from here is left alone, and then nothing is started. `down` leaves the packages, a line of /etc/hosts and
-# the pretended GPUs in /dev.
+# Each of its daemons is waited for at most WAIT_SECONDS, and is stopped by its pid file. Where a file of the same name
+# in /etc/slurm, or a database of this machine, is not from here, it is left alone, and nothing is started. `down` leaves
+# the packages, munge's key, a line of /etc/hosts and the pretended GPUs in /dev.
 set -euo pipefail
 
 WAIT_SECONDS=60
 MARK="# written by tests/cluster/slurm.sh"
+CONFIGURATION=(/etc/slurm/slurm.conf /etc/slurm/gres.conf /etc/slurm/slurmdbd.conf)
+STATE=/var/spool/slurm-tests
 LOGS=/var/log/slurm
 DATABASE=/run/slurm-tests-mariadb # socket, data and pid file of a database of our own
+SOCKET=/run/mysqld/mysqld.sock    # where Slurm looks for the database of this machine
 PID_FILES=(/run/slurmd-n1.pid /run/slurmd-n2.pid /run/slurmctld.pid /run/slurmdbd.pid $DATABASE/pid /run/munge/munged.pid)
 
 fail() {
@@ -52,12 +55,20 @@ install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}"
 }
 
-configuration_is_ours() { [ ! -e /etc/slurm/slurm.conf ] || grep -qF "$MARK" /etc/slurm/slurm.conf; }
+check_configuration_is_ours() {
+    local file
+    for file in "${CONFIGURATION[@]}"; do
+        [ ! -e "$file" ] || grep -qF "$MARK" "$file" || fail "$file is of a cluster of this machine, which is left alone"
+    done
+}
+
+socket_is_ours() { [ "$(readlink "$SOCKET")" = $DATABASE/socket ]; }
 
 check_can_start() {
+    check_configuration_is_ours
     [ "$(id -u)" = 0 ] || fail "only root can start Slurm's daemons"
     command -v slurmctld slurmdbd munged mariadbd >/dev/null || fail "packages are missing: slurm.sh install"
-    configuration_is_ours || fail "/etc/slurm/slurm.conf is of a cluster of this machine, which is left alone"
+    [ ! -e $SOCKET ] || socket_is_ours || fail "$SOCKET is of a database of this machine, which is left alone"
     for file in "${PID_FILES[@]}"; do
         if is_running "$file"; then fail "the process of $file runs already; slurm.sh down stops it"; fi
     done
@@ -74,8 +85,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=cred_expire=10
-StateSaveLocation=/var/spool/slurmctld
-SlurmdSpoolDir=/var/spool/slurmd-%n
+StateSaveLocation=$STATE/slurmctld
+SlurmdSpoolDir=$STATE/slurmd-%n
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd-%n.pid
 SlurmctldLogFile=$LOGS/slurmctld.log
@@ -97,8 +108,9 @@ NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemo
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=01:00:00 State=UP
 EOF
-    echo 'NodeName=n[1-2] Name=gpu File=/dev/fakegpu[0-1]' >/etc/slurm/gres.conf
+    printf '%s\n' "$MARK" 'NodeName=n[1-2] Name=gpu File=/dev/fakegpu[0-1]' >/etc/slurm/gres.conf
     cat >/etc/slurm/slurmdbd.conf <<EOF
+$MARK
 AuthType=auth/munge
 DbdHost=localhost
 SlurmUser=root
@@ -116,7 +128,6 @@ EOF
 start_database() {
     install -d -o mysql -g mysql $DATABASE
     [ -d $DATABASE/data ] || mariadb-install-db --user=mysql --datadir=$DATABASE/data --skip-test-db >$LOGS/mariadb.out
-    # Slurm looks for the database of this machine at Debian's socket.
     setsid mariadbd --no-defaults --user=mysql --datadir=$DATABASE/data --socket=$DATABASE/socket \
         --pid-file=$DATABASE/pid --skip-networking --innodb-buffer-pool-size=64M >>$LOGS/mariadb.out 2>&1 </dev/null &
     wait_for mariadb mariadb-admin --socket=$DATABASE/socket ping
@@ -124,13 +135,13 @@ start_database() {
         create user if not exists 'slurm'@'localhost' identified by 'slurm';
         grant all on slurm_acct_db.* to 'slurm'@'localhost';"
     install -d /run/mysqld
-    [ -e /run/mysqld/mysqld.sock ] || ln -s $DATABASE/socket /run/mysqld/mysqld.sock
+    socket_is_ours || ln -s $DATABASE/socket $SOCKET
 }
 
 up() {
     write_configuration
-    install -d /var/spool/slurmctld /var/spool/slurmd-n1 /var/spool/slurmd-n2 $LOGS
-    find /var/spool/slurmctld /var/spool/slurmd-n1 /var/spool/slurmd-n2 -mindepth 1 -delete # jobs of an earlier start
+    rm -rf $STATE # jobs of an earlier start
+    install -d $STATE/slurmctld $STATE/slurmd-n1 $STATE/slurmd-n2 $LOGS
     for number in 0 1; do
         [ -e /dev/fakegpu$number ] || mknod /dev/fakegpu$number c 1 3 # as the null device
     done
@@ -163,7 +174,7 @@ stop() {
 }
 
 down() {
-    configuration_is_ours || fail "/etc/slurm/slurm.conf is of a cluster of this machine, which is left alone"
+    check_configuration_is_ours
     [ -e /etc/slurm/slurm.conf ] || return 0 # nothing was started from here: munged may be of this machine
     if is_running /run/slurmctld.pid; then
         timeout 20 scancel --user="$(id -un)" || true
@@ -172,9 +183,9 @@ down() {
         while [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] && [ $SECONDS -lt $deadline ]; do sleep 0.5; done
     fi
     for file in "${PID_FILES[@]}"; do stop "$file"; done
-    if [ -L /run/mysqld/mysqld.sock ]; then rm /run/mysqld/mysqld.sock; fi
-    rm -rf $DATABASE
-    rm -f /etc/slurm/{slurm,gres,slurmdbd}.conf # without them Slurm's commands do not look for a controller for seconds
+    if socket_is_ours; then rm $SOCKET; fi
+    rm -rf $DATABASE $STATE
+    rm -f "${CONFIGURATION[@]}" # without them Slurm's commands do not look for a controller for seconds
 }
 
 case "${1:-}" in
