@@ -16,16 +16,16 @@ assignment q of an embedding z to a cluster is, up to a constant,
     eta log(n / N) - 1/2 sum log v - a log(1 + 1/d sum (z - m)^2 / v),
 
 so that clusters are as wide and as large as they are found to be. With a = d this is the density of Student's
-t-distribution with d degrees of freedom, and with a size exponent eta of 1 the posterior of a mixture of these. The
-first sketch had a = 1. Then the widths outweigh the distances: of ten well separated Gaussians, the means of all
-clusters met within a few poolings. Assignments are trained towards DEC's target p, which takes no notice of the sizes.
+t-distribution with d degrees of freedom, and with a size exponent eta of 1 the posterior of a mixture of these. With
+a = 1 the widths would outweigh the distances: of ten well separated Gaussians, the means of all clusters meet within a
+few poolings. Assignments are trained towards DEC's target p, which takes no notice of the sizes.
 The statistics follow the embeddings as an average over batches, and are pooled anew from all images, as the target is,
 before each epoch. A statistics network turns those of a cluster, [m; log v; log(n / N)], into its context. The decoder
 is given each embedding plus the mean of the contexts by q. The contexts of the two halves of a batch are to agree.
 
-Training takes the images as they are, as DEC does. The first sketch rotated and shifted them (`view_names=[moved]
-before.view_names=[moved]`), and then there was no end to it: the divergence rose for as long as training went on, and
-the clusters fell apart. A moved image lies in another cluster than its original one time in five, and its gradient
+Training takes the images as they are, as DEC does. On images that are rotated and shifted (`view_names=[moved]
+before.view_names=[moved]`) there is no end to it: the divergence rises for as long as training goes on, and the
+clusters fall apart. A moved image lies in another cluster than its original one time in five, and its gradient
 pushes the images near it away from the cluster where it lies. In DEC, images whose target that cluster is hold it where
 it is. Here the statistics follow the images that are pushed away, and are constants in the gradient, so nothing holds
 them. With statistics that stay those of k-means the clusters last; neither pooling them in the E-step only, nor widths

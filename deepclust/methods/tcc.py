@@ -23,15 +23,15 @@ results were at hand when this was written. Scores of this method are those of a
   size are CC's or those of its relatives.
 - Several processes. Keys of all processes enter the queue, and clusters are means over the global batch.
 
-Why it differs from the first sketch (`cluster_vector: unit`, `prior: each`, `assignment_temperature: 1`,
-`cluster_temperature: 1`). That objective is met without any clusters. A vector R_k of unit length does not tell how
-certain the assignments are. While all of them are near 1/K, R_k depends linearly on the prototype, R_k ~ mean v +
-Cov(v) (mu_k - mean mu), whatever groups the embeddings form; any ten prototypes that point apart in the widest
-directions of v then bring the contrast of clusters near its least value, and its gradient vanishes. The contrast of
-images gains nothing from the assignment, because the query holds v already, so the prior keeps it undecided. The arg
-max cuts the sphere of v into sectors of arbitrary directions. A weighted mean is the longer, the narrower its cluster,
-so that the contrast rewards clusters. The prior on the mean of the assignments leaves each of them free to be certain
-and keeps clusters equally large. docs/results.md has the figures.
+What is recalled of the paper (`cluster_vector: unit`, `prior: each`, `assignment_temperature: 1`, `cluster_temperature:
+1`) makes an objective that is met without any clusters. A vector R_k of unit length does not tell how certain the
+assignments are. While all of them are near 1/K, R_k depends linearly on the prototype, R_k ~ mean v + Cov(v) (mu_k -
+mean mu), whatever groups the embeddings form; any ten prototypes that point apart in the widest directions of v then
+bring the contrast of clusters near its least value, and its gradient vanishes. The contrast of images gains nothing
+from the assignment, because the query holds v already, so the prior keeps it undecided. The arg max cuts the sphere of
+v into sectors of arbitrary directions. A weighted mean is the longer, the narrower its cluster, so that the contrast
+rewards clusters. The prior on the mean of the assignments leaves each of them free to be certain and keeps clusters
+equally large. docs/results.md has the figures.
 
 Logged terms, all of them weighted:
 - `train/instance`: the contrast of images.

@@ -1,6 +1,6 @@
 """StatDEC: the formulas of our reconstruction, computed with the functions that training uses.
 
-The recorded assignments are those of the first sketch, with the distance exponent 1.
+The recorded assignments have the distance exponent 1.
 """
 
 from deepclust.clustering.cluster_statistics import ClusterStatistics, average_statistics, pool_statistics
