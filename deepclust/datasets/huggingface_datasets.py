@@ -49,13 +49,13 @@ def load_huggingface(
 
     Args:
         path: a folder that `save_to_disk` wrote, a folder of files that the library reads, or a name on the Hub.
-        subset: which of several data sets under this name; None: there is one.
-        revision: the version on the Hub, such as a commit; None: the newest.
+        subset: which of several data sets under this name; None: there is one, as in a folder of `save_to_disk`.
+        revision: the version on the Hub, such as a commit; None: the newest. A folder has none.
         data_dir: below which the library keeps what it has fetched or converted.
         fit: splits that are fitted, joined in order.
         evaluate: splits that are evaluated; None evaluates the images of `fit` (the merged protocol).
         image_column: the column of the images; None: there is one.
-        label_column: the column of the labels; None: that of classes, if there is one.
+        label_column: the column of the labels; auto: that of classes, if there is one; None: no labels.
         image_size: short side of the decoded images, as in `decode_image`; so are `channels` and `keep`.
         value_ranges: of values of more than 8 bits. Without them integers go from 0 to 65535 and floats from 0 to 1.
         max_megapixels: the largest image that is read, as in `decode_image`.
@@ -93,7 +93,7 @@ def load_huggingface(
         labels, class_names = number_classes({file: values}, num_classes=num_classes, class_names=names)
     elif num_classes is not None:
         raise InputError(
-            f"dataset.num_classes is {num_classes} and {path} has no column of classes",
+            f"dataset.num_classes is {num_classes} and no column of {path} is read for labels",
             expected=f"a column of labels, one of {', '.join(rows.column_names)}",
             do="set dataset.label_column, or dataset.num_classes=null dataset.num_clusters=K",
         )
@@ -160,8 +160,16 @@ def open_splits(path: str, *, subset: str | None, revision: str | None, cache: P
             expected="a folder, or the name of a data set on the Hugging Face Hub, such as uoft-cs/cifar10",
             do="set dataset.path=DIR or dataset.path=OWNER/NAME",
         )
+    is_saved = any((folder / name).is_file() for name in SAVED_FILES)
+    for key, value in {"subset": subset if is_saved else None, "revision": revision}.items():
+        if value is not None and folder.exists():
+            raise InputError(
+                f"dataset.{key} is {value} and {path} is a folder{' that save_to_disk wrote' if is_saved else ''}",
+                expected=f"no {key}: there is one in such a folder",
+                do=f"set dataset.{key}=null, or dataset.path to another folder or to a name on the Hub",
+            )
     try:
-        if any((folder / name).is_file() for name in SAVED_FILES):
+        if is_saved:
             opened: Any = datasets.load_from_disk(str(folder))
         else:
             place = str(folder) if folder.exists() else path
@@ -224,19 +232,21 @@ def choose_image_column(path: str, rows: Any, column: str | None) -> str:
 
 
 def choose_label_column(path: str, rows: Any, column: str | None) -> str | None:
-    """Return the column of the labels: `column`, or the only one of classes; None if there is none.
+    """Return the column of the labels: `column`, or for auto the only one of classes; None if there is none.
 
     Raises:
         InputError: if `column` is missing, or there are several and it does not say which.
     """
     from datasets import ClassLabel
 
+    if column is None or column in rows.column_names:
+        return column
     found = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
-    if column in rows.column_names or (column is None and len(found) < 2):
-        return column or (found[0] if found else None)
-    names = rows.column_names if column is not None else found
+    if column == "auto" and len(found) < 2:
+        return found[0] if found else None
+    names = found if column == "auto" else rows.column_names
     raise InputError(
-        f"{path} has {'several columns of classes' if column is None else f'no column {column}'}",
+        f"{path} has {'several columns of classes' if column == 'auto' else f'no column {column}'}",
         expected=f"one of {', '.join(names)}",
         do=f"set dataset.label_column={found[0]}" if found else "set dataset.label_column=null",
     )

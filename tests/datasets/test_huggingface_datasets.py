@@ -51,7 +51,7 @@ def saved(tmp_path_factory) -> Path:
 
 def load_images(path: object, data_dir: Path, **changes):
     arguments: dict = {"subset": None, "revision": None, "fit": ["train"], "evaluate": None, "image_column": None}
-    arguments |= {"label_column": None, "image_size": 16, "channels": 3, "keep": "central_squares"}
+    arguments |= {"label_column": "auto", "image_size": 16, "channels": 3, "keep": "central_squares"}
     arguments |= {"value_ranges": None, "max_megapixels": 180.0, "num_classes": None, "num_workers": 3}
     return load_huggingface(path=str(path), data_dir=str(data_dir), **{**arguments, **changes})
 
@@ -135,8 +135,13 @@ def test_labels_are_numbered(kind, tmp_path):
 def test_labels_may_be_missing(tmp_path):
     path = save(tmp_path, make_rows(0, 4, feature=None, caption=["a"] * 4))
     assert load_images(path, tmp_path).labels is None
-    with pytest.raises(InputError, match=r"num_classes is 10 and .* no column of classes.*image, caption"):
+    with pytest.raises(InputError, match=r"num_classes is 10 and no column of .* is read .*image, caption"):
         load_images(path, tmp_path, num_classes=10)
+
+
+def test_null_leaves_labels_out(saved, tmp_path):
+    assert load_images(saved, tmp_path, label_column=None).labels is None
+    assert load_images(saved, tmp_path).labels is not None
 
 
 TWO_CLASSES = {"fine": CLASSES, "coarse": CLASSES}
@@ -148,6 +153,11 @@ BAD = {
     "no image column": ({"image_column": "label"}, r"no column of images named label.*image_column=image"),
     "no label column": ({"label_column": "class"}, r"has no column class; expected one of image, label"),
     "labels of images": ({"label_column": "image"}, r"the column image of .* holds PIL\.Image"),
+    "subset of a saved copy": (
+        {"subset": "plain"},
+        r"dataset\.subset is plain and .* is a folder that save_to_disk wrote",
+    ),
+    "revision of a folder": ({"revision": "main"}, r"dataset\.revision is main .* set dataset\.revision=null"),
     "too few classes": (
         {"num_classes": 3},
         r"num_classes is 3 and column label of .* has 10 classes.*num_classes=10",
