@@ -94,7 +94,7 @@ class GenerativeCalibration(ClusteringMethod):
         temperature: tau.
 
     Args of the schedule:
-        first_diffusion_epochs: epochs of the diffusion model in the first round.
+        first_diffusion_epochs: epochs of the diffusion model in the first round; what it makes without any is noise.
         later_diffusion_epochs: those in each later round.
         calibration_epochs: epochs of the clustering in a round.
         diffusion_optimizer: makes the optimiser of the diffusion model; `optimizer` that of the clustering.
@@ -125,7 +125,7 @@ class GenerativeCalibration(ClusteringMethod):
         metric_weight: NonNegativeFloat,
         margin: NonNegativeFloat,
         temperature: PositiveFloat,
-        first_diffusion_epochs: NonNegativeInt,
+        first_diffusion_epochs: PositiveInt,
         later_diffusion_epochs: NonNegativeInt,
         calibration_epochs: PositiveInt,
         optimizer: Callable[..., Optimizer],

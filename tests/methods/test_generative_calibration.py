@@ -336,6 +336,12 @@ def test_two_processes_calibrate_as_one(two_rounds, tmp_path):
         assert values_of_two == pytest.approx(values_of_one, rel=1e-5, abs=1e-9)
 
 
+def test_the_first_round_needs_a_diffusion_model_that_has_learned(tmp_path):
+    cfg = compose_train("method=generative_calibration", "hardware=cpu", "method.first_diffusion_epochs=0")
+    with pytest.raises(InputError, match=r"method\.first_diffusion_epochs"):
+        run(cfg, tmp_path)
+
+
 def test_without_an_earlier_run_it_is_said_what_to_set(tmp_path):
     cfg = compose_train("method=generative_calibration", "hardware=cpu", "before=null")
     with pytest.raises(InputError, match="start and before are null"):
