@@ -35,6 +35,7 @@ from deepclust.runs.inputs_in_memory import (
     is_path,
     list_paths,
     to_array,
+    warn_of_scaling,
     write_data_set,
     write_input_array,
     write_pictures,
@@ -117,7 +118,10 @@ def train(
             chosen += choose_data_set(as_path(dataset))
         else:
             folder = (stack.enter_context(new_run_folder()) if folder is None else folder).absolute()
-            name, path = write_data_set(to_array(dataset, "dataset"), labels, folder / DATA_FOLDER, folder)
+            array = to_array(dataset, "dataset")
+            if not verbose:  # else the run says so
+                warn_of_scaling(array, "dataset")
+            name, path = write_data_set(array, labels, folder / DATA_FOLDER, folder)
             chosen += [f"dataset={name}", name_path("dataset.path", path)]
         named = {override.partition("=")[0] for override in given}
         if named & {"experiment", "method", "dataset"}:  # they choose themselves what is left as it is here
@@ -172,7 +176,7 @@ def cluster(
     if not is_path(images) and folder is None:
         folder = temporary = Path(tempfile.mkdtemp(prefix="deepclust-"))
     try:
-        source = as_path(images) if is_path(images) else write_input(images, folder)
+        source = as_path(images) if is_path(images) else write_input(images, folder, verbose=verbose)
         outcomes = run_command("cluster", [name_path("images", source), *given], folder, verbose=verbose)
         result = Clusters(outcomes.folders[0], trust=list_trusted(outcomes.configs[0]))
     except BaseException as error:
@@ -343,7 +347,7 @@ def default_folder() -> Path:
     return Path("outputs", time.strftime("%Y-%m-%d"), time.strftime("%H-%M-%S"))
 
 
-def write_input(images: Any, folder: Path | None) -> Path:
+def write_input(images: Any, folder: Path | None, *, verbose: bool) -> Path:
     """Write images in memory, or a list of files, into the run folder, and return the path that `images` takes."""
     assert folder is not None
     place = folder.absolute() / "input"
@@ -354,4 +358,7 @@ def write_input(images: Any, folder: Path | None) -> Path:
     if is_list_of_pictures(images):
         write_pictures(images, place / "pictures", "images")
         return place / "pictures"
-    return write_input_array(to_array(images, "images"), place, folder)
+    array = to_array(images, "images")
+    if not verbose:
+        warn_of_scaling(array, "images")
+    return write_input_array(array, place, folder)

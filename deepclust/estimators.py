@@ -129,7 +129,8 @@ class DeepClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         """Train and cluster.
 
         Args:
-            X: vectors (M, D), or images (M, H, W) or (M, H, W, 1 or 3) of uint8; other numbers are scaled.
+            X: vectors (M, D), or images (M, H, W) or (M, H, W, 1 or 3) of uint8; other numbers are scaled, with
+                a warning.
             y: ignored.
 
         Returns:

@@ -1,6 +1,7 @@
 """Images and vectors of a Python program as files, so that the commands read them like any others."""
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deepclust.datasets.array_files import add_channel_axis, open_array
+from deepclust.datasets.array_files import add_channel_axis, measure_rows, open_array
 from deepclust.datasets.features import convert_vectors
+from deepclust.datasets.value_ranges import choose_missing_ranges, describe_ranges, kind_of_values
 from deepclust.engine.output_files import replace_file, write_array
 from deepclust.errors import InputError
 from deepclust.runs.run_folder import CHECKPOINT, RESULTS
@@ -77,6 +79,23 @@ def to_array(images: Any, name: str) -> np.ndarray:
 def to_plain_array(values: Any) -> np.ndarray:
     """Return an array of what NumPy takes for one, and of tensors wherever they are."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def warn_of_scaling(array: np.ndarray, name: str) -> None:
+    """Warn that images (M, H, W[, channels]) of other numbers than uint8 are scaled, and by which range.
+
+    Vectors (M, D) are not. `name` is the argument that holds the images.
+
+    Raises:
+        InputError: if they have another shape, or numbers that are not finite.
+    """
+    if array.ndim > 2 and kind_of_values(array) is not None:
+        ranges = choose_missing_ranges(measure_rows(Path(name), add_channel_axis(Path(name), array)), None)
+        warnings.warn(
+            f"{name} holds {array.dtype}: {describe_ranges(ranges)} are scaled to 0 to 255; hand over uint8 to choose "
+            "the scale yourself",
+            stacklevel=3,
+        )
 
 
 def unknown_input_error(
