@@ -49,6 +49,7 @@ class ClusteringSettings:
 
 
 BY_TORCH = ClusteringSettings()  # what holds outside of a run
+BEFORE_SETTINGS = ClusteringSettings(seeding_rows_per_cluster=None)  # of runs from before these keys
 _current: ContextVar[ClusteringSettings] = ContextVar("clustering settings", default=BY_TORCH)
 _winners: dict[tuple[str | int, ...], bool] = {}  # whether faiss was the faster one, by kind of work and its sizes
 
@@ -97,7 +98,7 @@ def check_backend(backend: Backend, neighbor_index: NeighborIndex) -> None:
         raise InputError(
             "clustering.backend is faiss, and faiss is not installed",
             expected="the package faiss",
-            do="run pip install faiss-cpu, or set clustering.backend=torch",
+            do="run pip install faiss-cpu, or train with clustering.backend=torch",
         )
     if neighbor_index != "flat" and backend != "faiss":
         raise InputError(

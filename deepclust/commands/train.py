@@ -40,7 +40,7 @@ from deepclust.runs.open_dataset import open_dataset
 from deepclust.runs.provenance import read_going_on
 from deepclust.runs.resolve_config import record_choices, resolve_config
 from deepclust.runs.results import compose_results, read_results
-from deepclust.runs.resume_checks import check_same_recipe, fill_open_values
+from deepclust.runs.resume_checks import check_same_recipe, fill_open_values, warn_of_other_seeding
 from deepclust.runs.run_folder import CHECKPOINT, acquire_run_lock, check_run_files
 from deepclust.runs.summary import print_summary
 from deepclust.runs.training_length import lower_max_epochs_to_max_steps
@@ -138,6 +138,7 @@ def train_on_images(
     method = build_method(cfg)
     if saved_config is not None:
         check_same_recipe(saved_config, resolve_to_dict(cfg))
+        warn_of_other_seeding(saved_config, resolve_to_dict(cfg))
     elif cfg.earlier.run is not None:
         earlier_checkpoint = load_checkpoint(Path(cfg.earlier.run))
         method.start_from(load_method(earlier_checkpoint, trust=list_trusted(cfg))[1])

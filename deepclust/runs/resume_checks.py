@@ -1,17 +1,20 @@
 """The recipe of a run, what decides on what is learned: a run goes on only with the recipe that it began with."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from deepclust.clustering.backend import BY_TORCH
+from deepclust.clustering.backend import BY_TORCH, ClusteringSettings
 from deepclust.config.override_format import format_override, format_value
 from deepclust.errors import InputError
 from deepclust.runs.batch_size import fit_batch_size
 from deepclust.runs.trusted_targets import read_run_config, shorten
+
+log = logging.getLogger(__name__)
 
 MAX_LENGTH_OF_ADVICE = 120  # characters; the value of a longer one is not spelt out
 RECIPE_KEYS = (
@@ -73,6 +76,21 @@ def check_same_recipe(saved_config: dict[str, Any], config: dict[str, Any]) -> N
             expected="the same recipe when a run goes on",
             do=f"{advice}, or start in another folder (hydra.run.dir=DIR)",
         )
+
+
+def warn_of_other_seeding(saved_config: dict[str, Any], config: dict[str, Any]) -> None:
+    """Say so where a run from before there was `clustering` goes on, and its k-means is seeded otherwise by now."""
+    dataset = config["dataset"]
+    num_rows, num_clusters = dataset["num_images"], dataset["num_clusters"]
+    if "clustering" not in saved_config and isinstance(num_clusters, int):
+        num_seeding_rows = ClusteringSettings(**config["clustering"]).num_seeding_rows(num_rows, num_clusters)
+        if num_seeding_rows < num_rows:
+            log.warning(
+                "this run began when k-means chose its first centroids among all rows; from now on it does so among %s "
+                "of %s (clustering.seeding_rows_per_cluster): for the same throughout, start in another folder",
+                f"{num_seeding_rows:,}",
+                f"{num_rows:,}",
+            )
 
 
 def find_differences(saved: Any, current: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from deepclust.commands import evaluate
 from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.runs.checkpoint import load_checkpoint
-from deepclust.runs.resume_checks import check_same_recipe
+from deepclust.runs.resume_checks import check_same_recipe, warn_of_other_seeding
 from deepclust.runs.trusted_targets import read_run_config
 from tests.clustering.kmeans_reference import KEY, METRICS, SETTINGS, make_blobs
 from tests.conftest import compose_verb
@@ -116,7 +116,9 @@ def test_with_several_processes_auto_is_torch(monkeypatch):
 def test_without_faiss_auto_is_torch_and_faiss_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "is_faiss_installed", lambda: False)
     monkeypatch.setattr(backend, "MIN_PRODUCTS_FOR_TIMING", 1)
-    with pytest.raises(InputError, match=r"faiss is not installed.*pip install faiss-cpu"), settings(backend="faiss"):
+    # The advice holds for `evaluate`, too, which has no key `clustering`.
+    refusal = pytest.raises(InputError, match=r"faiss is not installed.*faiss-cpu, or train with clustering\.backend")
+    with refusal, settings(backend="faiss"):
         pass
     with settings(backend="auto"):
         mine_neighbors(make_blobs(100, 8, 5), 5)
@@ -177,3 +179,14 @@ def test_a_run_follows_the_settings_and_goes_on_with_the_same_ones_only(train_sm
         check_same_recipe(by_torch, by_faiss)
     from_before_there_were_settings = {key: value for key, value in by_faiss.items() if key != "clustering"}
     check_same_recipe(from_before_there_were_settings, by_torch)
+
+
+@pytest.mark.parametrize(("num_images", "is_told"), [(10**6, True), (10**5, False)])
+def test_a_run_from_before_there_were_settings_is_told_of_another_seeding(num_images, is_told, caplog):
+    now = {"clustering": DEFAULTS, "dataset": {"num_images": num_images, "num_clusters": 1000}}
+    warn_of_other_seeding({"dataset": now["dataset"]}, now)
+    assert ("among 64,000 of 1,000,000 (clustering.seeding_rows_per_cluster)" in caplog.text) == is_told
+    caplog.clear()
+    warn_of_other_seeding(now, now)
+    assert not caplog.text
+    assert backend.BEFORE_SETTINGS.num_seeding_rows(num_images, 1000) == num_images
