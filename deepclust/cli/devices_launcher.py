@@ -34,8 +34,8 @@ from deepclust.engine.plurals import format_count
 from deepclust.engine.small_files import read_json_object
 from deepclust.engine.worker_processes import PR_SET_PDEATHSIG
 from deepclust.errors import InputError
-from deepclust.exit_codes import DONE, exit_code_of_signal
-from deepclust.runs.run_folder import RESULTS
+from deepclust.exit_codes import DONE, INTERRUPTED, exit_code_of_signal
+from deepclust.runs.run_folder import CHECKPOINT, RESULTS
 from deepclust.runs.sweep_jobs import summarize_traceback
 
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -91,6 +91,7 @@ class DevicesLauncher(Launcher):
         with self.signals_noted():
             codes = self.run_all(started, slots, sweep_folder)
         if self.received:
+            self.tell_ends(started, codes, sweep_folder)
             self.end_by_signal(sweep_folder)
         return [self.make_return(job, codes.get(job.number), sweep_folder) for job in jobs]
 
@@ -235,6 +236,23 @@ class DevicesLauncher(Launcher):
         finally:
             for number in noted:
                 signal.signal(number, previous[number])
+
+    def tell_ends(self, jobs: list[Job], codes: dict[int, int], sweep_folder: Path) -> None:
+        """Say in a line what has become of the jobs of a sweep that a signal ends; errors come before it."""
+        ends = dict[str, list[str]]()
+        for job in jobs:
+            code = codes.get(job.number)
+            if code in (exit_code_of_signal(signal.SIGTERM), -signal.SIGTERM, INTERRUPTED, -signal.SIGINT):
+                end = "saved" if (job.folder / CHECKPOINT).exists() else "stopped with nothing to save yet"
+            elif code not in (DONE, None):
+                end = "failed"
+                self.make_return(job, code, sweep_folder)
+            else:
+                end = "done" if code == DONE else "not begun"
+            ends.setdefault(end, []).append(str(job.number))
+        counts = {end: format_count(len(numbers), "job") for end, numbers in sorted(ends.items())}
+        named = {end: f" ({', '.join(ends[end])})" for end in counts if end not in ("done", "not begun")}
+        print_message("; ".join(f"{end}: {count}{named.get(end, '')}" for end, count in counts.items()))
 
     def end_by_signal(self, sweep_folder: Path) -> None:
         """End the sweep as the first signal asks for.

@@ -23,6 +23,8 @@ values = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argu
 folder = pathlib.Path(values["hydra.run.dir"])
 folder.mkdir(parents=True, exist_ok=True)
 def stop(number, frame):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints/last.ckpt").touch()
     (folder / "saved").write_text(str(number))
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
@@ -117,7 +119,24 @@ def test_a_signal_reaches_all_jobs_and_all_save(sweep, tmp_path, monkeypatch, ca
     assert not (tmp_path / "sweep/2").exists(), "nothing is started any more"
     err = capsys.readouterr().err
     assert f"{name}: asking 2 jobs to save and stop" in err
+    assert "deepclust: not begun: 1 job; saved: 2 jobs (0, 1)\n" in err
     assert "to go on: deepclust train -m hydra/launcher=devices" in err and "hydra.sweep.dir=sweep" in err
+
+
+def test_after_a_signal_it_is_told_which_jobs_have_failed(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices_launcher, "count_cores", lambda: 2)
+
+    def interrupt():
+        log = tmp_path / "sweep/.jobs/0.log"
+        while not (log.exists() and "it is wrong" in log.read_text() and "1" in read_jobs(tmp_path)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert sweep("seed=2,5", "hardware=cpu") == 130
+    *_, error, ends, interrupted = capsys.readouterr().err.splitlines()
+    assert error == "deepclust: error: job 0 (seed=2 hardware=cpu): it is wrong; expected right; mend it"
+    assert ends == "deepclust: failed: 1 job (0); saved: 1 job (1)" and "interrupted; to go on: " in interrupted
 
 
 def test_the_end_of_a_job_is_that_of_the_sweep_though_nobody_reads_what_is_printed(sweep, tmp_path, capfd):
