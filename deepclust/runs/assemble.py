@@ -1,5 +1,6 @@
 """The parts of a run, built from its resolved configuration: data, method, evaluator and trainer."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from omegaconf import DictConfig
 
 from deepclust.callbacks.evaluation import Evaluator
 from deepclust.config.build import build, build_each
-from deepclust.config.override_format import format_override
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.image_sources import ImageSet
@@ -105,6 +105,6 @@ def describe_shorter_ways(cfg: DictConfig) -> str | None:
     if cfg.names.backbone not in ("conv_small", "mlp", "identity") and cfg.dataset.image_size > SMALL_IMAGE_SIZE:
         ways.append(f"backbone=conv_small dataset.image_size={SMALL_IMAGE_SIZE}")
     if str(cfg.dataset.source.get("_target_")).endswith(".load_folder"):
-        images = format_override("images", str(cfg.dataset.path))
-        ways.append(f"deepclust cluster {images} num_clusters={cfg.dataset.num_clusters}, which takes minutes")
+        path = shlex.quote(str(cfg.dataset.path))
+        ways.append(f"deepclust cluster images={path} num_clusters={cfg.dataset.num_clusters}, which takes minutes")
     return ", or ".join(ways) or None
