@@ -392,3 +392,32 @@ class ClusteringMethod(LightningModule):
 
     def _learning_rate_factor(self, schedule: Schedule, steps_done: int) -> float:
         return schedule(*self.locate_step(steps_done + 1))
+
+
+def require_earlier_model(
+    model: ClusteringMethod | None, num_clusters: int, *, use: str, such_as: str
+) -> ClusteringMethod:
+    """Return the model of an earlier run, for a method that trains it further and keeps its clusters.
+
+    Args:
+        model: that of the earlier run; None if there is none.
+        num_clusters: the number of clusters K of this run.
+        use: what the method does with it, such as "self-labelling starts from".
+        such_as: methods that usually make the earlier run.
+
+    Raises:
+        InputError: if there is no earlier run, or it has another number of clusters.
+    """
+    if model is None:
+        raise InputError(
+            f"{use} a trained clustering, and start and before are null",
+            expected=f"a finished run of a method with its own clustering, such as {such_as}",
+            do="set start=DIR",
+        )
+    if model.num_clusters != num_clusters:
+        raise InputError(
+            f"dataset.num_clusters is {num_clusters} and the earlier run has {model.num_clusters} clusters",
+            expected="the same number",
+            do=f"set dataset.num_clusters={model.num_clusters}",
+        )
+    return model

@@ -58,7 +58,7 @@ from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
 from deepclust.losses.kernel_means import kernel_mean_distances, mean_where
-from deepclust.methods.base import ClusteringMethod
+from deepclust.methods.base import ClusteringMethod, require_earlier_model
 from deepclust.nn.conditional_diffusion import ConditionalDiffusion
 from deepclust.nn.optimizer_per_group import OptimizerPerGroup
 from deepclust.nn.schedules import Schedule
@@ -132,8 +132,8 @@ class GenerativeCalibration(ClusteringMethod):
         diffusion_optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
-        check_model(model, num_clusters)
-        assert model is not None
+        model = require_earlier_model(model, num_clusters, use="generative calibration goes on with", such_as="cc")
+        check_model(model)
         super().__init__(
             backbone=model,  # the whole model takes its place, so that its weights are saved once
             num_clusters=num_clusters,
@@ -347,24 +347,12 @@ class GenerativeCalibration(ClusteringMethod):
         return self.model.cluster_logits(features)
 
 
-def check_model(model: ClusteringMethod | None, num_clusters: int) -> None:
-    """Check that there is an earlier run, with as many clusters, whose method trains by its losses alone.
+def check_model(model: ClusteringMethod) -> None:
+    """Check that the method of the earlier run trains by its losses alone.
 
     Raises:
         InputError: if not.
     """
-    if model is None:
-        raise InputError(
-            "generative calibration goes on with a trained clustering, and start and before are null",
-            expected="a finished run of a method with its own clustering, such as cc",
-            do="set start=DIR",
-        )
-    if model.num_clusters != num_clusters:
-        raise InputError(
-            f"dataset.num_clusters is {num_clusters} and the earlier run has {model.num_clusters} clusters",
-            expected="the same number",
-            do=f"set dataset.num_clusters={model.num_clusters}",
-        )
     further = [hook for hook in FURTHER_TRAINING if getattr(type(model), hook) is not getattr(ClusteringMethod, hook)]
     if further or model.num_views not in (None, 2):
         raise InputError(

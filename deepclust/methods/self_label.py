@@ -31,7 +31,7 @@ from deepclust.batch import TrainBatch
 from deepclust.engine import distributed
 from deepclust.engine.precision import full_precision
 from deepclust.errors import InputError
-from deepclust.methods.base import ClusteringMethod
+from deepclust.methods.base import ClusteringMethod, require_earlier_model
 from deepclust.nn.ema import make_target, update_target
 from deepclust.nn.schedules import Schedule
 from deepclust.number_types import Fraction, FractionBelowOne, PositiveInt
@@ -74,18 +74,7 @@ class SelfLabel(ClusteringMethod):
         optimizer: Callable[..., Optimizer],
         schedule: Schedule,
     ) -> None:
-        if model is None:
-            raise InputError(
-                "self-labelling starts from a trained clustering, and start and before are null",
-                expected="a finished run of a method with its own clustering, such as scan or secu",
-                do="set start=DIR",
-            )
-        if model.num_clusters != num_clusters:
-            raise InputError(
-                f"dataset.num_clusters is {num_clusters} and the earlier run has {model.num_clusters} clusters",
-                expected="the same number",
-                do=f"set dataset.num_clusters={model.num_clusters}",
-            )
+        model = require_earlier_model(model, num_clusters, use="self-labelling starts from", such_as="scan or secu")
         # The whole model takes the place of the backbone, so that its weights are saved once.
         super().__init__(
             backbone=model,
