@@ -79,7 +79,8 @@ def approximate_nearest_by_faiss(
     """Return roughly what `nearest_by_faiss` returns, in less time: by an inverted file (ivf) or a graph (hnsw).
 
     The share of the true neighbours that it finds, of a sample of the queries, is logged. Queries for which it finds
-    fewer than `k` keys are searched exhaustively. With several threads, the graph is built in no fixed order.
+    fewer than `k` keys are searched exhaustively. With several threads, faiss before 1.15 builds the graph in no fixed
+    order.
     """
     num_lists = min(int(4 * math.sqrt(len(keys))), len(keys))  # none would be empty
     with as_many_threads_as_torch() as faiss:

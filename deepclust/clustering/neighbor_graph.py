@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
+from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors, neighbors_on_all_ranks
 
 EDGES_AT_A_TIME = 2**16  # whose cosines are computed
 MAX_HALVINGS, TOLERANCE = 64, 1e-5  # of the bisection for sigma
@@ -51,7 +51,17 @@ class NeighborGraph:
 def build_neighbor_graph(rows: Tensor, k: int) -> NeighborGraph:
     """Build the graph of rows (M, D) and their exact `k` nearest by Euclidean distance, the row itself included."""
     itself = torch.arange(len(rows), device=rows.device)
-    distances, indices = nearest_neighbors(rows, rows, k - 1, metric="euclidean", exclude=itself)
+    return weigh_neighbors(*nearest_neighbors(rows, rows, k - 1, metric="euclidean", exclude=itself))
+
+
+def build_neighbor_graph_on_all_ranks(rows: Tensor, k: int) -> NeighborGraph:
+    """Do what `build_neighbor_graph` does: all processes pass the same rows, share the search and get the same."""
+    return weigh_neighbors(*neighbors_on_all_ranks(rows, k - 1, metric="euclidean", excludes_itself=True))
+
+
+def weigh_neighbors(distances: Tensor, indices: Tensor) -> NeighborGraph:
+    """Return the graph of rows and their neighbours `indices` at `distances` (M, k - 1), nearest first."""
+    itself = torch.arange(len(indices), device=indices.device)
     distances = pad(distances.double(), (1, 0))
     indices = torch.cat([itself[:, None], indices], 1)
     rho, sigma = compute_local_scales(distances)

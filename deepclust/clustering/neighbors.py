@@ -1,5 +1,6 @@
 """Nearest neighbours by exhaustive search, in chunks of queries: exact, or by faiss where the settings say so."""
 
+import math
 from functools import partial
 from typing import Literal
 
@@ -13,6 +14,8 @@ from deepclust.engine import distributed
 from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 
+Metric = Literal["inner_product", "euclidean"]
+
 CPU_CHUNK_PRODUCTS, GPU_CHUNK_PRODUCTS = 2**23, 2**27  # products of queries and keys that are in memory at a time
 MAX_KEYS_AT_ONCE = 2**17  # of more keys, a block of BLOCK_KEYS at a time is compared with the queries
 BLOCK_KEYS = 2**14
@@ -25,7 +28,7 @@ def nearest_neighbors(
     keys: Tensor,
     k: int,
     *,
-    metric: Literal["inner_product", "euclidean"],
+    metric: Metric,
     exclude: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Find the `k` nearest `keys` (M, D) of each query (N, D); return products or distances (N, k) and indices (N, k).
@@ -54,8 +57,7 @@ def nearest_neighbors(
         biases = keys.square().sum(1) / -2 if is_euclidean else None
         values = queries.new_empty(len(queries), k)  # in one piece: many small ones would break up the memory
         indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        block_size = len(keys) if len(keys) <= MAX_KEYS_AT_ONCE else BLOCK_KEYS
-        chunk_size = max((CPU_CHUNK_PRODUCTS if keys.device.type == "cpu" else GPU_CHUNK_PRODUCTS) // block_size, 64)
+        block_size, chunk_size = choose_block_sizes(keys)
 
         def search(part: slice, with_faiss: bool) -> Tensor:
             rows, excluded = queries[part], None if exclude is None else exclude[part]
@@ -81,6 +83,12 @@ def nearest_neighbors(
             values[chunk], order = pair_values.sort(dim=1, descending=not is_euclidean, stable=True)
             indices[chunk] = nearest.gather(1, order)
         return values, indices
+
+
+def choose_block_sizes(keys: Tensor) -> tuple[int, int]:
+    """Return how many of keys (M, D) are compared at a time, and with how many queries."""
+    block_size = len(keys) if len(keys) <= MAX_KEYS_AT_ONCE else BLOCK_KEYS
+    return block_size, max((CPU_CHUNK_PRODUCTS if keys.is_cpu else GPU_CHUNK_PRODUCTS) // block_size, 64)
 
 
 def find_best_keys(
@@ -138,6 +146,26 @@ def top_by_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top_scores, places.gather(1, best)
 
 
+def neighbors_on_all_ranks(rows: Tensor, k: int, *, metric: Metric, excludes_itself: bool) -> tuple[Tensor, Tensor]:
+    """Find the `k` nearest of rows (M, D) to each of them, with `excludes_itself` among the others only.
+
+    Return products or distances (M, k) and indices (M, k), as `nearest_neighbors` does. Every process passes the same
+    rows and searches for its own part of them; all of them return the same, also where an approximate search would find
+    other neighbours on each. The exact search compares the same blocks of rows on any number of processes, so that its
+    result is that of one.
+
+    Raises:
+        InputError: for a `k` above the number of rows to choose from, or rows that are not finite.
+    """
+    _, chunk_size = choose_block_sizes(rows)
+    num_chunks = math.ceil(len(rows) / chunk_size)
+    rank, processes = distributed.rank(), distributed.world_size()
+    first, stop = (min(num_chunks * r // processes * chunk_size, len(rows)) for r in (rank, rank + 1))
+    own = torch.arange(first, stop, device=rows.device) if excludes_itself else None
+    values, indices = nearest_neighbors(rows[first:stop], rows, k, metric=metric, exclude=own)
+    return distributed.all_gather(values), distributed.all_gather(indices)
+
+
 @torch.no_grad()
 def mine_neighbors(features: Tensor, k: int) -> Tensor:
     """Return the indices (M, 1 + k) of each row of `features` (M, D) and its k nearest others by cosine, nearest first.
@@ -148,11 +176,8 @@ def mine_neighbors(features: Tensor, k: int) -> Tensor:
         InputError: for a `k` above M - 1, or features that are not finite.
     """
     rows = F.normalize(features, dim=1)
-    rank, processes = distributed.rank(), distributed.world_size()
-    first, stop = (len(rows) * r // processes for r in (rank, rank + 1))
-    own = torch.arange(first, stop, device=rows.device)
-    nearest = nearest_neighbors(rows[first:stop], rows, k, metric="inner_product", exclude=own)[1]
-    return distributed.all_gather(torch.cat([own[:, None], nearest], 1))
+    nearest = neighbors_on_all_ranks(rows, k, metric="inner_product", excludes_itself=True)[1]
+    return torch.cat([torch.arange(len(rows), device=rows.device)[:, None], nearest], 1)
 
 
 def draw_one_neighbor(neighbors: Tensor, generator: torch.Generator) -> Tensor:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepclust.batch import Draws, TrainBatch
-from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.clustering.neighbors import neighbors_on_all_ranks
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
 from deepclust.engine.precision import full_precision
@@ -320,9 +320,9 @@ def neighbor_lists(features: Tensor, length: int) -> Tensor:
     """Return the indices (M, length) of the features (M, D) with the largest inner product with each, largest first.
 
     A feature can be its own neighbour. It need not come first, because features are means of unit vectors and can be
-    short.
+    short. All processes share the search.
     """
-    return nearest_neighbors(features, features, length, metric="inner_product", exclude=None)[1]
+    return neighbors_on_all_ranks(features, length, metric="inner_product", excludes_itself=False)[1]
 
 
 def degree_weights(neighbors: Tensor, num_positives: int) -> Tensor:

@@ -38,7 +38,11 @@ from torch.optim import Optimizer
 from deepclust.batch import Draws, TrainBatch
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.kmeans_distances import squared_distances
-from deepclust.clustering.neighbor_graph import PartnerSampler, build_neighbor_graph, compute_multiplicities
+from deepclust.clustering.neighbor_graph import (
+    PartnerSampler,
+    build_neighbor_graph_on_all_ranks,
+    compute_multiplicities,
+)
 from deepclust.clustering.student_assignments import target_distribution
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import replayable
@@ -153,7 +157,7 @@ class LNSCC(ClusteringMethod):
         if k >= len(rows):
             k = len(rows) - 1
             log.warning("method.num_neighbors is %d for %d images; using %d", self.num_neighbors, len(rows), k)
-        graph = build_neighbor_graph(rows, k)
+        graph = build_neighbor_graph_on_all_ranks(rows, k)
         self.partner_sampler = PartnerSampler(
             graph, compute_multiplicities(graph.weights, max_multiplicity=self.max_multiplicity)
         )

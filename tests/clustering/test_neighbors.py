@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from deepclust.clustering import neighbors
-from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
+from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors, neighbors_on_all_ranks
+from deepclust.engine import distributed
 from deepclust.errors import InputError
 
 METRICS = ("inner_product", "euclidean")
@@ -79,3 +80,21 @@ def test_mined_neighbours_are_each_row_and_its_nearest_others_by_cosine():
     table = mine_neighbors(rows * torch.rand(40, 1, dtype=torch.float64).add(0.1), 5)
     assert torch.equal(table[:, 0], itself)
     assert torch.equal(table[:, 1:], slow_nearest_neighbors(unit, unit, 5, "inner_product", itself)[1])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("excludes_itself", [False, True])
+@pytest.mark.parametrize("processes", [2, 5])
+def test_the_parts_of_several_processes_are_the_table_of_one(metric, excludes_itself, processes, monkeypatch):
+    monkeypatch.setattr(neighbors, "CPU_CHUNK_PRODUCTS", 64 * 230)  # four blocks: one of five processes has none
+    rows = make_rows(230).float()
+    arguments = {"metric": metric, "excludes_itself": excludes_itself}
+    expected = nearest_neighbors(rows, rows, 6, metric=metric, exclude=torch.arange(230) if excludes_itself else None)
+    parts = []
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(distributed, "all_gather", lambda part: part)
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(neighbors_on_all_ranks(rows, 6, **arguments))
+    for table, whole in zip(zip(*parts, strict=True), expected, strict=True):
+        assert torch.equal(torch.cat(table), whole)
