@@ -12,6 +12,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor
 
 from deepclust.clustering.assignment_rules import (
+    CHUNK_SIZE,
     assign_by_own_rule,
     assign_to_centroids,
     cluster_means,
@@ -21,6 +22,7 @@ from deepclust.clustering.cluster_tree import ClusterTree
 from deepclust.clustering.dendrogram_purity import dendrogram_purity
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
 from deepclust.clustering.kmeans import KMeansResult
+from deepclust.clustering.kmeans_distances import nearest_centroids
 from deepclust.methods.base import ClusteringMethod
 from deepclust.metrics import ContingencyTable, cluster_health, compute_scores, smallest_classes_recall
 from deepclust.number_types import AnyInt, NonNegativeFloat, PositiveInt
@@ -84,6 +86,8 @@ class Evaluator:
         kmeans_max_iterations: of one restart.
         kmeans_tolerance: as in `kmeans`.
         seed: of the restarts.
+        kmeans_rows: positions of the images that k-means is fitted to; each other one gets the nearest centre. None:
+            all of them are fitted.
     """
 
     images: Any
@@ -94,6 +98,7 @@ class Evaluator:
     kmeans_max_iterations: PositiveInt
     kmeans_tolerance: NonNegativeFloat
     seed: AnyInt
+    kmeans_rows: np.ndarray | None = None
 
     def __call__(self, method: ClusteringMethod, datamodule: LightningDataModule) -> EvaluationResult:
         """Evaluate `method` as it is now. Every process calls this and gets the same result."""
@@ -147,8 +152,8 @@ class Evaluator:
 
     def run_kmeans(self, rows: Tensor, *, purpose: str) -> KMeansResult:
         """Cluster rows (M, D) by k-means, with random numbers that depend on the seed and on `purpose`."""
-        return kmeans_on_all_ranks(
-            rows,
+        result = kmeans_on_all_ranks(
+            rows if self.kmeans_rows is None else rows[self.kmeans_rows],
             num_clusters=self.num_clusters,
             metric="euclidean",
             num_restarts=self.kmeans_restarts,
@@ -156,6 +161,10 @@ class Evaluator:
             tolerance=self.kmeans_tolerance,
             key=(self.seed, purpose),
         )
+        if self.kmeans_rows is None:
+            return result
+        chunks = [nearest_centroids(c, result.centroids, metric="euclidean")[0] for c in rows.split(CHUNK_SIZE)]
+        return replace(result, assignments=torch.cat(chunks))
 
     def compute_contingency_table(self, assignments: Tensor) -> Tensor | None:
         """Return the counts (C, K) of images by class and by assignment (M,), or None without labels."""

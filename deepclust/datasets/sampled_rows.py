@@ -22,6 +22,11 @@ class SampledRows:
         return self.source.read(self.rows[indices])
 
 
+def find_sampled_rows(sample: ImageSource, source: ImageSource) -> np.ndarray | None:
+    """Return the positions in a source of the images that stand for all of it; None if `sample` is no such sample."""
+    return sample.rows if isinstance(sample, SampledRows) and sample.source is source else None
+
+
 def draw_sample(source: ImageSource, max_rows: int | None, *, seed: int) -> ImageSource:
     """Return `max_rows` images of a source, in order, drawn by the seed; the source itself if it holds no more."""
     if max_rows is None or len(source) <= max_rows:

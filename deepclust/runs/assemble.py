@@ -15,6 +15,7 @@ from deepclust.config.build import build, build_each
 from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.datamodule import ImageDataModule
 from deepclust.datasets.image_sources import ImageSet
+from deepclust.datasets.sampled_rows import find_sampled_rows
 from deepclust.engine.batch_norm import check_groups
 from deepclust.engine.hardware_options import apply_hardware_options
 from deepclust.engine.lightning_settings import disable_lightning_requeue
@@ -74,6 +75,7 @@ def build_evaluator(cfg: DictConfig, images: ImageSet) -> Evaluator:
         num_classes=cfg.dataset.num_classes or 0,
         num_clusters=num_clusters,
         seed=cfg.seed,
+        kmeans_rows=find_sampled_rows(images.fit, images.evaluation),
         **cfg.evaluation,
     )
 

@@ -1,5 +1,7 @@
 """Assignments, confidence and scores of an evaluation, on hand-worked features."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,3 +59,11 @@ def test_results_have_the_ami_of_the_clusters(train_small):
     rows = np.loadtxt(folder / "assignments.csv", delimiter=",", skiprows=1, usecols=(1, 3), dtype=int)
     assert results["ami"] == pytest.approx(adjusted_mutual_info_score(rows[:, 1], rows[:, 0]), abs=1e-9)
     assert set(results["scores"]["method"]) == {"acc", "nmi", "ari"}
+
+
+def test_kmeans_on_some_rows_gives_every_row_its_nearest_centroid():
+    rows = torch.cat([FEATURES, torch.tensor([[9.0, 2.0], [1.0, 1.0]])])
+    result = replace(make_evaluator(None), kmeans_rows=np.array([0, 1, 2, 3])).run_kmeans(rows, purpose="test")
+    fitted = make_evaluator(None).run_kmeans(FEATURES, purpose="test")
+    assert torch.equal(result.centroids, fitted.centroids) and torch.equal(result.assignments[:4], fitted.assignments)
+    assert result.assignments[4] == fitted.assignments[2] and result.assignments[5] == fitted.assignments[0]
