@@ -19,7 +19,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,15 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from deepclust.clustering.backend import BY_TORCH, clustering_settings
+from deepclust.clustering.backend import clustering_settings, current_settings
 from deepclust.clustering.exact_products import exact_products
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.kmeans_distances import KMeansData
 from deepclust.clustering.kmeans_seeding import choose_seeds
 from deepclust.clustering.neighbors import nearest_neighbors
+from deepclust.config.composition import read_defaults
 
+DEFAULTS = read_defaults("clustering")  # the settings of a run
 ITERATIONS = 20
 KMEANS_CASES = [  # (rows, features, clusters, restarts)
     (1_797, 256, 10, 10),
@@ -92,7 +93,7 @@ def kmeans_functions(
         )
 
     def run_our_seeding() -> object:
-        data, size = KMeansData(rows, metric), BY_TORCH.num_seeding_rows(len(rows), num_clusters)  # type: ignore[arg-type]
+        data, size = KMeansData(rows, metric), current_settings().num_seeding_rows(len(rows), num_clusters)  # type: ignore[arg-type]
         data = KMeansData(rows[:size], metric) if size < len(rows) else data  # type: ignore[arg-type]
         num_candidates = 2 + int(torch.tensor(num_clusters).log())
         generator = torch.Generator().manual_seed(0)
@@ -102,7 +103,7 @@ def kmeans_functions(
             return choose_seeds(data, first_seeds, uniforms)
 
     def run_ours_by_faiss() -> object:
-        with clustering_settings(**asdict(replace(BY_TORCH, backend="faiss"))):
+        with clustering_settings(**DEFAULTS | {"backend": "faiss"}):
             return run_ours()
 
     def run_faiss() -> object:
@@ -152,7 +153,7 @@ def nearest_neighbor_functions(rows: Tensor, cpu_rows: Tensor, num_neighbors: in
         return index.search(cpu_rows.numpy(), num_neighbors)
 
     def run_ours_by_faiss() -> object:
-        with clustering_settings(**asdict(replace(BY_TORCH, backend="faiss"))):
+        with clustering_settings(**DEFAULTS | {"backend": "faiss"}):
             return run_ours()
 
     return {"ours": run_ours, "faiss": run_faiss, "by faiss": run_ours_by_faiss}
@@ -214,7 +215,7 @@ def main() -> None:
             is_large = num_rows >= LARGE
         if is_large and device.type == "cpu":
             functions = watch_memory(functions, peaks)
-        with threadpool_limits(args.threads):
+        with threadpool_limits(args.threads), clustering_settings(**DEFAULTS):
             seconds = time_interleaved(
                 functions,
                 rounds=args.rounds,

@@ -18,7 +18,7 @@ from measure import compose_train, make_argument_parser, print_table, save_figur
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from deepclust.clustering.backend import BY_TORCH, SAMPLED_ROWS_PER_CLUSTER, clustering_settings
+from deepclust.clustering.backend import EXACT, SAMPLED_ROWS_PER_CLUSTER, clustering_settings
 from deepclust.clustering.kmeans import kmeans
 from deepclust.config.build import build
 
@@ -49,7 +49,7 @@ def main() -> None:
             for seed in range(args.seeds):
                 for kind, per_cluster in ("all", None), ("sample", SAMPLED_ROWS_PER_CLUSTER):
                     started_at = time.process_time()
-                    with clustering_settings(**asdict(replace(BY_TORCH, seeding_rows_per_cluster=per_cluster))):
+                    with clustering_settings(**asdict(replace(EXACT, seeding_rows_per_cluster=per_cluster))):
                         result = kmeans(
                             rows,
                             num_clusters=num_clusters,

@@ -43,7 +43,7 @@ def compose_help(verb: str, purpose: str, *, config_package: str, options: dict[
         f"usage: deepclust {verb} [KEY=VALUE ...] [flags]",
     ]
     lines += ["", "keys:"]
-    for key, value, comment in list_documented_keys(text):
+    for key, value, comment in list_keys(text, config_package, options):
         shown = f"{key}  (must be given)" if value == "???" else f"{key}={value}"
         if len(shown) + 2 > WIDTH:  # a list, which is broken at its commas
             shown = textwrap.fill(shown.replace(",", ", "), WIDTH - 4).replace("\n", "\n    ")
@@ -63,9 +63,21 @@ def compose_help(verb: str, purpose: str, *, config_package: str, options: dict[
     return "\n".join(lines)
 
 
-def read_own_config(verb: str, config_package: str) -> str | None:
-    """Return the YAML file of a verb in a package of configurations; None if there is none."""
-    file = resources.files(config_package).joinpath(f"{verb}.yaml")
+def list_keys(text: str, config_package: str, options: dict[str, list[str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield key, value and comment of the keys of a verb, of whose configuration `text` is the YAML file.
+
+    A group with a single option is a section that several verbs have in common. Its keys follow those of the verb.
+    """
+    yield from list_documented_keys(text)
+    for group in list_groups(text):
+        if len(names := options.get(group, [])) == 1:
+            section = read_own_config(f"{group}/{names[0]}", config_package) or "{}"
+            yield from ((f"{group}.{key}", value, comment) for key, value, comment in list_documented_keys(section))
+
+
+def read_own_config(name: str, config_package: str) -> str | None:
+    """Return a YAML file of a package of configurations, that of a verb or of GROUP/OPTION; None if there is none."""
+    file = resources.files(config_package).joinpath(f"{name}.yaml")
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 

@@ -33,12 +33,12 @@ MIN_PRODUCTS_FOR_TIMING = 2**32  # multiplications of a search from which on `au
 
 @dataclass(frozen=True)
 class ClusteringSettings:
-    """The keys of `clustering` in conf/train.yaml."""
+    """The keys of conf/clustering/default.yaml."""
 
-    backend: Backend = "torch"
-    seeding_rows_per_cluster: SeedingRows = "auto"
-    neighbor_index: NeighborIndex = "flat"
-    neighbor_index_min_rows: int = 100_000
+    backend: Backend
+    seeding_rows_per_cluster: SeedingRows
+    neighbor_index: NeighborIndex
+    neighbor_index_min_rows: int
 
     def num_seeding_rows(self, num_rows: int, num_clusters: int) -> int:
         """Return among how many of `num_rows` rows k-means looks for its first centroids."""
@@ -48,9 +48,11 @@ class ClusteringSettings:
         return num_rows if per_cluster is None else min(num_rows, per_cluster * num_clusters)
 
 
-BY_TORCH = ClusteringSettings()  # what holds outside of a run
-BEFORE_SETTINGS = ClusteringSettings(seeding_rows_per_cluster=None)  # of runs from before these keys
-_current: ContextVar[ClusteringSettings] = ContextVar("clustering settings", default=BY_TORCH)
+# What holds outside of a run, and held in runs from before there were these keys
+EXACT = ClusteringSettings(
+    backend="torch", seeding_rows_per_cluster=None, neighbor_index="flat", neighbor_index_min_rows=0
+)
+_current: ContextVar[ClusteringSettings] = ContextVar("clustering settings", default=EXACT)
 _winners: dict[tuple[str | int, ...], bool] = {}  # whether faiss was the faster one, by kind of work and its sizes
 
 

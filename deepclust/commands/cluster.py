@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import TypeAdapter, ValidationError
 
+from deepclust.clustering.backend import clustering_settings
 from deepclust.clustering.number_of_clusters import MEASURES, ClusterNumberEstimate
 from deepclust.commands.cluster_findings import describe_what_is_shown
 from deepclust.commands.cluster_input import holds_vectors, write_vectors_as_features
@@ -38,7 +39,7 @@ from deepclust.commands.cluster_network import (
     write_features_of_photos,
 )
 from deepclust.commands.cluster_numbers import choose_folder, list_numbers, write_tabbed_report
-from deepclust.commands.cluster_runs import cluster_features, configure_clustering
+from deepclust.commands.cluster_runs import cluster_features, configure_clustering, list_clustering_changes
 from deepclust.commands.cluster_sorting import check_sorting, sort_clustered
 from deepclust.commands.network_choice import choose_network
 from deepclust.commands.photo_features import find_photos
@@ -64,7 +65,12 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Cluster images or vectors into Hydra's folder and return the content of results.json."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with acquire_run_lock(folder), run_state_recorded(folder), heartbeats_written(folder):
+    with (
+        clustering_settings(**cfg.clustering),
+        acquire_run_lock(folder),
+        run_state_recorded(folder),
+        heartbeats_written(folder),
+    ):
         write_hydra_files(folder, cfg, replace=True)
         results = cluster(cfg, folder)
     print_summary(results, folder)
@@ -260,7 +266,10 @@ def check_num_images(cfg: DictConfig, num_images: int) -> None:
 
 def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEstimate:
     """Estimate how many clusters the features hold, once for these features and this seed: number.json keeps it."""
-    file, key = features / "number.json", [read_features_key(features), cfg.seed, *MEASURES]
+    file, key = (
+        features / "number.json",
+        [read_features_key(features), cfg.seed, *MEASURES, *list_clustering_changes(cfg)],
+    )
     saved = read_state(file, check_estimate, expected="the number of clusters in the features beside it")
     if saved is not None and saved["key"] == key:
         curves = {name: [(k, value) for k, value in curve] for name, curve in saved["curves"].items()}

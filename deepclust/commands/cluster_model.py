@@ -60,6 +60,7 @@ def write_model(
     else:
         model_cfg = stack_configs(network_cfg, vectors_cfg)
         model_cfg.report, model_cfg.evaluation = cfg.report, cfg.evaluation
+        model_cfg.clustering = cfg.clustering
         network = open_network(cfg, network_cfg, network_run)
         model = build(model_cfg.method)
         model.load_state_dict(

@@ -11,6 +11,7 @@ from deepclust.config.plain_values import resolve_to_dict
 from deepclust.datasets.mapped_arrays import map_array
 from deepclust.engine.plurals import format_count
 from deepclust.runs.results import read_results
+from deepclust.runs.resume_checks import select_clustering_changes
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def cluster_features(
         *(rule, num_clusters, seed),
         *(resolve_to_dict(cfg.evaluation), cfg.min_steps, cfg.max_steps),
         *list_sample(features, cfg),
+        *list_clustering_changes(cfg),
     ]
     run_folder = folder / "clusters" / f"{rule}-{num_clusters}-seed{seed}-{make_key(made_of)}"
     if read_results(run_folder) is not None:
@@ -43,6 +45,7 @@ def cluster_features(
 def train_embedding(features: Path, cfg: DictConfig, seed: int, *, name: str, folder: Path) -> Path:
     """Train LNSCC up to where it sets centres, the same whatever the number of clusters; return its run folder."""
     made_of = [read_features_key(features), seed, cfg.min_steps, cfg.max_steps, *list_sample(features, cfg)]
+    made_of += list_clustering_changes(cfg)
     run_folder = folder / "clusters" / f"embedding-seed{seed}-{make_key(made_of)}"
     if read_results(run_folder) is None:
         run_cfg = configure_rule(features, cfg, "lnscc", 1, seed, name=name)
@@ -57,10 +60,16 @@ def list_sample(features: Path, cfg: DictConfig) -> list[int]:
     return [cfg.max_fitted, cfg.seed] if len(map_array(features / "train_features.npy")) > cfg.max_fitted else []
 
 
+def list_clustering_changes(cfg: DictConfig) -> list[str]:
+    """Return the keys of `clustering` that are not the default: what is made with them has another name."""
+    return [f"{name}={value}" for name, value in select_clustering_changes(cfg.clustering).items()]
+
+
 def configure_clustering(cfg: DictConfig, features: Path, *overrides: str) -> DictConfig:
     """Return a configuration of `deepclust train` on the features."""
     run_cfg = compose_for_cluster(cfg, "train", "dataset=features", *overrides)
     run_cfg.dataset.path = str(features)
+    run_cfg.clustering = cfg.clustering
     if list_sample(features, cfg):  # without the keys, the recipe is what it was before there were any
         with open_dict(run_cfg.dataset.source):
             run_cfg.dataset.source.update({"max_fitted": cfg.max_fitted, "seed": cfg.seed})

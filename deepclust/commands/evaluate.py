@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from deepclust.clustering.backend import BEFORE_SETTINGS, clustering_settings
+from deepclust.clustering.backend import EXACT, clustering_settings
 from deepclust.engine.devices import select_device
 from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             )
         evaluator = build_evaluator(run_cfg, images)
         # Those of the run, so that its k-means finds the same clusters; a run from before these keys has none.
-        with clustering_settings(**(asdict(BEFORE_SETTINGS) | dict(run_cfg.get("clustering") or {}))):
+        with clustering_settings(**(asdict(EXACT) | dict(run_cfg.get("clustering") or {}))):
             result = evaluator(method.to(select_device(cfg.accelerator)), build_datamodule(run_cfg, images))
     more_scores = {"ami": result.ami, "smallest_classes_recall": result.smallest_classes_recall}
     output = {"run": cfg.run, "scores": result.scores, **more_scores, "health": result.health}

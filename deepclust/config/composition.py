@@ -5,7 +5,9 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -44,6 +46,13 @@ def name_job_folder(number: int, sweep_folder: str, sweeper: str, overrides: Seq
 
 # ${job_folder:NUMBER,SWEEP_FOLDER,SWEEPER,OVERRIDES}
 OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
+
+
+def read_defaults(group: str) -> dict[str, Any]:
+    """Return the values of the option `default` of a group of ours, which refers to no other keys."""
+    file = resources.files(CONFIG_PACKAGE).joinpath(group, "default.yaml")
+    values: dict[str, Any] = safe_load(file.read_text(encoding="utf-8"))
+    return values
 
 
 def list_groups_and_keys(

@@ -2,13 +2,13 @@
 
 import copy
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from deepclust.clustering.backend import BY_TORCH, ClusteringSettings
+from deepclust.clustering.backend import ClusteringSettings
+from deepclust.config.composition import read_defaults
 from deepclust.config.override_format import format_override, format_value
 from deepclust.errors import InputError
 from deepclust.runs.batch_size import fit_batch_size
@@ -61,7 +61,7 @@ def check_same_recipe(saved_config: dict[str, Any], config: dict[str, Any]) -> N
     """
     saved, current = select_recipe(saved_config), select_recipe(config)
     for recipe in (saved, current):  # in full, so that the advice names values and not null
-        recipe["clustering"] = asdict(BY_TORCH) | recipe["clustering"]
+        recipe["clustering"] = read_defaults("clustering") | recipe["clustering"]
     for key, saved_value, current_value in find_differences(saved, current):
         advice = f"set {format_override(key, saved_value)}"
         if key.startswith("earlier"):
@@ -117,15 +117,18 @@ def select_recipe(config: dict[str, Any]) -> dict[str, Any]:
         name: value for name, value in config["trainer"].items() if name not in TRAINER_KEYS_NOT_IN_RECIPE
     }
     recipe["hardware"] = {"precision": config["hardware"].get("precision")}
-    # Only what differs from the exact default, so that a run from before there were these keys has the same recipe.
-    usual = asdict(BY_TORCH)
-    clustering = config.get("clustering") or {}
-    recipe["clustering"] = {name: value for name, value in clustering.items() if value != usual[name]}
+    recipe["clustering"] = select_clustering_changes(config.get("clustering") or {})
     dataset = without_file_keys(recipe["dataset"] or {})
     if isinstance(dataset.get("source"), dict):
         dataset["source"] = without_file_keys(dataset["source"])
     recipe["dataset"] = dataset or recipe["dataset"]
     return recipe
+
+
+def select_clustering_changes(clustering: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what differs from the default in a section `clustering`, so that older runs without one are as usual."""
+    usual = read_defaults("clustering")
+    return {name: value for name, value in clustering.items() if value != usual[name]}
 
 
 def without_file_keys(section: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def test_help_names_keys_and_its_own_groups_in_lines_of_80_characters(verb, monk
     assert set(groups) <= shown and ("experiment" in shown) == (verb == "train")
     assert {key for key, _, _ in list_documented_keys(read_config(verb))} <= {name.partition("  ")[0] for name in shown}
     assert ("propos_cifar10," in text) == (verb == "train")
+    assert ("clustering.backend" in shown) == (verb in ("train", "cluster"))
 
 
 def test_options_of_your_own_folder_are_listed(tmp_path, monkeypatch, capsys):

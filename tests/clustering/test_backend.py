@@ -1,11 +1,9 @@
 """k-means and neighbours by faiss equal those by torch, and the settings say when which is taken."""
 
 import logging
-from dataclasses import asdict
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from deepclust.clustering import backend, faiss_search
 from deepclust.clustering.backend import ClusteringSettings, clustering_settings
@@ -13,6 +11,7 @@ from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.neighbor_graph import build_neighbor_graph_on_all_ranks
 from deepclust.clustering.neighbors import mine_neighbors, nearest_neighbors
 from deepclust.commands import evaluate
+from deepclust.config.composition import read_defaults
 from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.methods.gcc import neighbor_lists
@@ -164,7 +163,7 @@ def test_torch_does_not_search_approximately():
     ],
 )
 def test_rows_that_seeding_looks_at(rows_per_cluster, num_rows, num_clusters, expected):
-    chosen = ClusteringSettings(seeding_rows_per_cluster=rows_per_cluster)
+    chosen = ClusteringSettings(**DEFAULTS | {"seeding_rows_per_cluster": rows_per_cluster})
     assert chosen.num_seeding_rows(num_rows, num_clusters) == expected
 
 
@@ -180,10 +179,10 @@ def test_seeding_on_a_sample_is_repeated_and_nearly_as_good(metric):
     assert sampled.inertia < 1.1 * full.inertia
 
 
-def test_the_configuration_of_a_run_has_the_settings_that_hold_outside_of_one():
-    with initialize_config_module("deepclust.conf", version_base="1.3"):
-        cfg = compose("train")
-    assert dict(cfg.clustering) == asdict(backend.BY_TORCH) == DEFAULTS
+@pytest.mark.parametrize("overrides", [["train"], ["cluster", "images=DIR", "num_clusters=2"]])
+def test_commands_have_the_same_settings(overrides):
+    cfg = compose_verb(*overrides)
+    assert dict(cfg.clustering) == read_defaults("clustering") == DEFAULTS
 
 
 def test_a_run_follows_the_settings_and_goes_on_with_the_same_ones_only(train_small, caplog):
