@@ -210,4 +210,4 @@ def test_a_run_from_before_there_were_settings_is_told_of_another_seeding(num_im
     caplog.clear()
     warn_of_other_seeding(now, now)
     assert not caplog.text
-    assert backend.BEFORE_SETTINGS.num_seeding_rows(num_images, 1000) == num_images
+    assert backend.EXACT.num_seeding_rows(num_images, 1000) == num_images
