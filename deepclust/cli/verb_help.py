@@ -69,9 +69,9 @@ def list_keys(text: str, config_package: str, options: dict[str, list[str]]) -> 
     A group with a single option is a section that several verbs have in common. Its keys follow those of the verb.
     """
     yield from list_documented_keys(text)
-    for group in list_groups(text):
-        if len(names := options.get(group, [])) == 1:
-            section = read_own_config(f"{group}/{names[0]}", config_package) or "{}"
+    for group, chosen in list_groups(text).items():
+        if options.get(group) == [chosen]:
+            section = read_own_config(f"{group}/{chosen}", config_package) or "{}"
             yield from ((f"{group}.{key}", value, comment) for key, value, comment in list_documented_keys(section))
 
 

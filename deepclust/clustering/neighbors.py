@@ -76,7 +76,7 @@ def nearest_neighbors(
             rows = queries[chunk]
             nearest = search(chunk, False) if found is None else found[chunk]
             # Computed pair by pair, equal keys have equal values, and a row has distance zero from itself.
-            nearest_keys = keys[nearest]
+            nearest_keys = keys.index_select(0, nearest.flatten()).unflatten(0, nearest.shape)  # faster than keys[...]
             pair_values = (
                 (rows[:, None] - nearest_keys).norm(dim=2) if is_euclidean else (rows[:, None] * nearest_keys).sum(2)
             )

@@ -266,10 +266,8 @@ def check_num_images(cfg: DictConfig, num_images: int) -> None:
 
 def estimate_from_features(cfg: DictConfig, features: Path) -> ClusterNumberEstimate:
     """Estimate how many clusters the features hold, once for these features and this seed: number.json keeps it."""
-    file, key = (
-        features / "number.json",
-        [read_features_key(features), cfg.seed, *MEASURES, *list_clustering_changes(cfg)],
-    )
+    file = features / "number.json"
+    key = [read_features_key(features), cfg.seed, *MEASURES, *list_clustering_changes(cfg)]
     saved = read_state(file, check_estimate, expected="the number of clusters in the features beside it")
     if saved is not None and saved["key"] == key:
         curves = {name: [(k, value) for k, value in curve] for name, curve in saved["curves"].items()}
