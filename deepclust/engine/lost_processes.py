@@ -1,7 +1,8 @@
 """What the processes of a run do when one of them fails, is killed or hangs: all end, and one line says which it was.
 
-A process that fails says so to the others through torch's store, and only then ends. A process whose communication
-breaks calls the roll: who does not answer was killed or hangs. Both are bounded by ROLL_CALL_SECONDS.
+A process that fails says so to the others through torch's store, and ends once they have heard it. A process whose
+communication breaks calls the roll: who neither answers nor listens was killed or hangs. Both are bounded by
+ROLL_CALL_SECONDS.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from deepclust.errors import ProcessLost
 from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error
 
 ROLL_CALL_SECONDS = 10.0  # a process that computes on a busy machine must be able to answer
+SECONDS_BETWEEN_LOOKS = 0.5  # of a process that listens
 
 _runs = itertools.count()  # a later run of this process asks under other names
 
@@ -34,16 +36,15 @@ def lost_processes_named(*, going_on: str) -> Iterator[None]:
         ProcessLost: in place of an error of communication. Its exit code is that with which the other process has
             failed, where it has said so; then it counts as printed, for that process prints its own error.
     """
-    run = next(_runs)
+    roll = RollCall(next(_runs))
     try:
         yield
     except Exception as error:
-        answers = call_roll(run, PROCESS_LOST if is_of_communication(error) else exit_code_of_error(error))
+        answers = roll.call(PROCESS_LOST if is_of_communication(error) else exit_code_of_error(error))
         if answers is None or not is_of_communication(error):
             raise
-        num_processes, codes = answers
+        codes, silent = answers
         told = {rank: code for rank, code in codes.items() if code != PROCESS_LOST}
-        silent = [rank for rank in range(num_processes) if rank not in codes]
         if told:
             rank, code = next(iter(told.items()))
             lost = ProcessLost(
@@ -59,6 +60,8 @@ def lost_processes_named(*, going_on: str) -> Iterator[None]:
                 f"{name_processes(silent)} {end}", do=f"to go on: {going_on}", exit_code=PROCESS_LOST
             ) from error
         raise  # all are there: the error is one of communication itself
+    finally:
+        roll.is_over.set()
 
 
 def name_processes(ranks: list[int]) -> str:
@@ -70,51 +73,94 @@ def is_of_communication(error: Exception) -> bool:
     """Return whether an error says that processes cannot reach each other; gloo has no class of its own for that."""
     from torch import distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def call_roll(run: int, exit_code: int) -> tuple[int, dict[int, int]] | None:
-    """Tell the others how this process ends; return the number of processes and the exit codes of those that answer.
+class RollCall:
+    """What the processes of a run tell each other through torch's store, when one of them ends with an error.
 
-    None is returned where there are no others. The connections of gloo are closed where not all answer at once, so that
-    those who wait for data of this process learn that none will come.
+    Each listens all the time. When a connection breaks it may be too late: the store has gone with the process that
+    holds it.
     """
-    import torch
-    from torch import distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return None
-    rank, num_processes = dist.get_rank(), dist.get_world_size()
-    store: Any = dist.distributed_c10d._get_default_store()  # there is no public way to it, nor to `abort`
-    group: Any = dist.group.WORLD
-    gloo = group._get_backend(torch.device("cpu")) if dist.get_backend() == "gloo" else None
-    answers = {rank: exit_code}
+    def __init__(self, run: int) -> None:
+        self.run = run
+        self.codes: dict[int, int] = {}  # the exit codes that were told, by rank
+        self.listening: set[int] = set()  # the ranks of those that have heard of one
+        self.is_over = threading.Event()
+        threading.Thread(target=self.listen, daemon=True).start()
 
-    def ask(seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while len(answers) < num_processes and time.monotonic() < deadline:
-            for other in range(num_processes):
-                key = f"deepclust/{run}/exit code/{other}"
-                if other not in answers and store.check([key]):
-                    answers[other] = int(store.get(key))
-            time.sleep(0.05)
+    def call(self, exit_code: int) -> tuple[dict[int, int], list[int]] | None:
+        """Tell the others how this process ends; return the exit codes of all that have told, and who is silent.
 
-    def answer_and_ask() -> None:
+        None is returned where there are no others.
+        """
+        if not has_others():
+            return None
+        from torch import distributed as dist
+
+        self.codes[dist.get_rank()] = exit_code
+        # A store whose process is stopped never answers.
+        asking = threading.Thread(target=self.tell_and_ask, daemon=True)
+        asking.start()
+        asking.join(ROLL_CALL_SECONDS + 5)
+        return dict(sorted(self.codes.copy().items())), self.list_silent()
+
+    def listen(self) -> None:
+        """Read what the others tell until this process ends, and say when there is something."""
+        with suppress(RuntimeError, ValueError):  # the store is gone, with the process that holds it, or the group is
+            while not self.is_over.wait(SECONDS_BETWEEN_LOOKS):
+                if has_others():
+                    self.read(get_store())
+
+    def tell_and_ask(self) -> None:
+        """Tell the others how this process ends, and wait until they have heard it."""
+        from torch import distributed as dist
+
         with suppress(RuntimeError):  # the store is gone, with the process that holds it
-            store.set(f"deepclust/{run}/exit code/{rank}", str(exit_code))
-            ask(1)
-            if len(answers) < num_processes:
-                if gloo is not None:
-                    gloo.abort()
-                ask(ROLL_CALL_SECONDS)
-            if PROCESS_LOST in answers.values():
+            store, rank = get_store(), dist.get_rank()
+            store.set(self.key("exit code", rank), str(self.codes[rank]))
+            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            while self.list_silent() and time.monotonic() < deadline:
+                self.read(store)
+                time.sleep(0.05)
+            if PROCESS_LOST in self.codes.values():
                 time.sleep(1)  # the process that holds the store may not be the first to leave
 
-    # A store whose process is stopped never answers.
-    asking = threading.Thread(target=answer_and_ask, daemon=True)
-    asking.start()
-    asking.join(ROLL_CALL_SECONDS + 5)
-    return num_processes, dict(sorted(answers.copy().items()))
+    def read(self, store: Any) -> None:
+        """Read which exit codes were told and who has heard of one; say that this process has."""
+        from torch import distributed as dist
+
+        for other in range(dist.get_world_size()):
+            if other not in self.codes and store.check([self.key("exit code", other)]):
+                self.codes[other] = int(store.get(self.key("exit code", other)))
+            if other not in self.listening and store.check([self.key("listening", other)]):
+                self.listening.add(other)
+        if self.codes and dist.get_rank() not in self.listening:
+            store.set(self.key("listening", dist.get_rank()), "")
+
+    def list_silent(self) -> list[int]:
+        """Return the ranks of those that have neither told an exit code nor heard of one."""
+        from torch import distributed as dist
+
+        return [rank for rank in range(dist.get_world_size()) if rank not in self.codes.keys() | self.listening]
+
+    def key(self, what: str, rank: int) -> str:
+        return f"deepclust/{self.run}/{what}/{rank}"
+
+
+def has_others() -> bool:
+    """Return whether this process has joined others."""
+    from torch import distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def get_store() -> Any:
+    """Return the store of the processes, to which torch has no public way."""
+    from torch import distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
 
 
 def stop_with_parent() -> None:

@@ -225,7 +225,7 @@ def test_the_end_of_a_process_that_torchrun_or_srun_started(start, tmp_path, ran
         run.commands[1 - rank].wait(timeout=END_SECONDS)
         run.commands[rank].kill()  # as srun and torchrun do
     codes, errors = run.wait()
-    assert (codes[rank], codes[1 - rank]) == (own_code, other_code)
+    assert (codes[rank], codes[1 - rank]) == (own_code, other_code), errors
     check_traces(tmp_path, end, errors)
 
 
