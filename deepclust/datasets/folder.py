@@ -94,7 +94,8 @@ def load_folder(
         is_read_alike = not index.get("unreadable") or index.get("max_megapixels") == max_megapixels
         return index.get("files") == files and given_ranges in known_ranges and is_read_alike
 
-    make_folder_once(folder, make, ready=is_up_to_date)
+    written = ["files.json", "train_images.npy", "train_shapes.npy", "unreadable.txt"]
+    make_folder_once(folder, make, ready=is_up_to_date, replaceable=written)
     index = read_index(folder)
     found_ranges = check_ranges(index["value_ranges"])
     reasons = dict(index["unreadable"])

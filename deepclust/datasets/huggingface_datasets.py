@@ -23,7 +23,9 @@ from deepclust.errors import InputError
 from deepclust.number_types import PositiveFloat, PositiveInt
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # one of which `save_to_disk` writes beside the tables
-NAME_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+# Without OWNER/, the library would also take the names of its readers, such as csv, and read the files in the working
+# folder; in version 4 the reader called pandas unpickles them.
+NAME_ON_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ONLY_SPLIT = "train"  # what the split of a saved copy without splits is called
 
 
@@ -172,7 +174,7 @@ def open_splits(path: str, *, subset: str | None, revision: str | None, cache: P
         if is_saved:
             opened: Any = datasets.load_from_disk(str(folder))
         else:
-            place = str(folder) if folder.exists() else path
+            place = str(folder.absolute()) if folder.exists() else path  # or a folder called csv passes for a reader
             opened = datasets.load_dataset(place, subset, revision=revision, cache_dir=str(cache))
     except Exception as error:  # the library raises those of files, formats and the network alike
         raise InputError(

@@ -25,7 +25,7 @@ from deepclust.datasets.array_files import open_labels, open_stored_images, read
 from deepclust.datasets.image_decoding import Kept, StoredSize, find_value_ranges
 from deepclust.datasets.image_sources import ArraySource, FileSource, ImageSet
 from deepclust.datasets.labels import number_classes
-from deepclust.datasets.one_time_conversion import find_class_files, make_folder_once
+from deepclust.datasets.one_time_conversion import find_class_files, has_entries, make_folder_once
 from deepclust.datasets.value_ranges import check_ranges, read_ranges
 from deepclust.engine.small_files import MAX_BYTES_OF_LIST, read_json_object
 from deepclust.errors import InputError
@@ -83,11 +83,6 @@ def load_arrays(
         class_names=class_names,
         value_ranges=read_ranges(array_folder),
     )
-
-
-def has_entries(folder: Path) -> bool:
-    """Whether this is a folder that is not empty."""
-    return folder.is_dir() and any(folder.iterdir())
 
 
 def make_missing_arrays(
@@ -251,7 +246,7 @@ def load_class_folders(
         index = read_index(folder)
         return index.get("root") == root and set(splits) <= set(index.get("splits", ()))
 
-    make_folder_once(list_folder, make, ready=is_up_to_date)
+    make_folder_once(list_folder, make, ready=is_up_to_date, replaceable=["files.json"])
     index = read_index(list_folder)
     ranges = check_ranges(index.get("value_ranges"))
 

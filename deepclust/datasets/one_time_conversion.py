@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from deepclust.datasets.image_decoding import (
     find_value_ranges,
 )
 from deepclust.datasets.image_formats import describe_passed_over
-from deepclust.datasets.value_ranges import ValueRanges, describe_ranges, write_ranges
+from deepclust.datasets.value_ranges import ValueRanges, describe_ranges, list_some, write_ranges
 from deepclust.engine.csv_cells import path_cell
 from deepclust.engine.output_files import write_array
 from deepclust.engine.progress_bar import track
@@ -37,14 +37,20 @@ from deepclust.number_types import PositiveInt
 logger = logging.getLogger(__name__)
 
 
-def make_folder_once(folder: Path, make: Callable[[Path], None], *, ready: Callable[[Path], bool]) -> None:
+def make_folder_once(
+    folder: Path,
+    make: Callable[[Path], None],
+    *,
+    ready: Callable[[Path], bool],
+    replaceable: Collection[str] = (),
+) -> None:
     """Fill `folder` by calling `make`, unless it is `ready`; of several processes, one does it and the others wait.
 
     `make` fills a temporary folder beside `folder`, which is renamed at the end, so that `folder` is never incomplete.
-    An existing folder that is not ready is replaced.
+    An existing folder that is not ready is replaced if it holds nothing but files that are named in `replaceable`.
 
     Raises:
-        InputError: if the folder cannot be written.
+        InputError: if the folder cannot be written, or holds anything else.
     """
     if ready(folder):
         return
@@ -54,6 +60,7 @@ def make_folder_once(folder: Path, make: Callable[[Path], None], *, ready: Calla
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if ready(folder):
                 return
+            check_replaceable(folder, replaceable)
             for leftover in (new, old):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             new.mkdir()
@@ -71,6 +78,27 @@ def make_folder_once(folder: Path, make: Callable[[Path], None], *, ready: Calla
             expected="a data_dir that can be written and has enough space",
             do="set another data_dir=DIR",
         ) from error
+
+
+def has_entries(folder: Path) -> bool:
+    """Whether this is a folder that is not empty."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_replaceable(folder: Path, names: Collection[str]) -> None:
+    """Refuse to replace a folder in which anything but files of these names lies: it may be the user's.
+
+    Raises:
+        InputError: naming the folder and what lies in it.
+    """
+    if not folder.is_dir():
+        return
+    if foreign := [entry.name for entry in sorted(folder.iterdir()) if entry.name not in names or has_entries(entry)]:
+        raise InputError(
+            f"{folder} would be replaced and holds {list_some(foreign)}, which deepclust has not written",
+            expected="a folder of its own for what deepclust keeps",
+            do="set another data_dir=DIR, or move what is in it",
+        )
 
 
 def write_image_array(file: Path, chunks: Iterable[np.ndarray], *, shape: tuple[int, int, int], total: int) -> int:

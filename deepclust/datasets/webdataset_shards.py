@@ -285,7 +285,8 @@ def open_shards(
             return False
         return True
 
-    make_folder_once(folder, make, ready=is_up_to_date)
+    written = ["keys.txt", "labels.npy", "members.npy", "shards.json"]
+    make_folder_once(folder, make, ready=is_up_to_date, replaceable=written)
     counts, members, labels = read_parts(folder)
     logger.info(
         "%s in %s; %s says what is which",

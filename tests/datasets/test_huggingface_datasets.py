@@ -236,6 +236,17 @@ def test_missing_and_broken_data_sets_are_named(saved, tmp_path, monkeypatch):
         load_images("nobody/nothing", tmp_path)
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_readers_of_the_library_are_no_data_sets(folder, tmp_path, monkeypatch):
+    """A run from somebody else could else have files of the working folder read, in version 4 even unpickled."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.csv").write_text("image\nx\n")
+    if folder:
+        (tmp_path / "csv").mkdir()
+    with pytest.raises(InputError, match=r"csv cannot be loaded" if folder else "csv is missing; .*OWNER/NAME"):
+        load_images("csv", tmp_path)
+
+
 def test_subset_and_revision_go_to_the_hub(tmp_path, monkeypatch):
     asked = {}
 

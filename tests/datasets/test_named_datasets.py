@@ -291,6 +291,18 @@ def test_class_folders_are_searched_again_under_another_root(tmp_path: Path):
         load_image_files(tmp_path, root=None)
 
 
+def test_the_images_are_kept_where_the_list_would_take_their_place(tmp_path: Path):
+    """As with `data_dir=data dataset.root=data/imagenet`."""
+    write_class_folders(tmp_path / "data" / "imagenet")
+    before = sorted((tmp_path / "data" / "imagenet").rglob("*"))
+    with pytest.raises(InputError, match=r"imagenet would be replaced and holds train, val,.*set another data_dir=DIR"):
+        load_image_files(tmp_path, root=str(tmp_path / "data" / "imagenet"))
+    assert sorted((tmp_path / "data" / "imagenet").rglob("*")) == before
+    assert (
+        len(load_image_files(tmp_path, folder=str(tmp_path / "other"), root=str(tmp_path / "data/imagenet")).fit) == 5
+    )
+
+
 def test_splits_with_different_class_folders_are_refused(tmp_path: Path):
     write_class_folders(tmp_path / "originals")
     (tmp_path / "originals" / "val" / "n1").rename(tmp_path / "originals" / "val" / "n2")

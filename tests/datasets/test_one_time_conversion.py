@@ -65,9 +65,21 @@ def test_files_of_a_killed_process_and_an_outdated_folder_are_replaced(tmp_path:
     (tmp_path / ".set.new" / "half").touch()
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "stale").touch()
-    make_folder_once(tmp_path / "set", make_slowly, ready=is_made)
+    make_folder_once(tmp_path / "set", make_slowly, ready=is_made, replaceable=["stale", "done"])
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["done"]
     assert not (tmp_path / ".set.new").exists() and not (tmp_path / ".set.old").exists()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "stale/photo.png"])
+def test_a_folder_with_files_of_others_is_never_replaced(tmp_path: Path, name: str):
+    file = tmp_path / "set" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(
+        InputError, match=r"set would be replaced and holds .*, which deepclust has not written.*data_dir"
+    ):
+        make_folder_once(tmp_path / "set", make_slowly, ready=is_made, replaceable=["stale", "done"])
+    assert file.read_text() == "mine" and not (tmp_path / "log").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
