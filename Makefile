@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slurm lint format docs clean
+.PHONY: help install demo test test-all test-slurm coverage lint format lock audit docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,13 @@ test-slurm: $(VENV)/.dev ## install and start a Slurm of two nodes on this machi
 	tests/cluster/slurm.sh install
 	OMP_NUM_THREADS=1 tests/cluster/slurm.sh run $(BIN)/pytest tests/cluster
 
+# Data files are combined whether or not a test has failed; TESTS names some tests only.
+coverage: $(VENV)/.dev ## which lines and branches the quick tests reach, their subprocesses included
+	$(BIN)/coverage erase
+	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist worksteal -m 'not slow' $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,6 +72,17 @@ lint: $(VENV)/.dev ## ruff and mypy
 format: $(VENV)/.dev ## rewrite the code in the common style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Versions in constraints.txt stay where they can; for the newest: make lock UPGRADE=--upgrade
+lock: | $(BIN)/python ## write the versions of all dependencies, for every system and Python, into constraints.txt
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras $(UPGRADE) --no-annotate \
+		--no-emit-index-url --custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml
+
+audit: | $(BIN)/python ## look for known vulnerabilities of the versions in constraints.txt (needs the network)
+	@found=$$(UV_SYSTEM_CERTS=1 $(BIN)/uvx --quiet pip-audit --strict --progress-spinner off --disable-pip --no-deps \
+		--requirement constraints.txt 2>&1); code=$$?; \
+	case "$$found" in *"nown vulnerabilit"*) echo "$$found"; exit $$code;; *) echo "make audit needs uv, pip-audit from" \
+		"a package index, and PyPI itself, which knows the vulnerabilities: $$(echo "$$found" | tail -n 1)"; exit 1;; esac
 
 docs: $(VENV)/.docs ## build the documentation in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -20,7 +20,7 @@ from tests.test_imports import FLOORS
 ROOT = Path(__file__).parents[1]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "multirun/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "multirun/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PLACEHOLDERS = ("my_conf", "mypkg", "mine", "NAME", "METHOD", "methods/x", "method/x", "test_x")
@@ -120,6 +120,17 @@ def test_names_exist(page: Path):
         find_object(name)
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
+
+
+def test_each_promise_of_security_names_tests_that_hold_it():
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    promises = [row for row in rows if row != ("promise", "held by")]
+    assert len(promises) > 15
+    for promise, tests in promises:
+        named = re.findall(r"`(tests/[\w/.]+\.py)::(\w+)`", tests)
+        assert named and len(named) == tests.count("`") // 2, promise
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(), test
 
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))

@@ -57,10 +57,12 @@ def test_another_stem_keeps_its_own_weights(resnet18_weights, tmp_path):
 def test_weights_that_do_not_fit_are_refused(resnet18_weights, tmp_path):
     torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"weight": tmp_path}, tmp_path / "object.pth")  # unpickling an object calls functions
     (tmp_path / "text.pth").write_text("no")
     for file, message in (
         ("other.pth", "of another network"),
         ("list.pth", "no named tensors"),
+        ("object.pth", "no weights can be read"),
         ("text.pth", "no weights can be read"),
         ("none.pth", "it is missing"),
     ):

@@ -177,6 +177,13 @@ def test_what_the_library_passes_over_is_passed_over(tmp_path):
     assert names == ["0"]
 
 
+def test_files_are_read_in_their_shard_and_never_unpacked(tmp_path):
+    path = write_tar(tmp_path / "shards/a.tar", {"../../out.png": encode(0), f"{tmp_path}/out.png": encode(1)})
+    data = load_images(path, tmp_path / "data", num_classes=None)
+    assert len(data.fit.read(np.arange(2))) == 2
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".lock", ".npy", ".tar", ".txt"}
+
+
 def test_long_names_are_read(tmp_path):
     key = "k" * 120 + "/" + "ü" * 150
     data = load_images(write_tar(tmp_path / "a.tar", {f"{key}.png": encode(5), f"{key}.cls": b"0"}), tmp_path)

@@ -95,7 +95,8 @@ def test_wandb_goes_offline_where_it_cannot_go_online(
     pytest.importorskip("wandb").teardown()  # a process reads the environment once
     server = responding_server if server_responds else "http://127.0.0.1:9"
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    key = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", server)
     config = {"names": {"method": "propos", "backbone": "mlp"}, "dataset": {"name": "digits"}, "seed": 0}
     logger = weights_and_biases.wandb_logger(folder=tmp_path, config=config, project="test")
@@ -106,6 +107,8 @@ def test_wandb_goes_offline_where_it_cannot_go_online(
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     kinds, text = read_wandb_file(file)
     assert {"run", "history"} <= kinds and "eval/kmeans/acc" in text
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(key.encode() in content for content in written) and key not in caplog.text
 
 
 def test_a_server_without_response_is_not_waited_for(responding_server, monkeypatch):

@@ -372,6 +372,7 @@ BAD_NPY = {
     "an overflowing shape": "cannot be read",
     "a negative shape": "cannot be read",
     "a nested header": "cannot be read",
+    "Python objects": "cannot be read",
 }
 
 
@@ -384,6 +385,7 @@ def test_npy_files_that_are_not_what_they_say(case, tmp_path):
         "an overflowing shape": npy_bytes(DIGITS, declared_shape=(2**40, 2**40, 2**40)),
         "a negative shape": npy_bytes(DIGITS, declared_shape=(-160, 8, 8)),
         "a nested header": b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"(" * 8999 + b"\n",
+        "Python objects": npy_bytes(np.array([{}, {}], object)),
     }[case]
     file.write_bytes(content)
     with pytest.raises(InputError, match=BAD_NPY[case]) as caught:

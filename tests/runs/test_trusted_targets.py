@@ -1,6 +1,7 @@
 """A run from a stranger: no verb runs a command that the configuration in its checkpoint names."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -210,6 +211,26 @@ def test_going_on_in_a_folder_builds_nothing_of_its_checkpoint(stranger, tmp_pat
     code, message = call(monkeypatch, capfd, "train", *arguments)
     assert code == 2 and "method.optimizer" in message and "start in another folder" in message
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_checkpoint_with_an_object_is_not_unpickled(stranger, tmp_path, monkeypatch, capfd):
+    marker = tmp_path / "marker"
+    run = stranger("method.extra", 0)
+    torch.save({"format": 2, "state_dict": Evil(str(marker))}, run / CHECKPOINT)
+    for verb, rest in VERBS.items():
+        rest = [argument.format(folder=tmp_path) for argument in rest]
+        assert_refused(*call(monkeypatch, capfd, verb, f"run={run}", *rest), tmp_path)
+    torch.load(run / CHECKPOINT, weights_only=False)
+    assert marker.exists(), "the object is one that would have run something"
+
+
+def test_predict_and_export_open_no_data_set_of_the_run(stranger, tmp_path, monkeypatch, capfd):
+    section = {"_target_": "deepclust.datasets.array_files.load_array_file", "path": str(tmp_path / "pipe")}
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    run = stranger("dataset.source", section | {"channels": 1, "num_classes": None})
+    for verb in ("predict", "export"):
+        rest = [argument.format(folder=tmp_path) for argument in VERBS[verb]]
+        assert call(monkeypatch, capfd, verb, f"run={run}", *rest)[0] == 0
 
 
 def test_trusted_package_is_built(stranger, tmp_path, monkeypatch, capfd):
