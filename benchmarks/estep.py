@@ -28,6 +28,8 @@ from measure import (
     make_argument_parser,
     median_ratio,
     print_table,
+    read_memory,
+    reset_peak_memory,
     save_figures,
     skip_package_init,
     time_interleaved,
@@ -164,10 +166,9 @@ def watch_memory(functions: dict[str, TimedFunction], peaks: dict[str, float]) -
 
     def watch(name: str, function: TimedFunction) -> TimedFunction:
         def run() -> object:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            reset_peak_memory()
             result = function()
-            lines = Path("/proc/self/status").read_text().splitlines()
-            peaks[name] = next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM"))
+            peaks[name] = read_memory("VmHWM") / 2**30
             return result
 
         return run

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra import compose, initialize_config_module
@@ -86,6 +86,17 @@ def time_interleaved(
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the median over the rounds of the ratio of two times of the same round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def read_memory(name: Literal["VmRSS", "VmHWM"]) -> int:
+    """Return the bytes that this process holds (VmRSS), or the most that it held since `reset_peak_memory` (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def reset_peak_memory() -> None:
+    """Let the peak of memory of this process begin anew, on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 @cache

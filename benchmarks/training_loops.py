@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from propos_by_hand import ProPosByHand
 from torch import Tensor
 
+from deepclust.batch import TrainBatch
 from deepclust.commands.train import run
 from deepclust.config.build import build
 from deepclust.datasets.datamodule import prefetch
@@ -126,11 +127,15 @@ class BareLoop:
         batch.draws.seed_layers(self.device, 0)
         self.optimizer.zero_grad()
         with self.forward_context():
-            loss = torch.stack(list(self.method.losses(batch).values())).sum()
+            loss = self.compute_loss(batch)
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
         self.trainer.global_step += 1
+
+    def compute_loss(self, batch: TrainBatch) -> Tensor:
+        """Return the sum of the loss terms."""
+        return torch.stack(list(self.method.losses(batch).values())).sum()
 
 
 class ByHandLoop(BareLoop):
