@@ -83,10 +83,11 @@ def measure_seconds(work: Callable[[], object], rounds: int, device: torch.devic
 def measure_growth(work: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
     """Return what some work returns, and how many bytes more than before it this process, or its GPU, has held."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_reserved()
         result = work()
-        return result, torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_reserved() - before  # counts CUDA graphs too, which allocate nothing
     reset_peak_memory()
     before = read_memory("VmRSS")
     result = work()
@@ -160,6 +161,11 @@ def count_parameters(method: nn.Module) -> int:
     return sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
+def count_kept_bytes(method: Any, case: Case) -> int:
+    """Return the bytes that the backward pass of both views of a batch keeps of the backbone, in float32."""
+    return 2 * case["batch"] * measure_saved_bytes(method.backbone, (3, case["pixels"], case["pixels"]))
+
+
 def count_collectives(work: Callable[[], object]) -> int:
     """Return how many collective operations some work calls by `deepclust.engine.distributed`."""
     with ExitStack() as stack:
@@ -174,8 +180,7 @@ def measure_step(case: Case, rounds: int) -> Case:
     device = torch.device(case["device"])
     with tempfile.TemporaryDirectory() as name:
         setup = make_setup(case, device, Path(name))
-        shape = (3, case["pixels"], case["pixels"])
-        kept_bytes = 2 * case["batch"] * measure_saved_bytes(setup.method.backbone, shape)
+        kept_bytes = count_kept_bytes(setup.method, case)
 
         def train() -> Callable[[], None]:
             loop, raw_batch = make_loop(setup, device)
@@ -213,7 +218,7 @@ def count_batch(case: Case) -> dict[str, int]:
         setup = make_setup(
             case, device, Path(name), "method.queue_size=10240", "views=byol", "view_names=[first,second]"
         )
-        kept_bytes = 2 * case["batch"] * measure_saved_bytes(setup.method.backbone, (3, case["pixels"], case["pixels"]))
+        kept_bytes = count_kept_bytes(setup.method, case)
         loop, raw_batch = make_loop(setup, device)
         loop.method.is_optimizer_step = False
 
