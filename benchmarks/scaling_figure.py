@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 from scaling_model import MODELS
 
 COLOURS = ["#3b6fb6", "#d95f3b", "#5a9e4b", "#8a63a8", "#c9a227", "#7f7f7f"]
@@ -41,7 +42,10 @@ def draw_fits(axes: Axes, quantity: str, fits: Mapping[str, tuple[Mapping[str, A
         axes.loglog(measured, by_model, "o", color=colour, markersize=5, alpha=0.8, label=label)
     ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
     axes.plot(ends, ends, color="black", linewidth=0.7)
-    axes.set(xlabel="measured", ylabel="by the model", title=f"{quantity}, measured and by the models")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="measured", ylabel="by the model")
+    axes.set_title(f"{quantity}, measured and by the models", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -59,7 +63,8 @@ def draw_steps(axes: Axes, constants: Mapping[str, float], cases: list[dict[str,
         for case in cases
     ]
     axes.set_xticks(range(len(cases)), labels, fontsize=6.5)
-    axes.set(ylabel="ms", title=f"A step on processes that share {cases[0]['cores']} cores (gloo)")
+    axes.set_ylabel("ms")
+    axes.set_title(f"A step on processes that share {cases[0]['cores']} cores (gloo)", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -82,9 +87,10 @@ def draw_plans(axes: Axes, plans: Mapping[str, Mapping[str, Any]]) -> None:
         axes.barh(range(len(plans)), widths, left=lefts, color=colour, label=name)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     labels = [f"{name}\n{plan['epoch_images_per_second']:,.0f} images/s" for name, plan in plans.items()]
-    axes.set_yticks(range(len(plans)), labels, fontsize=8)
+    axes.set_yticks(range(len(plans)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="% of the time", xlim=(0, 100), title="ImageNet-1k, ResNet-50: extrapolated, not measured")
+    axes.set(xlabel="% of the time", xlim=(0, 100))
+    axes.set_title("ImageNet-1k, ResNet-50: extrapolated", fontsize=10)
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3)
 
 

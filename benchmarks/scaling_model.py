@@ -268,7 +268,7 @@ def kmeans_seconds_on_gpu(numbers: Mapping[str, float], *, rows: int, features: 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of ProPos on ImageNet-1k: how many GPUs and images, and what the recipe says."""
+    """A run of ProPos on ImageNet-1k: how many GPUs and images, and what `experiment=propos_imagenet` says."""
 
     gpus: int
     batch_size: int  # images of all GPUs between two synchronisations of batch normalisation
@@ -289,10 +289,11 @@ class Plan:
 PLANS = {
     "1 GPU": Plan(1, 256, 16),
     "8 GPUs, as published": Plan(8, 256, 16),
-    "8 GPUs, 2048 images": Plan(8, 2048, 2),
+    "8 GPUs, 256, unsynchronised": Plan(8, 256, 16, synchronises=False),
+    "8 GPUs, 2048": Plan(8, 2048, 2),
     "64 GPUs, as published": Plan(64, 256, 16),
-    "64 GPUs, 2048 images": Plan(64, 2048, 2),
-    "64 GPUs, 4096 images, not synchronised": Plan(64, 4096, 1, synchronises=False),
+    "64 GPUs, 2048": Plan(64, 2048, 2),
+    "64 GPUs, 4096, unsynchronised": Plan(64, 4096, 1, synchronises=False),
 }
 
 

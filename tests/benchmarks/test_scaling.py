@@ -91,4 +91,4 @@ def test_all_parts_are_measured_and_drawn(tmp_path):
     with_collectives = [case for case in figures["processes"] if case["processes"] == 2 and case.get("synchronised")]
     assert with_collectives and all(case["collectives"] > 20 for case in with_collectives)
     assert figures["imagenet"]["synchronised_collectives"] > 500
-    assert len(figures["plans"]) == 6 and all(plan["epoch"] > 0 for plan in figures["plans"].values())
+    assert len(figures["plans"]) == 7 and all(plan["epoch"] > 0 for plan in figures["plans"].values())
