@@ -51,14 +51,13 @@ from scaling_model import MODELS, PLANS, extrapolate, read_assumptions
 from torch.multiprocessing import set_forkserver_preload
 
 PROCESSES = (1, 2, 4)
-STEP = {"network": "conv_small", "pixels": 32, "batch": 64, "clusters": 10, "features": 256, "hidden": 4096}
+STEP = {"network": "conv_small", "pixels": 32, "batch": 32, "clusters": 10, "features": 256, "hidden": 4096}
 STEP_CHANGES: list[Case] = [
-    *({}, {"pixels": 16}, {"pixels": 48}, {"pixels": 64}, {"batch": 16}, {"batch": 128}, {"clusters": 1000}),
-    *({"features": 64}, {"features": 1024}, {"hidden": 512}, {"network": "resnet18", "batch": 8}),
-    {"network": "resnet18", "batch": 16},
+    *({}, {"pixels": 16}, {"pixels": 48}, {"batch": 8}, {"batch": 64}, {"clusters": 1000}),
+    *({"features": 64}, {"features": 1024}, {"hidden": 512}, {"network": "resnet18", "batch": 4}),
+    {"network": "resnet18", "batch": 8},
 ]
 GPU_STEP_CHANGES: list[Case] = [{"network": "resnet50", "pixels": 224, "batch": batch} for batch in (32, 64, 128)]
-PROCESSES_STEP = STEP | {"batch": 32}
 PROCESSES_CHANGES: list[Case] = [{}, {"synchronised": True}, {"hidden": 512}, {"pixels": 16}]
 GATHER_CHANGES = [{"rows": rows, "features": features} for features in (64, 256) for rows in (2000, 16_000, 128_000)]
 GATHER_MEMORY_CHANGES = [{"rows": rows, "features": features} for rows, features in [(40_000, 128), (80_000, 256)]]
@@ -66,7 +65,7 @@ KMEANS = {"rows": 20_000, "features": 128, "clusters": 100, "restarts": 1, "iter
 KMEANS_CHANGES: list[Case] = [
     *({}, {"rows": 5000}, {"rows": 80_000}, {"clusters": 10}, {"clusters": 400}, {"features": 32}, {"features": 512}),
     *({"restarts": 4}, {"iterations": 1}, {"iterations": 15}, {"rows": 80_000, "clusters": 10}),
-    *({"rows": 5000, "clusters": 400}, {"features": 512, "clusters": 10}, {"rows": 40_000, "clusters": 1000}),
+    *({"rows": 5000, "clusters": 400}, {"features": 512, "clusters": 10}, {"clusters": 1000}),
 ]
 GPU_KMEANS_CHANGES: list[Case] = [
     {"rows": 1_281_167, "features": 256, "clusters": 1000, "iterations": iterations} for iterations in (5, 15)
@@ -163,7 +162,7 @@ class Measurements:
         by_number = [
             [
                 self.run(measure_step, number, case, self.rounds)
-                for case in self.list_cases(PROCESSES_STEP, PROCESSES_CHANGES, number, "cpu")
+                for case in self.list_cases(STEP, PROCESSES_CHANGES, number, "cpu")
             ]
             for number in self.processes_to_try
         ]
