@@ -1,7 +1,7 @@
 """How time and memory grow with images, clusters, features, image size and processes, and what 8 and 64 GPUs would do.
 
     python benchmarks/scaling.py [--only step gather ...] [--quick] [--rounds 3] [--out FILE.json] [--figure FILE.png]
-    python benchmarks/scaling.py --read FILE.json [--figure FILE.png]      # measures nothing; tables and figure of FILE
+    python benchmarks/scaling.py --read FILE.json ... [--figure FILE.png]  # measures nothing; tables and figure of FILEs
 
 Everything is measured with ProPos. The parts, which `--only` names, are:
 
@@ -9,7 +9,7 @@ Everything is measured with ProPos. The parts, which `--only` names, are:
 - processes: the same on 1, 2 and 4 processes of this machine, connected by gloo, with and without synchronised batch
   normalisation. The batch of a process stays the same.
 - gather: the features of all images, gathered over 2 and 4 processes, with the memory that this takes.
-- estep: k-means with a fixed number of iterations, alone, and its restarts shared out over processes; with its memory.
+- estep: k-means with a bounded number of iterations, alone, and its restarts shared out over processes; with its memory.
 - checkpoint: the size of a checkpoint and the time to write it (into the page cache), against weights and images.
 - imagenet: operations, bytes and collectives of a batch of ResNet-50 at 224 pixels, counted in small batches,
   and the time in which a core decodes an image of its size.
@@ -255,11 +255,13 @@ def main() -> None:
     parser = make_argument_parser(__doc__, rounds=3)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="a few small cases, to try the script out")
-    parser.add_argument("--read", type=Path, help="measure nothing, and take the figures of this JSON file")
+    parser.add_argument("--read", type=Path, nargs="+", help="measure nothing, and take the figures of JSON files")
     parser.add_argument("--figure", type=Path, help="the PNG file to draw")
     args = parser.parse_args()
     if args.read:
-        figures = json.loads(args.read.read_text())
+        figures: dict[str, Any] = {}
+        for file in args.read:
+            figures |= json.loads(file.read_text())
     else:
         set_forkserver_preload(["scaling_measurements"])  # imported once, not by every process
         figures = {"quick": args.quick}
