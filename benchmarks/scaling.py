@@ -1,7 +1,7 @@
 """How time and memory grow with images, clusters, features, image size and processes, and what 8 and 64 GPUs would do.
 
     python benchmarks/scaling.py [--only step gather ...] [--quick] [--rounds 3] [--out FILE.json] [--figure FILE.png]
-    python benchmarks/scaling.py --read FILE.json ... [--figure FILE.png]  # measures nothing; tables and figure of FILEs
+    python benchmarks/scaling.py --read FILE.json ... [--figure FILE.png]  # measures nothing; tables and figure
 
 Everything is measured with ProPos. The parts, which `--only` names, are:
 
@@ -9,7 +9,7 @@ Everything is measured with ProPos. The parts, which `--only` names, are:
 - processes: the same on 1, 2 and 4 processes of this machine, connected by gloo, with and without synchronised batch
   normalisation. The batch of a process stays the same.
 - gather: the features of all images, gathered over 2 and 4 processes, with the memory that this takes.
-- estep: k-means with a bounded number of iterations, alone, and its restarts shared out over processes; with its memory.
+- estep: k-means with a bounded number of iterations, alone, and its restarts shared out over processes; its memory.
 - checkpoint: the size of a checkpoint and the time to write it (into the page cache), against weights and images.
 - imagenet: operations, bytes and collectives of a batch of ResNet-50 at 224 pixels, counted in small batches,
   and the time in which a core decodes an image of its size.

@@ -58,11 +58,18 @@ def draw_steps(axes: Axes, constants: Mapping[str, float], cases: list[dict[str,
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.plot([1e3 * case["seconds"] for case in cases], "k_", markersize=18, label="measured")
     labels = [
-        f"{case['processes']} processes\n{case['pixels']} px{', sync' if case.get('synchronised') else ''}"
-        f"\n{case['parameters'] / 1e6:.1f} M weights"
+        "\n".join(
+            [
+                str(case["processes"]),
+                f"{case['pixels']} px",
+                f"{case['parameters'] / 1e6:.1f} M",
+                *(["sync."] if case.get("synchronised") else []),
+            ]
+        )
         for case in cases
     ]
-    axes.set_xticks(range(len(cases)), labels, fontsize=6.5)
+    axes.set_xticks(range(len(cases)), labels, fontsize=7)
+    axes.set_xlabel("processes, image size, weights, synchronised batch normalisation")
     axes.set_ylabel("ms")
     axes.set_title(f"A step on processes that share {cases[0]['cores']} cores (gloo)", fontsize=10)
     axes.legend(fontsize=8)

@@ -336,6 +336,6 @@ def extrapolate(plan: Plan, numbers: Mapping[str, float], counts: Mapping[str, A
         "epoch_images_per_second": plan.rows / epoch_seconds,
         "e_step_share": sum(e_step.values()) / plan.e_step_every / epoch_seconds,
         "kept_bytes": plan.images_per_gpu * counts["kept_bytes_per_image"],
-        "gathered_bytes": (2 + 3 / plan.gpus) * feature_bytes,
+        "gathered_bytes": (2 if is_alone else 2 + 3 / plan.gpus) * feature_bytes,
         "kept_share": plan.images_per_gpu * counts["kept_bytes_per_image"] / numbers["gpu_memory"],
     }
