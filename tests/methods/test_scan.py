@@ -13,7 +13,6 @@ from torch import nn
 
 from deepclust.batch import Draws, TrainBatch
 from deepclust.commands.train import run
-from deepclust.engine import distributed
 from deepclust.errors import InputError
 from deepclust.methods import scan
 from deepclust.methods.scan import SCAN, Pretext, entropy, pretext_loss, scan_losses, selection_losses
@@ -186,17 +185,6 @@ def test_vectors_need_no_earlier_run_and_a_network_does():
     method.backbone = nn.Identity()
     method.on_train_start()
     assert int(method.neighbors.min()) >= 0
-
-
-def test_neighbours_of_all_processes_join_to_those_of_one(monkeypatch):
-    method, features = make_method(), torch.randn(IMAGES, 6)
-    whole, parts = method.mine_neighbors(features), []
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    monkeypatch.setattr(distributed, "all_gather", lambda rows: rows)
-    for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts.append(method.mine_neighbors(features))
-    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_neighbours_from_a_checkpoint_are_not_mined_again():
