@@ -27,7 +27,9 @@ from training_loops import BareLoop, TrainingSetup, compose_short_run
 from whole_images import write_photographs
 
 from deepclust.batch import TrainBatch
+from deepclust.clustering.backend import clustering_settings
 from deepclust.clustering.distributed_kmeans import kmeans_on_all_ranks
+from deepclust.config.composition import read_defaults
 from deepclust.datasets.image_decoding import decode_image
 from deepclust.engine import distributed
 from deepclust.engine.cuda_graphs import disable_replay
@@ -282,15 +284,16 @@ def measure_gather_memory(case: Case) -> Case:
 
 def run_kmeans(case: Case, rows: torch.Tensor) -> int:
     """Cluster rows (M, D) until all processes are done; return the number of iterations."""
-    result = kmeans_on_all_ranks(
-        rows,
-        num_clusters=case["clusters"],
-        metric="cosine",
-        num_restarts=case["restarts"],
-        max_iterations=case["iterations"],
-        tolerance=0.0,
-        key=("benchmark",),
-    )
+    with clustering_settings(**read_defaults("clustering")):  # those of training
+        result = kmeans_on_all_ranks(
+            rows,
+            num_clusters=case["clusters"],
+            metric="cosine",
+            num_restarts=case["restarts"],
+            max_iterations=case["iterations"],
+            tolerance=0.0,
+            key=("benchmark",),
+        )
     distributed.barrier()
     return result.iterations
 

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from deepclust.clustering.backend import BY_TORCH
+from deepclust.clustering.backend import ClusteringSettings
+from deepclust.config.composition import read_defaults
 
 Case = Mapping[str, Any]  # the sizes of what is measured, and its figures
+IN_TRAINING = ClusteringSettings(**read_defaults("clustering"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def kmeans_count(per_restart: Callable[[Case], float]) -> Callable[[Case], float
 
 def seeding_rows(case: Case) -> int:
     """Return among how many rows k-means++ looks for the first centroids."""
-    return BY_TORCH.num_seeding_rows(case["rows"], case["clusters"])
+    return IN_TRAINING.num_seeding_rows(case["rows"], case["clusters"])
 
 
 def num_candidates(case: Case) -> int:
@@ -261,7 +263,7 @@ def kmeans_seconds_on_gpu(numbers: Mapping[str, float], *, rows: int, features: 
     multiplications, scores = rows * clusters * features, rows * clusters
     arithmetic = 2 * multiplications / numbers["float32"] + 2 * multiplications / numbers["float64"]
     traffic = scores * (4 * 4 + 3 * 8) / numbers["copy"]
-    size = BY_TORCH.num_seeding_rows(rows, clusters)
+    size = IN_TRAINING.num_seeding_rows(rows, clusters)
     seeding = clusters * (4 * size * features / numbers["copy"] + 20 * numbers["operation_seconds"])
     return seeding + numbers["iterations"] * (arithmetic + traffic)
 
