@@ -17,7 +17,7 @@ def missing_value_error(*keys: str) -> InputError:
     """Return the error for keys that the configuration leaves open (???)."""
     return InputError(
         f"{' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no value",
-        expected="one for every key that the configuration leaves open (???)",
+        expected="one for every key without a default (--help says what it may be)",
         do=f"add {' '.join(f'{key}=VALUE' for key in keys)}",
     )
 
