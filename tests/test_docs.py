@@ -93,19 +93,19 @@ def test_the_smallest_method_trains(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_extending_runs_as_written(tmp_path):
-    assert len(paste_files(EXTENDING, tmp_path)) == 7
+    assert len(paste_files(EXTENDING, tmp_path)) == 8
     blocks = "\n".join(re.findall(r"^    (.*)$", re.sub(r"```.*?```", "", EXTENDING, flags=re.DOTALL), re.MULTILINE))
     commands = re.findall(r"^((?:export|deepclust|python) (?:.*\\\n)*.*)$", blocks, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = "\n".join(["set -e", *commands])
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(file.read_text()) for file in sorted(tmp_path.rglob("results.json"))]
-    assert len(results) == 4 and {one["method"] for one in results} == {"entropy", "Entropy"}
+    assert len(results) == 5 and {one["method"] for one in results} == {"entropy", "Entropy"}
     assert all(one["health"]["cluster_size_entropy"] > 0.5 for one in results)
-    assert sorted(one["dataset"] for one in results) == ["arrays", "digits", "shapes", "shapes"]
+    assert sorted(one["dataset"] for one in results) == ["arrays", "digits", "digits", "shapes", "shapes"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
