@@ -61,7 +61,7 @@ def lost_processes_named(*, going_on: str) -> Iterator[None]:
             ) from error
         raise  # all are there: the error is one of communication itself
     finally:
-        roll.is_over.set()
+        roll.stop_listening()
 
 
 def name_processes(ranks: list[int]) -> str:
@@ -88,7 +88,8 @@ class RollCall:
         self.codes: dict[int, int] = {}  # the exit codes that were told, by rank
         self.listening: set[int] = set()  # the ranks of those that have heard of one
         self.is_over = threading.Event()
-        threading.Thread(target=self.listen, daemon=True).start()
+        self.listener = threading.Thread(target=self.listen, daemon=True)
+        self.listener.start()
 
     def call(self, exit_code: int) -> tuple[dict[int, int], list[int]] | None:
         """Tell the others how this process ends; return the exit codes of all that have told, and who is silent.
@@ -112,6 +113,14 @@ class RollCall:
             while not self.is_over.wait(SECONDS_BETWEEN_LOOKS):
                 if has_others():
                     self.read(get_store())
+
+    def stop_listening(self) -> None:
+        """Let the thread that listens end: the interpreter aborts where it ends while a thread asks the store.
+
+        A store whose process is stopped never answers; so the wait is bounded.
+        """
+        self.is_over.set()
+        self.listener.join(ROLL_CALL_SECONDS)
 
     def tell_and_ask(self) -> None:
         """Tell the others how this process ends, and wait until they have heard it."""

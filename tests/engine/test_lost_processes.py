@@ -247,6 +247,34 @@ def test_a_process_that_fails_tells_the_others_its_exit_code(tmp_path):
     assert ends == [("ProcessLost", 1), ("ZeroDivisionError", None)]
 
 
+ENDS_WHILE_IT_LISTENS = """
+import sys
+import time
+
+from torch import distributed as dist
+
+from deepclust.engine import lost_processes
+
+lost_processes.SECONDS_BETWEEN_LOOKS = 0  # so that it nearly always waits for an answer of the store
+rank, port = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=int(rank), world_size=2)
+with lost_processes.lost_processes_named(going_on="start it again"):
+    dist.barrier()
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_aborts_because_it_still_listens_at_its_end():
+    """The interpreter aborts, with code 134, when it ends while a thread waits for the store."""
+    command = [sys.executable, "-W", "ignore", "-c", ENDS_WHILE_IT_LISTENS]
+    for _ in range(3):
+        port = str(find_free_port())
+        ranks = [subprocess.Popen([*command, rank, port], stderr=subprocess.PIPE, text=True) for rank in "01"]
+        errors = "".join(rank.communicate(timeout=END_SECONDS)[1] for rank in ranks)
+        assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
 def test_the_error_of_a_lost_process_survives_the_way_between_processes():
     error = ProcessLost(name_processes([1]), do="go on", exit_code=137)
     error.is_printed = True
