@@ -33,11 +33,12 @@ def choose_seeds(data: KMeansData, first_seeds: Tensor, uniforms: Tensor) -> Ten
     restarts = torch.arange(num_restarts, device=data.rows.device)
     candidates = first_seeds.to(data.rows.device)[:, None]
     seed_distances = data.rows.new_full((num_restarts, len(data.rows)), math.inf)  # from the nearest seed so far
-    seeds: list[Tensor] = []
+    # One tensor: many small ones, each made between large ones, would keep the system from taking those back.
+    seeds = candidates.new_empty(num_restarts, num_further_seeds + 1)
     relative_error = 8 * torch.finfo(data.rows.dtype).eps
     # The rounding error of a sum of distances. It does not shrink with the sum, as each distance is a difference.
     absolute_error = relative_error * data.offsets.double().norm()
-    for _ in track(range(num_further_seeds + 1), "k-means++ seeding"):
+    for position in track(range(num_further_seeds + 1), "k-means++ seeding"):
         candidate_distances = seed_distances.new_empty(*candidates.shape, len(data.rows))
         totals = torch.zeros_like(candidates, dtype=torch.float64)
         weights, biases = (part.to(data.rows) for part in data.linear_form(data.rows[candidates]))
@@ -52,12 +53,13 @@ def choose_seeds(data: KMeansData, first_seeds: Tensor, uniforms: Tensor) -> Ten
         # with a tolerance, so that no rounding error chooses between the two.
         is_best = totals <= totals.amin(1, keepdim=True) * (1 + relative_error) + absolute_error
         best = is_best.int().argmax(1)
-        seeds.append(candidates[restarts, best])
-        if len(seeds) > num_further_seeds:
+        seeds[:, position] = candidates[restarts, best]
+        if position == num_further_seeds:
             break
         seed_distances = candidate_distances[restarts, best]
-        seed_distances[restarts, seeds[-1]] = 0  # a rounding error above 0 would let the same row be drawn again
+        # A rounding error above 0 would let the same row be drawn again.
+        seed_distances[restarts, seeds[:, position]] = 0
         running_sums = seed_distances.cumsum(1, dtype=torch.float64)
-        candidates = torch.searchsorted(running_sums, uniforms[:, len(seeds) - 1] * running_sums[:, -1:])
+        candidates = torch.searchsorted(running_sums, uniforms[:, position] * running_sums[:, -1:])
         candidates.clamp_(max=len(data.rows) - 1)
-    return torch.stack(seeds, 1)
+    return seeds
