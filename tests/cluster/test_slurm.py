@@ -4,6 +4,7 @@
 has disturbed.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -116,8 +117,20 @@ def submitted_jobs(folder: Path) -> list[str]:
     return sorted(listed, key=lambda job: int(job.partition("_")[2] or 0))
 
 
+def end_sweep(sweep: subprocess.Popen, folder: Path) -> None:
+    """End a sweep and what Slurm still holds of it, which would keep the nodes from the next test."""
+    sweep.terminate()
+    for file in (folder / ".submitit").glob("*/*_submission.sh"):
+        subprocess.run(["scancel", file.parent.name])
+
+
 def signal_job(job: str, name: str) -> None:
-    subprocess.run(["scancel", f"--signal={name}", job], check=True, timeout=60)
+    """Send a signal to all processes of a job.
+
+    `scancel` does so at once. It is not waited for: it returns late where the job is requeued meanwhile.
+    """
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(["scancel", f"--signal={name}", job], check=True, timeout=10)
 
 
 def has_metrics(folder: Path) -> bool:
@@ -205,7 +218,7 @@ def test_a_job_that_comes_near_its_time_limit_resumes(uninterrupted, tmp_path):
     try:
         assert sweep.wait(timeout=TIMEOUT) == 0, sweep.stderr.read()
     finally:
-        sweep.terminate()
+        end_sweep(sweep, tmp_path)
     assert (tmp_path / "0/held.0.1").exists()
     assert "SIGUSR2: saved" in (tmp_path / "0/train.log").read_text()
     assert_same_outcome(uninterrupted, tmp_path / "0")
@@ -279,7 +292,7 @@ def test_a_sweep_of_methods_that_is_preempted_twice(tmp_path):
     try:
         wait_until(signal_those_that_hold, 3 * TIMEOUT)
     finally:
-        sweep.terminate()
+        end_sweep(sweep, folder)
     assert sweep.returncode == 0, sweep.stderr.read()
     assert len(signalled) == 2 * len(methods)
     for number, method in enumerate(methods):
@@ -348,7 +361,7 @@ def test_a_sweep_whose_job_loses_a_process_says_which(tmp_path):
         signal_job(job, "USR1")  # the other process goes on, and finds that it is alone
         _, errors = sweep.communicate(timeout=TIMEOUT)
     finally:
-        sweep.terminate()
+        end_sweep(sweep, tmp_path)
     assert sweep.returncode == PROCESS_LOST
     assert errors.count("deepclust: error") == 1 and "task 1: Killed" in errors and "Traceback" not in errors
     told = (tmp_path / "0/error.txt").read_text()
