@@ -21,6 +21,7 @@ from deepclust.cli.environment import JOBS_TO_START
 from deepclust.config.override_format import format_override, format_value
 from deepclust.engine.durations import format_duration
 from deepclust.engine.plurals import format_count
+from deepclust.engine.small_files import dict_or_empty, list_or_empty
 from deepclust.errors import InputError
 from deepclust.runs.provenance import HIDDEN
 from deepclust.runs.sweep_jobs import Sweep, SweepJob, is_plain_sweep, read_sweep
@@ -77,7 +78,9 @@ def make_table(sweep: Sweep, *, max_rows: int | None = None) -> RenderableType:
     for job in jobs[:max_rows]:
         style = STYLES.get(job.state, "dim")
         values = [escape(job.overrides.get(key, "")) for key in keys]
-        table.add_row(job.name, *values, f"[{style}]{job.state}[/]", *format_progress(job), escape(describe_note(job)))
+        table.add_row(
+            escape(job.name), *values, f"[{style}]{job.state}[/]", *format_progress(job), escape(describe_note(job))
+        )
     counts = ", ".join(f"{count} {state}" for state, count in sweep.count_states().items())
     return Group(table, f"{format_count(len(sweep.jobs), 'job')}: {counts}")
 
@@ -145,12 +148,11 @@ def compose_command(sweep: Sweep) -> tuple[list[str], Path]:
     Raises:
         InputError: if the folder of the sweep does not say them.
     """
-    job, runtime = (sweep.settings.get(name) or {} for name in ("job", "runtime"))
-    overrides = sweep.settings.get("overrides") or {}
-    given = [*map(str, overrides.get("hydra") or []), *map(str, overrides.get("task") or [])]
+    job, runtime, overrides = (dict_or_empty(sweep.settings.get(name)) for name in ("job", "runtime", "overrides"))
+    given = [str(word) for name in ("hydra", "task") for word in list_or_empty(overrides.get(name))]
     folder = Path(str(runtime.get("cwd", "")))
     reason = None
-    if not given or job.get("config_name") is None:
+    if not given or None in (job.get("config_name"), job.get("name")):
         reason = f"{sweep.folder} does not say how the sweep was started"
     elif any(override.endswith(f"={HIDDEN}") for override in given):
         reason = "the sweep sets environment variables, whose values are written nowhere"
@@ -162,9 +164,10 @@ def compose_command(sweep: Sweep) -> tuple[list[str], Path]:
             expected="a sweep by Hydra's multirun, started from this machine",
             do=f"start its command again with {format_override('hydra.sweep.dir', str(sweep.folder))}",
         )
-    own = [source for source in runtime.get("config_sources") or [] if source.get("provider") == "command-line"]
-    flags = [flag for source in own for flag in ("--config-dir", str(source["path"]))]
-    verb = str(job["name"])
+    sources = map(dict_or_empty, list_or_empty(runtime.get("config_sources")))
+    own = [source for source in sources if source.get("provider") == "command-line"]
+    flags = [flag for source in own for flag in ("--config-dir", str(source.get("path")))]
+    verb = str(job.get("name"))
     if job["config_name"] != verb:
         flags += ["--config-name", str(job["config_name"])]
     kept = [word for word in given if not word.lstrip("+").startswith(("hydra.sweep.dir=", "hydra.mode="))]

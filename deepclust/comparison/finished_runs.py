@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from deepclust.engine.small_files import read_json, read_small_text
+from deepclust.engine.small_files import is_finite_number, read_json, read_small_text, read_yaml
 from deepclust.score_names import SCORE_NAMES
 
 # Of results.json; runs of a group agree in them, and those that end by themselves in max_epochs and not in epochs
@@ -60,8 +58,8 @@ def read_finished_run(folder: Path, *, name: str) -> FinishedRun | str:
         overrides = results.get("overrides")
         if not isinstance(overrides, list):
             overrides = read_overrides(folder / ".hydra" / "overrides.yaml")
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        return f".hydra/overrides.yaml cannot be read: {' '.join(str(error).split())}"
+    except (ValueError, OSError) as error:
+        return f".hydra/overrides.yaml cannot be read: {error}"
     pairs = (str(override).lstrip("+").partition("=") for override in overrides)
     return FinishedRun(name, results, {key: value for key, _, value in pairs})
 
@@ -75,9 +73,9 @@ def _has_expected_type(key: str, value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     if key == "timing":
-        return all(isinstance(value.get(name) or 0, int | float) for name in ("train_seconds", "earlier_seconds"))
+        return all(is_finite_number(value.get(name) or 0) for name in ("train_seconds", "earlier_seconds"))
     return all(
-        isinstance(scores, dict) and all(isinstance(scores.get(metric), int | float) for metric in SCORE_NAMES)
+        isinstance(scores, dict) and all(is_finite_number(scores.get(metric)) for metric in SCORE_NAMES)
         for scores in value.values()
         if scores is not None
     )
@@ -99,13 +97,11 @@ def read_overrides(file: Path) -> list:
 
     Raises:
         ValueError: if the file does not hold a list.
+        OSError: if the system refuses to read it.
     """
     if not file.exists():
         return []
-    try:
-        overrides = yaml.safe_load(read_small_text(file))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    overrides = read_yaml(file)
     if not isinstance(overrides, list):
         raise ValueError("it does not hold a list")
     return overrides

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
 from deepclust.config.keys import list_keys
-from deepclust.engine.small_files import read_small_text
+from deepclust.engine.small_files import read_yaml
 
 CONFIG_PACKAGE = "deepclust.conf"
 VERSION_BASE = "1.3"  # the version of Hydra whose behaviour the configurations are written for
@@ -36,8 +36,8 @@ def name_job_folder(number: int, sweep_folder: str, sweeper: str, overrides: Seq
     if sweeper.endswith(".BasicSweeper"):  # the values are those on the command line: the numbers tell the jobs apart
         return str(number)
     try:
-        earlier = safe_load(read_small_text(Path(sweep_folder) / str(number) / ".hydra" / "overrides.yaml"))
-    except (OSError, ValueError, YAMLError, RecursionError):  # nothing has run there
+        earlier = read_yaml(Path(sweep_folder) / str(number) / ".hydra" / "overrides.yaml")
+    except (OSError, ValueError):  # nothing has run there
         return str(number)
     if earlier == list(overrides):
         return str(number)

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from deepclust.datasets.features import convert_vectors
 from deepclust.datasets.image_sources import ImageSet, VectorSource
 from deepclust.datasets.labels import number_classes
+from deepclust.datasets.mapped_arrays import read_named_arrays
 from deepclust.errors import InputError
 from deepclust.number_types import PositiveInt
 
+ARRAYS = ("edges", "feature_rows", "feature_cols", "feature_shape", "features", "labels")
 MAX_FEATURE_VALUES = 2**30  # of all nodes together, written out
 
 
@@ -56,16 +58,17 @@ def load_graph(*, path: str, num_classes: PositiveInt | None) -> ImageSet:
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
-    """Return all arrays of a .npz file.
+    """Return the arrays of a graph.
 
     Raises:
-        InputError: if there is none, or it cannot be read.
+        InputError: if there is no such file, or it cannot be read.
     """
     if not file.is_file():
         raise InputError(f"{file} is not a file", expected="a graph, a .npz file", do="set dataset.path=FILE")
     try:
-        with np.load(file, allow_pickle=False) as opened:
-            return {name: opened[name] for name in opened.files}
+        return read_named_arrays(file, ARRAYS)
+    except InputError:
+        raise
     except Exception as error:  # a broken archive can raise nearly any exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise bad_array_error(file, f"it cannot be read: {reason}", "plain arrays") from error

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
         Exception: whatever reading a broken file raises.
     """
     with zipfile.ZipFile(file) as archive:
-        members = {
-            info.filename.removesuffix(".npy"): info
-            for info in archive.infolist()
-            if info.filename.endswith(".npy") and not info.is_dir()
-        }
+        members = list_arrays(archive)
         labels = members.pop("labels", None)
         if "images" not in members and len(members) != 1:
             raise InputError(
@@ -76,14 +73,39 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
                 do="write it with numpy.savez(FILE, images=images, labels=labels)",
             )
         images = members["images"] if "images" in members else next(iter(members.values()))
-        chosen = {"images": images} | ({} if labels is None else {"labels": labels})
-        for info in chosen.values():
-            check_member(file, archive, info)
-        arrays = {}
-        for name, info in chosen.items():
-            with archive.open(info) as member:
-                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-        return arrays
+        return read_members(file, archive, {"images": images} | ({} if labels is None else {"labels": labels}))
+
+
+def read_named_arrays(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Return those arrays of a .npz file that have one of the names; other members are not read.
+
+    Raises:
+        InputError: if one is encrypted, or not what it says it is, or too large.
+        Exception: whatever reading a broken file raises.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = list_arrays(archive)
+        return read_members(file, archive, {name: info for name, info in members.items() if name in names})
+
+
+def list_arrays(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the members of a .npz file that are arrays, by name."""
+    return {
+        info.filename.removesuffix(".npy"): info
+        for info in archive.infolist()
+        if info.filename.endswith(".npy") and not info.is_dir()
+    }
+
+
+def read_members(file: Path, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]) -> dict[str, np.ndarray]:
+    """Return arrays of a .npz file by name, after all of them have been checked."""
+    for info in members.values():
+        check_member(file, archive, info)
+    arrays = {}
+    for name, info in members.items():
+        with archive.open(info) as member:
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
 
 
 def check_member(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:

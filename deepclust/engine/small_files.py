@@ -1,14 +1,17 @@
 """Small files of state, such as a list of what a folder holds, read without trust in what lies in their place.
 
 Whatever can be wrong with one is a ValueError here: a pipe that would be waited for, gigabytes, bytes that are no text,
-JSON that is cut short or nested without end.
+JSON or YAML that is cut short or nested without end.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from deepclust.errors import InputError
 
@@ -42,6 +45,51 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
         return json.loads(read_small_text(path, max_bytes=max_bytes))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Loads YAML as deepclust and Hydra write it: without aliases, a few of which can stand for endless lists."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it holds an alias")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Raises:
+        ValueError: with a reason in one line, as `read_small_text`, or if the file is no YAML, or holds an alias.
+        OSError: if it is missing, or the system refuses to read it.
+    """
+    text = read_small_text(path)
+    try:
+        return yaml.load(text, PlainLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # a value that does not fit its tag, as in `!!bool x`, raises nearly any exception
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a number that fits into a float, and neither infinite nor NaN."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer
+        return False
+
+
+def dict_or_empty(value: Any) -> dict[str, Any]:
+    """Return a dictionary as it is, and an empty one for anything else in its place."""
+    return value if isinstance(value, dict) else {}
+
+
+def list_or_empty(value: Any) -> list[Any]:
+    """Return a list as it is, and an empty one for anything else in its place."""
+    return value if isinstance(value, list) else []
 
 
 def read_state(path: Path, check: Callable[[Any], str | None], *, expected: str) -> Any:

@@ -9,6 +9,9 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from deepclust.engine.output_files import replace_text_file
+from deepclust.errors import InputError
+
+MAX_STEP = 2**53  # up to which a float tells one step from the next
 
 
 class MetricsCsv(Logger):
@@ -24,8 +27,7 @@ class MetricsCsv(Logger):
         self.rows: dict[int, dict[str, Any]] = {}
         self.last_saved_at = 0.0
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                self.rows = {int(row["step"]): {k: v for k, v in row.items() if v} for row in csv.DictReader(file)}
+            self.rows = read_rows(self.path)
 
     @property
     def name(self) -> str:
@@ -59,3 +61,29 @@ class MetricsCsv(Logger):
             writer.writeheader()
             writer.writerows(self.rows.values())
         self.last_saved_at = time.monotonic()
+
+
+def read_rows(file: Path) -> dict[int, dict[str, Any]]:
+    """Return the rows of a metrics.csv by their steps, each without its empty cells.
+
+    Raises:
+        InputError: if the file is not as this logger wrote it.
+    """
+    rows = {}
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            for row in csv.DictReader(opened):
+                cells = {name: text for name, text in row.items() if text}
+                for text in cells.values():
+                    float(text)  # or it is no number
+                step = int(row["step"])
+                if not 0 <= step < MAX_STEP:
+                    raise ValueError(f"{step} is no step")
+                rows[step] = cells
+    except (LookupError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"{file} is not as deepclust wrote it: {' '.join(str(error).split())[:200] or type(error).__name__}",
+            expected="a column step, and numbers",
+            do="bring back a copy, or remove it: the curves then begin where the run goes on",
+        ) from error
+    return rows

@@ -13,6 +13,7 @@ from deepclust.score_names import SCORE_NAMES
 
 MAX_POINTS = 300  # of a curve; neighbouring points of a longer one are averaged
 MAX_LINEAR_DECADES = 3  # a curve of positive values that spans more decades gets a logarithmic axis
+SMALLEST_DRAWN, LARGEST_DRAWN = 1e-300, 1e300  # beyond, an axis would leave the range of floats
 OF_THE_MACHINE = ("speed/", "memory/")  # values that a report does not show: they are for dashboards
 CLUSTER_SIZE_ENTROPY = "eval/cluster_size_entropy"
 
@@ -77,13 +78,14 @@ def render_number_of_clusters(estimate: Mapping | None) -> str:
 
 
 def _read_scalars(metrics_file: Path) -> dict[str, Curve]:
-    """Return steps and values of every scalar that was logged as a finite number, at most MAX_POINTS of each."""
+    """Return steps and values of every scalar that was logged as a number that can be drawn, MAX_POINTS at most."""
     logged: dict[str, list[tuple[float, float]]] = {}
     with metrics_file.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, text in row.items():
-                if name not in ("step", "epoch") and text and math.isfinite(value := float(text)):
-                    logged.setdefault(name, []).append((float(row["step"]), value))
+                if name not in ("step", "epoch") and text and abs(value := float(text)) < LARGEST_DRAWN:
+                    drawn = value if abs(value) > SMALLEST_DRAWN else 0.0
+                    logged.setdefault(name, []).append((float(row["step"]), drawn))
     averaged = {}
     for name, points in logged.items():
         bins = np.array_split(np.array(points), min(len(points), MAX_POINTS))

@@ -48,7 +48,7 @@ def read_assignments(folder: Path) -> dict[str, list[Any]]:
     Raises:
         InputError: if the file is missing, or is not as deepclust wrote it.
     """
-    types: dict[str, Any] = {"cluster": int, "confidence": float, "label": int, "path": str}
+    types: dict[str, Any] = {"cluster": to_int64, "confidence": float, "label": to_int64, "path": str}
     try:
         with (folder / ASSIGNMENTS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
@@ -60,3 +60,15 @@ def read_assignments(folder: Path) -> dict[str, list[Any]]:
             expected="the assignments of a finished run",
             do="bring back a copy, or train again in another folder (hydra.run.dir=DIR)",
         ) from error
+
+
+def to_int64(text: str) -> int:
+    """Return the integer that a text stands for.
+
+    Raises:
+        ValueError: if it is none, or does not fit into 64 bits.
+    """
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{text[:40]} has more than 64 bits")
+    return value

@@ -17,7 +17,13 @@ from deepclust.errors import InputError
 from deepclust.methods.base import ClusteringMethod
 from deepclust.runs.hub_form import read_hub_form
 from deepclust.runs.run_folder import CHECKPOINT, HUB_CONFIG, HUB_WEIGHTS, check_holds_run, is_in_hub_form
-from deepclust.runs.trusted_targets import malformed_config_error, open_run_config, shorten, without_weight_sources
+from deepclust.runs.trusted_targets import (
+    MAX_BITS,
+    malformed_config_error,
+    open_run_config,
+    shorten,
+    without_weight_sources,
+)
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
@@ -35,8 +41,10 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
         return shared_run
     check_holds_run(run)
     try:
-        with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
-            is_damaged = file.testzip() is not None
+        with zipfile.ZipFile(path) as file:
+            # torch unpacks whatever the members say that they are, and does not look at the checksums
+            is_bomb = sum(info.file_size for info in file.infolist()) > path.stat().st_size
+            is_damaged = is_bomb or file.testzip() is not None
         checkpoint = None if is_damaged else torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
@@ -56,8 +64,11 @@ def check_checkpoint_format(path: Path, checkpoint: dict[str, Any]) -> None:
     """
     version = checkpoint.get("format", 1)
     if not isinstance(version, int) or version != CHECKPOINT_FORMAT:
+        # A made-up value may have no end when it is written out.
+        is_short = isinstance(version, str) or (isinstance(version, int) and version.bit_length() <= MAX_BITS)
+        found = shorten(str(version)) if is_short else type(version).__name__
         raise InputError(
-            f"{path} was written by another version of deepclust (format {shorten(str(version))})",
+            f"{path} was written by another version of deepclust (format {found})",
             expected=f"a checkpoint of format {CHECKPOINT_FORMAT}",
             do="use the version that wrote it, or train again in another folder (hydra.run.dir=DIR)",
         )

@@ -15,6 +15,8 @@ from deepclust.errors import InputError
 NAMES = "names.json"
 EARLIER_NAMES = "names-of-earlier-clusters.json"
 
+MAX_DIGITS = 18  # of the number of a cluster
+
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ def check_names(content: Any) -> str | None:
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}, no object"
     for cluster, name in content.items():
-        if not (cluster.isascii() and cluster.isdigit()):
+        if not (cluster.isascii() and cluster.isdigit() and len(cluster) <= MAX_DIGITS):
             return f"{cluster[:40]!r} is no number of a cluster"
         if not isinstance(name, str):
             return f"the name of cluster {cluster[:40]} is no text"

@@ -15,19 +15,19 @@ from deepclust.callbacks.evaluation import EvaluationResult
 from deepclust.clustering.number_of_clusters import ClusterNumberEstimate
 from deepclust.datasets.image_sources import ImageSet
 from deepclust.engine.output_files import write_text
-from deepclust.engine.small_files import read_state
+from deepclust.engine.small_files import dict_or_empty, is_finite_number, read_state
 from deepclust.runs.objective import compute_objective
 from deepclust.runs.provenance import read_command_line, read_commit, read_versions
 from deepclust.runs.run_folder import ERROR, RESULTS
 from deepclust.score_names import SCORE_NAMES
 
-# What commands read of a results.json, and its type.
-REQUIRED_RESULTS: dict[str, type | tuple[type, ...]] = {
+# What commands read of a results.json, and its type; float is any finite number.
+REQUIRED_RESULTS: dict[str, type] = {
     **dict.fromkeys(("method", "dataset"), str),
     **dict.fromkeys(("seed", "num_images", "num_clusters", "steps"), int),
     **dict.fromkeys(("scores", "health", "timing"), dict),
-    **dict.fromkeys(("timing.train_seconds", "timing.images_per_second"), (int, float)),
-    **dict.fromkeys(("health.empty_clusters", "health.cluster_size_entropy"), (int, float)),
+    **dict.fromkeys(("timing.train_seconds", "timing.images_per_second"), float),
+    **dict.fromkeys(("health.empty_clusters", "health.cluster_size_entropy"), float),
 }
 
 
@@ -137,21 +137,21 @@ def check_results(results: Any) -> str | None:
         value: Any = results
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
+        is_as_expected = is_finite_number(value) if kind is float else isinstance(value, kind)
+        if not is_as_expected or isinstance(value, bool):
             return f"{key} is {str(value)[:40]}"
     rules = [*results["scores"].items(), *dict_or_empty(results.get("baseline")).items()]
     for rule, scores in rules:
-        is_complete = isinstance(scores, dict) and all(
-            isinstance(scores.get(name), int | float) for name in SCORE_NAMES
-        )
-        if scores is not None and not is_complete:
+        is_complete = isinstance(scores, dict) and scores.keys() >= set(SCORE_NAMES)
+        if scores is not None and not (is_complete and all(map(is_finite_number, scores.values()))):
             return f"scores.{rule} is {str(scores)[:40]}"
+    trust = results.get("trust", {"message": ""})  # with `unreadable`, of `deepclust cluster` only
+    if not isinstance(trust, dict) or not isinstance(trust.get("message"), str):
+        return f"trust is {str(trust)[:40]}"
+    for entry in results.get("unreadable", ()) if isinstance(results.get("unreadable", []), list) else [None]:
+        if not isinstance(entry, list) or list(map(type, entry)) != [int, str, str]:
+            return f"unreadable holds {str(entry)[:40]}"
     return None
-
-
-def dict_or_empty(value: Any) -> dict[str, Any]:
-    """Return a dictionary as it is, and an empty one for anything else."""
-    return value if isinstance(value, dict) else {}
 
 
 def measure_peak_memory() -> int:

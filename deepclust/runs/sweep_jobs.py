@@ -3,18 +3,15 @@
 The folder may be one that another machine writes to. Reading it needs no torch and no GPU.
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from deepclust.comparison.finished_runs import find_run_folders, read_overrides
 from deepclust.engine.run_status import STATUS, is_alive, read_file_system_clock, read_last_heartbeat, read_status
-from deepclust.engine.small_files import read_json_object, read_small_text
+from deepclust.engine.small_files import is_finite_number, read_json_object, read_small_text, read_yaml
 from deepclust.errors import InputError
 from deepclust.runs.hydra_files import SWEEP_FILE
 from deepclust.runs.run_folder import CHECKPOINT, ERROR, RESULTS
@@ -128,8 +125,8 @@ def sort_key(path: Path) -> list[tuple[int, str]]:
 def read_sweep_settings(folder: Path) -> dict[str, Any]:
     """Return the section `hydra` of multirun.yaml; empty if there is none that can be read."""
     try:
-        content = yaml.safe_load(read_small_text(folder / SWEEP_FILE))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        content = read_yaml(folder / SWEEP_FILE)
+    except (OSError, ValueError):
         return {}
     settings = content.get("hydra") if isinstance(content, dict) else None
     return settings if isinstance(settings, dict) else {}
@@ -139,7 +136,7 @@ def read_overrides_of_run(folder: Path) -> list[str]:
     """Return the overrides of a run; none if they cannot be read."""
     try:
         return [str(override) for override in read_overrides(folder / ".hydra" / "overrides.yaml")]
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return []
 
 
@@ -251,6 +248,4 @@ def summarize_traceback(text: str) -> str:
 def read_number(values: dict[str, Any], key: str) -> float | None:
     """Return a number of a status.json or results.json; None if it is missing or not finite."""
     value = values.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    return value if math.isfinite(value) else None
+    return value if is_finite_number(value) else None

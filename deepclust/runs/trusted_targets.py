@@ -54,6 +54,9 @@ REQUIRED_KEYS: dict[str, type | tuple[type, ...]] = {
     **{"dataset.num_clusters": (int, str), "drop_last": int},  # auto: the method has found it
     **{"view_names": list, "data_dir": str},
 }
+# A configuration that is made up may stand for endless values in a few bytes; the largest of ours has some hundred.
+MAX_ENTRIES = 100_000
+MAX_BITS = 64  # of an integer
 # Arguments of backbones that read or fetch weights. The checkpoint holds the weights: nothing is read a second time.
 WEIGHT_SOURCES = {"weights": None, "pretrained": False, "checkpoint_path": None}
 
@@ -137,7 +140,11 @@ def check_stored_values(config: dict[str, Any]) -> None:
     Raises:
         InputError: naming the key.
     """
-    for key, value in iterate_entries(config):
+    for number, (key, value) in enumerate(iterate_entries(config)):
+        if number == MAX_ENTRIES:
+            raise malformed_config_error(f"its configuration has more than {MAX_ENTRIES:,} entries")
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise malformed_config_error(f"{key} is an integer of {value.bit_length()} bits")
         if isinstance(value, str) and "${" in value:
             raise malformed_config_error(f"{key} is a reference, {shorten(value)}")
         if not (value is None or isinstance(value, bool | int | float | str | list | dict)):

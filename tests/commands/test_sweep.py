@@ -12,6 +12,7 @@ from deepclust.cli.arguments import quote_path
 from deepclust.cli.environment import JOBS_TO_START
 from deepclust.cli.main import main
 from deepclust.commands import sweep as command
+from deepclust.errors import InputError
 from tests.runs.test_sweep_jobs import sweep, write_job, write_sweep  # noqa: F401 (a fixture)
 
 
@@ -150,3 +151,29 @@ def test_it_needs_no_torch(sweep):  # noqa: F811
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["views=[abc]", "a[/b]"])
+def test_names_of_jobs_are_shown_as_they_are(tmp_path, monkeypatch, capsys, name):
+    write_job(tmp_path / name, [], {"state": "done"})
+    assert run_sweep(monkeypatch, tmp_path) == 0
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"job": "train"},
+        {"job": {"config_name": "train"}},
+        {"overrides": ["seed=0"]},
+        {"overrides": {"task": 3}},
+    ],
+)
+def test_a_sweep_that_does_not_say_how_it_was_started_is_refused(tmp_path, settings):
+    job = {"name": "train", "config_name": "train"}
+    overrides = {"task": ["seed=0,1"], "hydra": []}
+    whole = {"job": job, "runtime": {"cwd": str(tmp_path), "config_sources": ["x", {"provider": "main"}]}}
+    whole |= {"overrides": overrides}
+    assert command.compose_command(command.Sweep(tmp_path, [], whole))[0][:3] == ["train", "-m", "seed=0,1"]
+    with pytest.raises(InputError, match="does not say how"):
+        command.compose_command(command.Sweep(tmp_path, [], whole | settings))

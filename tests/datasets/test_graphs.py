@@ -1,8 +1,11 @@
 """Attributed graphs in a file: read as they are given, and refused by name where something is wrong."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
+from deepclust.datasets import mapped_arrays
 from deepclust.datasets.graphs import load_graph
 from deepclust.errors import InputError
 
@@ -64,3 +67,22 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no graph")
     with pytest.raises(InputError, match="cannot be read"):
         load_graph(path=str(tmp_path / "broken.npz"), num_classes=None)
+
+
+def test_members_that_are_no_arrays_are_not_read(tmp_path):
+    path = save(tmp_path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("features", "text")
+    assert len(load_graph(path=path, num_classes=None).fit) == 4
+    np.savez(tmp_path / "none.npz", features=np.eye(2))
+    with zipfile.ZipFile(tmp_path / "none.npz", "a") as file:
+        file.writestr("edges", "text")
+    with pytest.raises(InputError, match="no array edges"):
+        load_graph(path=str(tmp_path / "none.npz"), num_classes=None)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped_arrays, "MAX_UNPACKED_BYTES", 2**16)
+    np.savez_compressed(tmp_path / "bomb.npz", edges=np.zeros((2, 2**16), np.int64), features=np.eye(2))
+    with pytest.raises(InputError, match="unpacks from"):
+        load_graph(path=str(tmp_path / "bomb.npz"), num_classes=None)

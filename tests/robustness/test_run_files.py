@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,14 @@ import pytest
 import torch
 
 from deepclust.cli.main import main
+from deepclust.comparison.finished_runs import read_finished_run
+from deepclust.errors import InputError
+from deepclust.loggers.metrics_csv import MetricsCsv
+from deepclust.report.curves import render_curves
+from deepclust.runs.assignments_csv import read_assignments
 from deepclust.runs.checkpoint import load_checkpoint
+from deepclust.runs.results import read_results
+from deepclust.runs.trusted_targets import open_run_config
 from tests.conftest import SMALL_RUN, compose_train
 
 VERBS = {
@@ -199,6 +208,96 @@ def test_something_else_in_its_place(name, kind, run_folder, monkeypatch, capfd)
             new.truncate(2**36)  # takes no space
     arguments = ["evaluate", f"run={run_folder}"]
     assert_refused_in_one_line(monkeypatch, capfd, run_folder.parent, *arguments, names=name)
+
+
+def double_often(value: list, times: int = 60) -> list:
+    """Return lists in lists that take a few bytes and stand for 2^60 values."""
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+ENDLESS = {
+    "format": lambda c: c.update(format=double_often([1])),
+    "config": lambda c: c["config"].update(overrides=double_often(["x"])),
+    "number": lambda c: c["config"].update(seed=10**5000),  # Python refuses to write it out
+    "format_number": lambda c: c.update(format=10**5000),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_few_bytes_that_stand_for_endless_values(name, finished, run_folder):
+    checkpoint = load_checkpoint(finished)
+    ENDLESS[name](checkpoint)
+    torch.save(checkpoint, run_folder / CHECKPOINT)
+    with pytest.raises(InputError) as caught:
+        open_run_config(load_checkpoint(run_folder))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_file_is_not_unpacked(run_folder, monkeypatch):
+    with zipfile.ZipFile(run_folder / CHECKPOINT, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("last/data.pkl", bytes(2**24))
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it is unpacked"))
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+        load_checkpoint(run_folder)
+
+
+NUMBERS_THAT_ARE_NONE = {
+    "score_huge": lambda r: r["scores"]["kmeans"].update(acc=10**400),
+    "score_infinite": lambda r: r["scores"]["kmeans"].update(acc=math.inf),
+    "score_true": lambda r: r["scores"]["kmeans"].update(acc=True),
+    "pixels_nan": lambda r: r.update(baseline={"kmeans_on_pixels": {"acc": math.nan, "nmi": 0.5, "ari": 0.5}}),
+    "seconds_huge": lambda r: r["timing"].update(train_seconds=10**400),
+}
+VALUES_THAT_ARE_SHOWN = {
+    "score_of_another_name": lambda r: r["scores"]["kmeans"].update(other="good"),
+    "trust_text": lambda r: r.update(trust="good"),
+    "trust_without_message": lambda r: r.update(trust={}),
+    "unreadable_text": lambda r: r.update(unreadable="abc"),
+    "unreadable_names": lambda r: r.update(unreadable=["a.png"]),
+}
+
+
+@pytest.mark.parametrize("name", [*NUMBERS_THAT_ARE_NONE, *VALUES_THAT_ARE_SHOWN])
+def test_results_that_could_not_be_computed_with_or_shown(name, run_folder):
+    results = json.loads((run_folder / "results.json").read_text())
+    (NUMBERS_THAT_ARE_NONE | VALUES_THAT_ARE_SHOWN)[name](results)
+    (run_folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"results\.json is not as deepclust wrote it"):
+        read_results(run_folder)
+    if name in NUMBERS_THAT_ARE_NONE:  # which the table would add up
+        assert "unexpected value" in str(read_finished_run(run_folder, name="run"))
+
+
+METRICS = ["", "abc\n", "a,b\n1,2", "step,a\n1,abc", "step,a\n,1", "step,a\n1,2,3", "step,a\n-1,0"]
+METRICS += [f"step,a\n{2**60},0", f"step,a\n1,{'1' * 200_000}", "step,a\n1,\udcff"]
+
+
+@pytest.mark.parametrize("content", METRICS, ids=range(len(METRICS)))
+def test_metrics(content, tmp_path):
+    (tmp_path / "metrics.csv").write_text(content, errors="surrogateescape")
+    if content in ("", "abc\n"):  # it has no row
+        assert MetricsCsv(folder=tmp_path).rows == {}
+        return
+    with pytest.raises(InputError, match=r"metrics\.csv is not as deepclust wrote it") as caught:
+        MetricsCsv(folder=tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "metrics.csv").unlink()  # the advice works
+    MetricsCsv(folder=tmp_path)
+
+
+@pytest.mark.parametrize("values", [("1e308", "-1e308"), ("5e-324", "0"), ("nan", "inf"), ("1e308", "1e308")])
+def test_curves_of_extreme_values_are_drawn(values, tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,a\n" + "".join(f"{n},{value}\n" for n, value in enumerate(values)))
+    page = render_curves(tmp_path / "metrics.csv", rule_titles={}, final_values={}, steps=1, epochs=1)
+    assert "nan" not in page and "inf" not in page
+
+
+def test_a_cluster_of_more_than_64_bits(tmp_path):
+    (tmp_path / "assignments.csv").write_text(f"index,cluster,confidence\n0,{2**63},1.0\n")
+    with pytest.raises(InputError, match=r"assignments\.csv cannot be read"):
+        read_assignments(tmp_path)
 
 
 def test_number_of_cases():

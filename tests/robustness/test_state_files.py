@@ -20,8 +20,9 @@ from deepclust.datasets.array_files import read_class_names
 from deepclust.datasets.features import read_paths
 from deepclust.datasets.folder import load_folder
 from deepclust.datasets.named_datasets import load_class_folders
-from deepclust.engine.small_files import read_json
+from deepclust.engine.small_files import read_json, read_yaml
 from deepclust.errors import InputError
+from deepclust.runs.sweep_jobs import read_sweep
 
 DEEP = "[" * 100_000 + "]" * 100_000
 TEXTS = {
@@ -70,6 +71,23 @@ def test_any_damage_is_a_value_error_or_one_of_the_system(kind, tmp_path):
     with pytest.raises((ValueError, OSError)) as caught:
         read_json(tmp_path / "file.json")
     assert "\n" not in str(caught.value)
+
+
+WRONG_YAML = ["!!bool x", "!!int ''", "!!timestamp x", "- !!float ''", "a: b: c", "? {a: b}\n: c", "[1, 2", DEEP]
+WRONG_YAML += ["".join(f"- &{n} [*{n - 1}, *{n - 1}]\n" if n else "- &0 [x, x]\n" for n in range(60))]  # 2^60 texts
+
+
+@pytest.mark.parametrize("text", WRONG_YAML, ids=range(len(WRONG_YAML)))
+def test_yaml_that_is_damaged_is_a_value_error(text, tmp_path):
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_yaml(tmp_path / "file.yaml")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "0/.hydra").mkdir(parents=True)  # the file of a run and that of a sweep are read by it
+    (tmp_path / "0/.hydra/overrides.yaml").write_text(text)
+    (tmp_path / "0/results.json").write_text("{}")
+    (tmp_path / "multirun.yaml").write_text(text)
+    assert [job.overrides for job in read_sweep(tmp_path).jobs] == [{}]
 
 
 WRONG_INDICES = {

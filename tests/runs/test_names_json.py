@@ -35,7 +35,19 @@ def test_edited_names_of_earlier_clusters_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "null", '{"a": "cat"}', '{"-1": "cat"}', '{"²": "cat"}', '{"0": 5}', '{"0": null}', "\xff", "[" * 9999],
+    [
+        "",
+        "[]",
+        "null",
+        f'{{"{"1" * 5000}": "cat"}}',
+        '{"a": "cat"}',
+        '{"-1": "cat"}',
+        '{"²": "cat"}',
+        '{"0": 5}',
+        '{"0": null}',
+        "\xff",
+        "[" * 9999,
+    ],
 )
 def test_a_file_that_names_no_clusters_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / NAMES).write_text(content, encoding="latin-1")

@@ -153,6 +153,13 @@ def test_no_sweep(tmp_path):
         read_sweep(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("key", ["epoch", "epochs", "score", "images_per_second", "seconds_left", "pid"])
+def test_a_number_that_no_float_can_hold_is_unknown(key, tmp_path):
+    write_job(tmp_path / "0", [], {"state": "running", "host": "elsewhere", key: 10**400})
+    (job,) = read_sweep(tmp_path).jobs
+    assert job.state == "running" and getattr(job, key) is None
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
