@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slurm coverage lint format lock audit docs clean
+.PHONY: help install demo test test-all test-slurm coverage fuzz soak matrix lint format lock audit docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,17 @@ coverage: $(VENV)/.dev ## which lines and branches the quick tests reach, their 
 	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist worksteal -m 'not slow' $(TESTS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# atheris, which makes the inputs up, comes over the environment and not into it; there are wheels for Linux.
+fuzz: $(VENV)/.dev ## feed the readers of files of others for MINUTES=10 in all; READERS="image array" names some only
+	OMP_NUM_THREADS=1 UV_SYSTEM_CERTS=1 $(BIN)/uv run --quiet --no-project --python $(BIN)/python --with atheris \
+		python -m tests.fuzz --minutes $(or $(MINUTES),10) $(READERS)
+
+soak: $(VENV)/.dev ## train, kill, go on, predict and sweep for MINUTES=60, and see that nothing grows (Linux)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60)
+
+matrix: $(VENV)/.dev ## quick tests on each Python, with the lowest and the newest dependencies; PYTHONS, TESTS name some
+	$(BIN)/python -m tests.matrix $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TESTS),--tests $(TESTS))
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
