@@ -26,7 +26,7 @@ HEAD = ["Python", "dependencies", "such as", "tests", "outcome", "commit"]
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make matrix")
-    parser.add_argument("--python", nargs="+", default=list(PYTHONS), choices=PYTHONS)
+    parser.add_argument("--python", nargs="+", default=list(PYTHONS), help="versions or interpreters")
     parser.add_argument("--dependencies", nargs="+", default=list(RESOLUTIONS), choices=list(RESOLUTIONS))
     parser.add_argument("--tests", nargs="+", default=[], help="some tests only; else all quick ones")
     arguments = parser.parse_args()
@@ -48,7 +48,8 @@ def try_environment(python: str, dependencies: str, tests: list[str]) -> list[st
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "UV_SYSTEM_CERTS": "1"}
     interpreter = str(FOLDER / "venv/bin/python")
     install = [*uv, "pip", "install", "--python", interpreter, "--resolution", RESOLUTIONS[dependencies]]
-    install += ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime", "-e", ".[dev]"]
+    install += ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime", "--no-binary", "deepclust"]
+    install += ["-e", ".[dev]"]
     row = [python, dependencies, "", " ".join(f"`{test}`" for test in tests) or "quick", "", describe_commit()]
     try:
         with (FOLDER / "log").open("wb") as log:
@@ -56,6 +57,8 @@ def try_environment(python: str, dependencies: str, tests: list[str]) -> list[st
                 if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode != 0:
                     row[4] = f"cannot be installed: {last_line(FOLDER / 'log')}"
                     return row
+                show_version = [interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+                row[0] = subprocess.run(show_version, capture_output=True, text=True).stdout.strip()
         listed = subprocess.run(
             [*uv, "pip", "list", "--format", "freeze", "--python", interpreter], env=environment, capture_output=True
         )
@@ -64,7 +67,7 @@ def try_environment(python: str, dependencies: str, tests: list[str]) -> list[st
         with (FOLDER / "log").open("wb") as log:
             command = [interpreter, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-m", "not slow", *tests]
             subprocess.run(command, env=environment, stdout=log, stderr=log)
-        shutil.copy(FOLDER / "log", FOLDER.parent / f"matrix-{python}-{dependencies}.log")
+        shutil.copy(FOLDER / "log", FOLDER.parent / f"matrix-{row[0]}-{dependencies}.log")
         counts = re.findall(r"\d+ (?:failed|passed|skipped|errors?)", last_line(FOLDER / "log"))
         row[4] = ", ".join(counts) or f"ended early: {last_line(FOLDER / 'log')}"
         return row

@@ -75,12 +75,14 @@ def soak(folder: Path, *, seconds: float) -> int:
             env=environment,
             stdout=log,
             stderr=log,
+            start_new_session=True,  # by which it and its children are told from the commands
         )
+    commands.session_of_program = program.pid
     try:
         number = 0
         while time.monotonic() < ends_at and program.poll() is None:
             peak = commands.run_round(number)
-            left = wait_for_end(folder, but={program.pid})
+            left = wait_for_end(folder, but_session=program.pid)
             sample = {
                 "peak memory of a training, MB": peak / 1e6,
                 "processes": len(left),
@@ -98,6 +100,7 @@ def soak(folder: Path, *, seconds: float) -> int:
         program.kill()
     if code != 0:
         commands.faults.append(f"the Python program ended with {code}: {(folder / 'program.log').read_text()[-2000:]}")
+    (folder / "program" / "samples").touch()
     for line in (folder / "program" / "samples").read_text().splitlines():
         for name, value in json.loads(line).items():
             samples.setdefault(name, []).append(value)
@@ -142,6 +145,7 @@ class Commands:
         self.folder, self.environment = folder, environment
         self.faults: list[str] = []
         self.num_commands = self.num_killed = 0
+        self.session_of_program = 0
         self.seconds = 10.0  # of a training, as it is not killed
         self.random = random.Random(0)
         np.save(folder / "images.npy", np.zeros((5, 8, 8), np.uint8))
@@ -163,13 +167,14 @@ class Commands:
         started = time.monotonic()
         if kill_by is not None:
             self.kill(command, kill_by, after=self.random.uniform(0.2, 1.0) * self.seconds)
-            wait_for_end(self.folder.parent, but_named="--program")
+            wait_for_end(self.folder.parent, but_session=self.session_of_program)
         self.call(command)
         if kill_by is None:
             self.seconds = time.monotonic() - started
         trained = run / "0" if is_sweep else run
         self.call(["predict", f"run={trained}", f"images={self.folder}/images.npy", f"output={run}/predicted.csv"])
-        self.call(["evaluate", f"run={trained}"] if number % 2 else ["export", f"run={trained}", f"output={run}/a.pt"])
+        export = ["export", f"run={trained}", "format=torchscript", f"output={run}/exported.pt"]
+        self.call(["evaluate", f"run={trained}"] if number % 2 else export)
         self.call(["sweep", str(run)] if is_sweep else ["compare", f"runs={run}"])
         peak = 0
         with contextlib.suppress(OSError, ValueError):
@@ -231,14 +236,14 @@ def use_from_python(folder: Path) -> None:
         )
         run.predict(images[:7])
         run.features()
-        deepclust.load_run(folder / "run").model(__import__("torch").zeros(2, 1, 8, 8, dtype=__import__("torch").uint8))
+        deepclust.load_run(folder / "run").predict(images[:3])
 
     def cluster_vectors() -> None:
         result = deepclust.cluster(vectors, num_clusters=3, overrides=["rule=kmeans"], verbose=False)
         result.predict(vectors[:5])
 
     def fit_estimator() -> None:
-        DeepClustering(method="kmeans", n_clusters=3, run_dir=folder / "run").fit(vectors).predict(vectors[:5])
+        DeepClustering(method="kmeans", n_clusters=3).fit(vectors).predict(vectors[:5])
 
     def be_refused() -> None:
         with contextlib.suppress(deepclust.InputError):
@@ -279,25 +284,27 @@ def measure_private_memory() -> int:
 # What there is ----------------------------------------------------------------------------------------------
 
 
-def wait_for_end(folder: Path, *, but: set[int] | None = None, but_named: str = "--program") -> dict[int, str]:
-    """Wait until no process started here is left, for SECONDS_TO_END at most; return those that are, by id."""
+def wait_for_end(folder: Path, *, but_session: int = 0) -> dict[int, str]:
+    """Wait until no process started here is left, for SECONDS_TO_END at most; return those that are, by id.
+
+    Those of a session of processes are passed over.
+    """
     ends_at = time.monotonic() + SECONDS_TO_END
     while True:
-        left = {
-            pid: name for pid, name in iterate_processes(folder) if pid not in (but or ()) and but_named not in name
-        }
+        left = dict(iterate_processes(folder, but_session=but_session))
         if not left or time.monotonic() > ends_at:
             return left
         time.sleep(0.2)
 
 
-def iterate_processes(folder: Path) -> Iterator[tuple[int, str]]:
-    """Yield the id and the command line of each process that was started here."""
+def iterate_processes(folder: Path, *, but_session: int) -> Iterator[tuple[int, str]]:
+    """Yield the id and the command line of each process that was started here, but for those of a session."""
     mark = f"{MARK}={folder}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                is_ours = mark in (entry / "environ").read_bytes().split(b"\0")
+                if is_ours and os.getsid(int(entry.name)) != but_session:
                     command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
                     yield int(entry.name), command[:200]
 

@@ -114,6 +114,7 @@ def fuzz(reader: str, seconds: float) -> None:
 
     options = [f"-max_total_time={max(1, int(seconds))}", f"-max_len={MAX_INPUT_BYTES}", "-rss_limit_mb=6000"]
     options += [f"-timeout={SECONDS_UNTIL_KILLED}", f"-artifact_prefix={crashes}/", "-print_final_stats=1"]
+    options += ["-report_slow_units=1000000"]  # `feed` does, by the time of the CPU
     folders = [str(FOLDER / name / reader) for name in ("corpus", "seeds")]
     mutators = {"results": mutate_json, "run_files": mutate_parts, "overrides": mutate_overrides}
     own = {"custom_mutator": mutators[reader]} if reader in mutators else {}
