@@ -90,9 +90,12 @@ def run_worker(reader: str, seconds: float) -> int:
 
 def fuzz(reader: str, seconds: float) -> None:
     """Feed a reader for so many seconds; this ends the process."""
+    import logging
     import tempfile
 
     import atheris
+
+    logging.disable()  # of what the readers remark
 
     with atheris.instrument_imports(include=INSTRUMENTED):
         from tests.fuzz.readers import Place, call_reader

@@ -26,13 +26,14 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from deepclust.cli.arguments import quote_path
 from deepclust.commands.compare import read_published_figures
 from deepclust.commands.sweep import compose_command, make_table, to_json
 from deepclust.comparison.formats import print_comparison, to_csv, to_latex, to_markdown, to_text
 from deepclust.comparison.html_page import to_html
 from deepclust.comparison.table import compare_runs
 from deepclust.config.composition import COMPOSITION_ERRORS
-from deepclust.config.explain_errors import explain_composition_error
+from deepclust.config.explain_errors import check_chosen_options, explain_composition_error
 from deepclust.datasets.array_files import load_array_file
 from deepclust.datasets.features import load_features, read_vector_file
 from deepclust.datasets.graphs import load_graph
@@ -296,17 +297,23 @@ def read_overrides(data: bytes, place: Place) -> None:
     overrides = [line for line in data.decode(errors="replace").split("\n") if line and "\0" not in line][:4]
     if any(re.match(r"[+~]*(hydra|experiment|recipe)\b", override) for override in overrides):
         return  # they start something else than a training
+    overrides = [quote_path(override, is_sweep=False) for override in overrides]
+    command = {"command": "deepclust train", "config_name": "train", "config_dir": None, "overrides": overrides}
     try:
-        with refused_in_one_line():
-            refusal(compose_train(*SMALL_TRAINING, *overrides))
+        check_chosen_options(**command)
+    except InputError:
+        return
+    try:
+        cfg = compose_train(*SMALL_TRAINING, *overrides)
     except (HydraException, *COMPOSITION_ERRORS) as error:
         hydra.core.global_hydra.GlobalHydra.instance().clear()
-        explained = explain_composition_error(
-            error, command="deepclust train", config_name="train", config_dir=None, overrides=overrides
-        )
+        explained = explain_composition_error(error, **command)
         assert str(explained).count("; ") >= 2, explained
-    except OmegaConfBaseException:
-        pass
+        return
+    # The command line explains these errors of OmegaConf, too.
+    with refused_in_one_line(), contextlib.suppress(OmegaConfBaseException):
+        if (error := refusal(cfg)) is not None:
+            raise error
 
 
 READERS: dict[str, Callable[[bytes, Place], None]] = {
