@@ -171,7 +171,7 @@ def read_archive(data: bytes, place: Place) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file, contextlib.suppress(UnicodeEncodeError):
         for name, content in split_parts(data).items():
-            file.writestr(name or "x", content)
+            file.writestr(name.partition("\0")[0] or "x", content)
     read_array(archive.getvalue(), place)
 
 
