@@ -32,13 +32,14 @@ from tests.processes import PROGRAM, TWO_PROCESSES
 
 MARK = "DEEPCLUST_SOAK"  # in the environment of every process that is started here
 SHARED_MEMORY = Path("/dev/shm")
+CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
 MIN_ROUNDS = 6  # fewer tell nothing of a slope
 CONFIDENCE = 0.95
 # What a quantity may grow in a round; numbers of things may not, but for a single one in many rounds.
 MAX_GROWTH = {"memory of the program, MB": 0.1, "peak memory of a training, MB": 0.5, "files on the disk, MB": 0.01}
 MAX_GROWTH_OF_NUMBERS = 0.02
 SECONDS_TO_END = 60  # for processes whose parent was killed
-TRAINING = [*SMALL_RUN, "trainer.max_epochs=3", "method=cc", "report.map_points=30"]
+TRAINING = [*SMALL_RUN, "trainer.max_epochs=3", "report.map_points=30"]
 SMALL_FIT = {"trainer.max_epochs": 1, "report.map_points": 20, "batch_size": 32}
 
 
