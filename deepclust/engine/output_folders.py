@@ -16,15 +16,26 @@ class NewFolder:
     def __init__(self, path: Path, work: Path) -> None:
         self.path = path
         self.work = work
+        self.moved: list[tuple[Path, Path]] = []  # from where, to where
 
     def move_into_place(self) -> None:
         """Give the folder its place. From here on everything in it is there, all at once."""
         if not self.path.exists():
-            self.work.rename(self.path)
+            self.move(self.work, self.path)
             return
         for entry in sorted(self.work.iterdir()):  # the folder was there, and empty
-            entry.rename(self.path / entry.name)
-        self.work.rmdir()
+            self.move(entry, self.path / entry.name)
+
+    def move(self, old: Path, new: Path) -> None:
+        """Move a file or folder, and remember where it was."""
+        old.rename(new)
+        self.moved.append((old, new))
+
+    def move_back(self) -> None:
+        """Take away what has been given its place, as far as the system allows."""
+        for old, new in reversed(self.moved):
+            with suppress(OSError):
+                new.rename(old)
 
 
 @contextmanager
@@ -69,12 +80,19 @@ def name_of_work(folder: Path) -> Path:
 
 @contextmanager
 def make_folder(folder: Path) -> Iterator[NewFolder]:
-    """Give a place to make a folder in; where `move_into_place` is not reached, nothing is left of it."""
+    """Give a place to make a folder in; where `move_into_place` is not reached, nothing is left of it.
+
+    Nor is anything left of it where the `with` block fails after that, or while the folder gets its place.
+    """
     folder = folder.absolute()
     work = name_of_work(folder)
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
     work.mkdir(parents=True)
+    made = NewFolder(folder, work)
     try:
-        yield NewFolder(folder, work)
+        yield made
+    except BaseException:
+        made.move_back()
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
