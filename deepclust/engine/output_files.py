@@ -169,6 +169,25 @@ def write_bytes(path: Path, content: Any) -> None:
         temporary.write_bytes(content)
 
 
+def write_text_once(path: Path, text: str) -> bool:
+    """Write a text file unless there is one already, and return whether it was written; after an error nothing is left.
+
+    Of several processes that do so at once, one writes it.
+    """
+    with name_file_in_errors(path):
+        try:
+            file = path.open("x", encoding="utf-8", errors="surrogateescape")
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                file.write(text)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return True
+
+
 @contextmanager
 def replace_text_file(path: Path) -> Iterator[IO[str]]:
     """Open a text file to be written piece by piece, as `replace_file` does. Line ends are written as they are."""

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from deepclust.engine.output_files import write_text
+from deepclust.engine.output_files import write_text, write_text_once
 from deepclust.runs.provenance import HIDDEN, hide_environment_values
 
 HYDRA_FOLDER = ".hydra"
@@ -34,12 +34,8 @@ def write_hydra_files(folder: Path, cfg: DictConfig, *, replace: bool) -> None:
         file = folder / HYDRA_FOLDER / name
         if replace:
             write_text(file, text)
-            continue
-        try:
-            with file.open("x", encoding="utf-8") as new:  # of two processes that start at once, one writes it
-                new.write(text)
-        except FileExistsError:
-            pass
+        else:
+            write_text_once(file, text)
 
 
 def hide_environment(cfg: Any) -> DictConfig:
