@@ -27,7 +27,13 @@ from deepclust.cli.job_outcomes import (
     summarize_error,
 )
 from deepclust.cli.system_errors import storage_errors_explained
-from deepclust.cli.terminal import notice_on_terminal, print_message, show_warnings, warnings_in_log
+from deepclust.cli.terminal import (
+    notice_on_terminal,
+    pass_over_storage_errors_of_log,
+    print_message,
+    show_warnings,
+    warnings_in_log,
+)
 from deepclust.errors import InputError, ProcessLost
 from deepclust.exit_codes import exit_code_of_error
 
@@ -97,6 +103,7 @@ def run_jobs(verb: str, arguments: list[str], *, is_from_python: bool = False) -
         from deepclust.runs.provenance import GOING_ON, describe_going_on
         from deepclust.runs.run_folder import CHECKPOINT
 
+        pass_over_storage_errors_of_log()
         hydra_settings = HydraConfig.get()
         folder = Path(hydra_settings.runtime.output_dir)
         outcomes.is_sweep = hydra_settings.mode == RunMode.MULTIRUN
@@ -302,12 +309,12 @@ def run_job(
 
 def write_error_once(error_file: Path, text: str) -> bool:
     """Write an error down, if possible. Return False if another process of the run has written the same one."""
+    from deepclust.engine.output_files import write_text_once
+
     try:
-        with error_file.open("x", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-    except FileExistsError:
+        if write_text_once(error_file, text):
+            return True
         time.sleep(1)  # the other process may still be writing
         return error_file.read_text(encoding="utf-8", errors="surrogateescape") != text
     except OSError:  # a full disk, perhaps the very error that is to be written; the caller prints it
-        pass
-    return True
+        return True

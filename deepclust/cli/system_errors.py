@@ -26,7 +26,7 @@ def storage_errors_explained(run_folder: Path | None) -> Iterator[None]:
 
 def explain_storage_error(error: OSError, run_folder: Path | None) -> Exception:
     """Return the InputError for an error of a file or a disk; other errors, such as those of a network, as they are."""
-    is_of_storage = error.errno in NO_SPACE | NO_PERMISSION | {errno.EIO}
+    is_of_storage = error.errno in NO_SPACE | NO_PERMISSION | {errno.EIO, errno.EINTR}
     if isinstance(error, InputError) or error.errno is None or not (error.filename or is_of_storage):
         return error
     again = "start the same command again"
@@ -48,6 +48,8 @@ def explain_storage_error(error: OSError, run_folder: Path | None) -> Exception:
         expected, cure = "permission to read and write there", "give it, or name another place,"
     elif error.errno == errno.ENAMETOOLONG:
         expected, cure = "a name that the file system takes", "choose a shorter one"
+    elif error.errno == errno.EINTR:  # Python repeats most calls, but not all of those that file servers interrupt
+        expected, cure = "a file system that answers", "wait until it does"
     elif error.errno == errno.EPIPE:
         expected, cure = "a reader that reads to the end", "let it read everything"
     else:

@@ -1,6 +1,7 @@
 """What the command line writes on standard error: one-line messages, a notice while loading, and held warnings."""
 
 import contextlib
+import functools
 import logging
 import sys
 import warnings
@@ -44,3 +45,19 @@ def show_warnings(held: list[warnings.WarningMessage]) -> None:
     """Show warnings that were recorded earlier."""
     for warning in held:
         warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def pass_over_storage_errors_of_log() -> None:
+    """Let a log file that cannot be written, as on a full disk, lack lines, in place of a traceback for each of them.
+
+    Nothing else depends on it, and what the run itself cannot write then tells of the disk.
+    """
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = functools.partial(handle_log_error, handler)  # type: ignore[method-assign]
+
+
+def handle_log_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Show the error that is being handled, as `logging` does, unless it is one of a file."""
+    if not isinstance(sys.exception(), OSError):
+        logging.Handler.handleError(handler, record)

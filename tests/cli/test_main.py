@@ -1,6 +1,7 @@
 """The console script: verbs, exit codes, one line for each error, and sweeps with a failed job."""
 
 import errno
+import logging
 import os
 import pickle
 import subprocess
@@ -309,6 +310,28 @@ def test_path_that_cannot_be_written_is_named(toy_verb, capsys, number):
     toy_verb.on_job = fail_at_seed(0, OSError(number, os.strerror(number), "/there"))
     assert toy_verb.run() == 2
     assert f"error: {os.strerror(number)}: /there; expected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EINTR])
+def test_system_error_that_names_no_file_is_that_of_the_run_folder(toy_verb, capsys, number):
+    toy_verb.on_job = fail_at_seed(0, OSError(number, os.strerror(number)))
+    assert toy_verb.run() == 2
+    assert f"error: {os.strerror(number)}: {toy_verb.folder / 'run'}; expected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_log_that_cannot_be_written_any_more_lacks_lines(toy_verb, capfd):
+    toy_verb.on_job = lambda cfg: logging.getLogger("toy").info("a line")
+    assert toy_verb.run("hydra.job_logging.handlers.file.filename=/dev/full") == 0
+    captured = capfd.readouterr()
+    assert "a line" in captured.out and captured.err == ""
+
+
+@pytest.mark.slow
+def test_line_of_the_log_with_an_error_of_ours_is_told(toy_verb, capfd):
+    toy_verb.on_job = lambda cfg: logging.getLogger("toy").info("%d", "no number")
+    assert toy_verb.run() == 0 and "TypeError" in capfd.readouterr().err
 
 
 def test_system_error_of_no_file_is_a_fault_of_the_program(toy_verb):
