@@ -55,7 +55,7 @@ from deepclust.engine.small_files import read_state
 from deepclust.errors import InputError
 from deepclust.runs.hydra_files import write_hydra_files
 from deepclust.runs.names_json import read_names
-from deepclust.runs.results import read_results
+from deepclust.runs.results import read_latest_results, read_results
 from deepclust.runs.run_folder import acquire_run_lock, check_run_files
 from deepclust.runs.summary import print_summary
 
@@ -227,7 +227,7 @@ def check_request(cfg: DictConfig, folder: Path, root: Path) -> None:
     check_images_or_vectors(root)
     check_sorting(cfg, root)
     read_names(folder)  # it may have been edited, and is read again at the end
-    earlier = read_results(folder)
+    earlier = read_latest_results(folder)
     if earlier is not None and earlier.get("images") != str(root):
         raise InputError(
             f"{folder} holds the clusters of {earlier.get('images', 'something else')}",

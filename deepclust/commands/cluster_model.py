@@ -22,7 +22,13 @@ from deepclust.runs.assemble import build_datamodule, build_evaluator
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from deepclust.runs.names_json import NAMES, read_names, write_names
 from deepclust.runs.provenance import read_command_line
-from deepclust.runs.results import describe_estimate, read_results
+from deepclust.runs.results import (
+    describe_estimate,
+    forget_results_set_aside,
+    read_latest_results,
+    read_results,
+    set_results_aside,
+)
 from deepclust.runs.run_folder import CHECKPOINT, METRICS_FILE
 from deepclust.runs.trusted_targets import list_trusted
 from deepclust.runs.write_run import write_run
@@ -68,6 +74,8 @@ def write_model(
             | {stacked_weight_name(name): value for name, value in checkpoint["state_dict"].items()}
         )
         state_dict = model.state_dict()
+    earlier = read_latest_results(folder) or {}
+    set_results_aside(folder)
     file = folder / CHECKPOINT
     file.parent.mkdir(exist_ok=True)
     content = {"format": CHECKPOINT_FORMAT, "state_dict": state_dict, "config": resolve_to_dict(model_cfg)}
@@ -108,9 +116,9 @@ def write_model(
         network_cfg=network_cfg,
         is_own_network=is_own_network,
     )
-    earlier = read_results(folder) or {}
     are_same_clusters = Path(earlier.get("run", "")).name == first_run.name  # wherever the folder lies by now
     if not (are_same_clusters and (folder / NAMES).exists()):  # somebody may have changed them
+        forget_results_set_aside(folder)  # the names will no longer be those of the earlier clusters
         write_names(folder, findings.names, earlier=earlier.get("names", {}))
     results |= findings.summarize() | {"shown": describe_what_is_shown(cfg)}
     shown = replace(findings, names=read_names(folder))

@@ -18,7 +18,7 @@ from deepclust.engine.output_files import write_text
 from deepclust.engine.small_files import dict_or_empty, is_finite_number, read_state
 from deepclust.runs.objective import compute_objective
 from deepclust.runs.provenance import read_command_line, read_commit, read_versions
-from deepclust.runs.run_folder import ERROR, RESULTS
+from deepclust.runs.run_folder import EARLIER_RESULTS, ERROR, RESULTS
 from deepclust.score_names import SCORE_NAMES
 
 # What commands read of a results.json, and its type; float is any finite number.
@@ -115,6 +115,7 @@ def describe_estimate(estimate: ClusterNumberEstimate) -> dict[str, Any]:
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write results.json atomically: its presence means that the run is complete."""
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    forget_results_set_aside(folder)
     (folder / ERROR).unlink(missing_ok=True)  # of an earlier start
 
 
@@ -125,6 +126,31 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         InputError: if something else is in its place.
     """
     return read_state(folder / RESULTS, check_results, expected="the results of a finished run")
+
+
+def read_latest_results(folder: Path) -> dict[str, Any] | None:
+    """Read results.json of a run, or that of earlier clusters which was set aside; None if there is neither.
+
+    Raises:
+        InputError: if something else is in its place.
+    """
+    earlier = "the results of earlier clusters"
+    return read_results(folder) or read_state(folder / EARLIER_RESULTS, check_results, expected=earlier)
+
+
+def set_results_aside(folder: Path) -> None:
+    """Take results.json away before other clusters are written into its folder.
+
+    Until they are complete, the folder holds no result: some of its files are of these clusters, some of the earlier
+    ones. A second start finds what has been set aside with `read_latest_results`.
+    """
+    if (folder / RESULTS).exists():
+        (folder / RESULTS).replace(folder / EARLIER_RESULTS)
+
+
+def forget_results_set_aside(folder: Path) -> None:
+    """Remove what `set_results_aside` has kept."""
+    (folder / EARLIER_RESULTS).unlink(missing_ok=True)
 
 
 def check_results(results: Any) -> str | None:

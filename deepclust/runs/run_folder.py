@@ -11,6 +11,7 @@ from deepclust.engine.worker_processes import LOCKED_DESCRIPTORS
 from deepclust.errors import InputError
 
 RESULTS = "results.json"
+EARLIER_RESULTS = "results-of-earlier-clusters.json"  # while `deepclust cluster` writes others
 ASSIGNMENTS = "assignments.csv"
 CHECKPOINT = "checkpoints/last.ckpt"
 METRICS_FILE = "metrics.csv"

@@ -81,3 +81,25 @@ def test_photos_are_sorted_without_computing_features_twice(photos, tmp_path, ac
     assert len(list(own.iterdir())) == (0 if action == "move" else 30)
     with pytest.raises(InputError, match="is not empty"):
         call(tmp_path / "run", photos, *OWN, "num_clusters=2", f"sort_to={tmp_path}/sorted")
+
+
+@pytest.mark.slow
+def test_other_clusters_that_were_stopped_do_not_pass_for_the_earlier_ones(tmp_path, monkeypatch):
+    np.save(tmp_path / "rows.npy", load_digits().data[:100].astype(np.float32))
+    folder = tmp_path / "run"
+    expected = call(folder, tmp_path / "rows.npy", "num_clusters=4")
+    (folder / "names.json").write_text(names := json.dumps({"0": "mine"}))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("deepclust.commands.cluster_model.write_run", stop)
+        call(folder, tmp_path / "rows.npy", "num_clusters=3")
+    assert not (folder / "results.json").exists(), "the checkpoint is that of other clusters"
+    assert call(folder, tmp_path / "rows.npy", "num_clusters=4")["health"] == expected["health"]
+    with (folder / "assignments.csv").open(newline="") as file:
+        assert len({row["cluster"] for row in csv.DictReader(file)}) == 4
+    assert not (folder / "results-of-earlier-clusters.json").exists()
+    assert (folder / "names-of-earlier-clusters.json").read_text() == names
+    assert json.loads((folder / "names.json").read_text()) == {}  # vectors have none
+
+
+def stop(*arguments: object, **named: object) -> None:
+    raise KeyboardInterrupt
