@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slurm coverage fuzz soak matrix lint format lock audit docs clean
+.PHONY: help install demo test test-all test-slurm coverage mutants fuzz soak matrix lint format lock audit docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,10 @@ soak: $(VENV)/.dev ## train, kill, go on, predict and sweep for MINUTES=60, and 
 
 matrix: $(VENV)/.dev ## quick tests on each Python, with the lowest and the newest dependencies; PYTHONS, TESTS name some
 	$(BIN)/python -m tests.matrix $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TESTS),--tests $(TESTS))
+
+mutants: $(VENV)/.dev ## change a module or package at random places, and see whether the quick tests notice
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(or $(MODULE),deepclust/losses) \
+		--sample $(or $(SAMPLE),36) --seed $(or $(SEED),0)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ def test_planted_near_duplicates_are_found_and_nothing_else(
 def test_rows_that_are_all_the_same_are_one_group_and_few_have_no_surroundings() -> None:
     assert find_near_duplicates(np.ones((50, 4), np.float32), seed=0) == [list(range(50))]
     assert find_near_duplicates(np.zeros((50, 4), np.float32), seed=0) == [list(range(50))]
-    assert find_near_duplicates(make_features(3), seed=0) == []
+    assert find_near_duplicates(np.ones((20, 4), np.float32), seed=0) == [list(range(20))]
+    assert find_near_duplicates(np.ones((19, 4), np.float32), seed=0) == []
 
 
 def test_many_copies_of_one_row_are_one_group() -> None:

@@ -57,6 +57,7 @@ def test_estimates_are_repeatable_and_ignore_scale_origin_and_the_order_of_colum
 def test_too_few_rows_and_identical_rows():
     with pytest.raises(InputError, match="19 images are too few"):
         estimate_number_of_clusters(torch.randn(19, 3), seed=0)
+    assert estimate_number_of_clusters(torch.ones(20, 3), seed=0).num_clusters == 1
     assert estimate_number_of_clusters(torch.ones(40, 3), seed=0).named["separation"] == 1
 
 

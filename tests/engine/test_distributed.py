@@ -10,14 +10,41 @@ from deepclust.engine.batch_norm import synchronise_batch_norm
 from tests.processes import run_on_processes
 
 
-def _gather_as_many_rows_as_the_rank(rank):
-    return distributed.all_gather(torch.full((rank, 2), float(rank)))
+def _call_every_operation(rank):
+    """Return what each operation gives on process `rank` of three, which has as many rows as its number."""
+    rows, values = torch.full((rank, 2), float(rank)), torch.tensor([rank + 1.0, 10.0], requires_grad=True)
+    total = distributed.sum_with_gradient(values)
+    ((rank + 1) * total).sum().backward()
+    network = nn.BatchNorm1d(1)
+    network.running_mean.fill_(rank)
+    distributed.broadcast_buffers(network)
+    distributed.barrier()
+    return {
+        "rank and number": [distributed.rank(), distributed.world_size()],
+        "counts": distributed.all_row_counts(rows),
+        "rows": distributed.all_gather(rows).tolist(),
+        "sum": total.tolist(),
+        "gradient": values.grad.tolist(),
+        "mean": distributed.mean_over_processes(torch.tensor([rank, 6.0])).tolist(),
+        "buffer": network.running_mean.item(),
+        "of the last": distributed.broadcast(torch.tensor([rank]), 2).item(),
+        "of the first": distributed.broadcast(torch.tensor([rank]), 0).item(),
+    }
 
 
-def test_all_gather_takes_different_numbers_of_rows_and_none(tmp_path):
-    expected = torch.tensor([[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]])
-    for gathered in run_on_processes(_gather_as_many_rows_as_the_rank, 3, tmp_path):
-        assert torch.equal(gathered, expected)
+def test_every_operation_with_different_numbers_of_rows_and_none(tmp_path):
+    expected = {
+        "counts": [0, 1, 2],
+        "rows": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]],
+        "sum": [6.0, 30.0],
+        "gradient": [6.0, 6.0],  # that of all processes: 1 + 2 + 3
+        "mean": [1.0, 6.0],
+        "buffer": 0.0,
+        "of the last": 2,
+        "of the first": 0,
+    }
+    for rank, results in enumerate(run_on_processes(_call_every_operation, 3, tmp_path)):
+        assert results == {"rank and number": [rank, 3], **expected}
 
 
 def make_network():
@@ -61,4 +88,9 @@ def test_loss_gradients_and_running_statistics_equal_one_process(tmp_path, edges
 def test_on_one_process_rows_are_returned_as_they_are():
     rows = torch.randn(4, 2, requires_grad=True)
     assert distributed.all_gather_with_gradient(rows) is rows
-    assert torch.equal(distributed.all_gather(rows), rows) and not distributed.all_gather(rows).requires_grad
+    assert distributed.sum_with_gradient(rows) is rows and distributed.broadcast(rows, 0) is rows
+    for gathered in (distributed.all_gather(rows), distributed.mean_over_processes(rows)):
+        assert torch.equal(gathered, rows) and not gathered.requires_grad
+    assert (distributed.rank(), distributed.world_size(), distributed.all_row_counts(rows)) == (0, 1, [4])
+    assert distributed.global_mean_factor(rows) == 1
+    distributed.barrier()

@@ -17,26 +17,39 @@ from tests.conformance.adapters.secu import run_on_ranks
 from tests.methods.test_secu import (
     IMAGES,
     SIZE,
+    check_clusters_in_batch_are_logged,
     check_first_epoch_and_frozen_state,
+    check_layers_of_heads,
     make_batch,
     make_empty_batch,
     set_epoch,
 )
 
 
-def make_method(*, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging_epochs=0, num_slots=1, seed=0):
+def make_method(*, predictor_weight=0.0, **options):
     """A CoKe of 3 and 6 clusters whose networks are linear, in float64."""
+    method = build_method(predictor_weight=predictor_weight, **options)
+    method.projector = nn.Linear(4, SIZE)
+    if predictor_weight:
+        method.predictor = nn.Linear(SIZE, SIZE)
+    return set_epoch(method.double(), 0)
+
+
+def build_method(
+    *, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging_epochs=0, num_slots=1, seed=0, projector_layers=2
+):
+    """A CoKe of 3 and 6 clusters with its own projector and predictor."""
     torch.manual_seed(seed)
     backbone = nn.Linear(5, 4)
     backbone.num_features = 4
-    method = CoKe(
+    return CoKe(
         backbone=backbone,
         num_images=IMAGES,
         num_clusters=3,
         head_multiples=multiples,
         embedding_size=SIZE,
         hidden_size=7,
-        projector_layers=2,
+        projector_layers=projector_layers,
         predictor_weight=predictor_weight,
         small_crops_weight=0.4,
         temperature=0.1,
@@ -51,10 +64,6 @@ def make_method(*, multiples=(1, 2), predictor_weight=0.0, epochs=100, averaging
         schedule=Constant(),
         e_step_every_n_epochs=0,
     )
-    method.projector = nn.Linear(4, SIZE)
-    if predictor_weight:
-        method.predictor = nn.Linear(SIZE, SIZE)
-    return set_epoch(method.double(), 0)
 
 
 def make_batch_of_views(indices, number, seed):
@@ -271,8 +280,28 @@ def test_processes_together_are_one():
 def test_clusters_are_those_of_the_head_of_k():
     method = make_method(multiples=(2, 1))
     features = method.encode(torch.randn(4, 5, dtype=torch.float64))
-    assert torch.equal(method.cluster_logits(features).argmax(1), (features @ method.heads[1].running).argmax(1))
+    centroids = method.heads[1].running
+    centroids *= torch.tensor([3.0, 0.1, 1.0])  # lengths do not count
+    cosines = F.cosine_similarity(features[:, None], centroids.T, dim=2)
+    torch.testing.assert_close(method.cluster_logits(features), cosines / 0.1)
     assert make_method(multiples=(3, 4, 5)).cluster_logits(features) is None
+
+
+def test_the_projector_has_two_layers_or_three_and_the_predictor_two():
+    check_layers_of_heads(build_method, predictor_weight=0.5)
+
+
+def test_shares_of_the_smallest_and_largest_cluster_are_logged_at_the_end_of_an_epoch(monkeypatch):
+    method, logged = make_method(), {}
+    monkeypatch.setattr(method, "log_dict", logged.update)
+    method.heads[0].balance.counts.copy_(torch.tensor([1.0, 6.0, 3.0]))
+    method.on_train_epoch_end()
+    assert logged == {"train/smallest_cluster": pytest.approx(0.1), "train/largest_cluster": pytest.approx(0.6)}
+    assert not method.heads[0].balance.counts.any()
+
+
+def test_clusters_of_a_batch_are_counted_and_logged_every_so_many_steps(monkeypatch):
+    check_clusters_in_batch_are_logged(make_method(), monkeypatch)
 
 
 def test_extra_images_are_refused():

@@ -12,7 +12,6 @@ from deepclust.losses.alignment import alignment_loss
 from deepclust.losses.prototypes import batch_prototypes, prototype_scattering_loss
 from deepclust.nn.ema import compute_ema_decay
 from deepclust.nn.lars import ScaledStepLars
-from deepclust.nn.queue import Queue
 from deepclust.nn.schedules import WarmupCosine
 from tests.conftest import compose_train
 
@@ -85,17 +84,6 @@ def test_rows_without_a_cluster_belong_to_no_prototype():
     rows = torch.tensor([[1.0, 0], [0, 1.0], [5.0, 0]])
     prototypes = batch_prototypes(rows, torch.tensor([0, -1, 0]), 2)
     assert torch.equal(prototypes, torch.tensor([[1.0, 0], [0, 0]]))
-
-
-def test_queue_keeps_the_newest_rows_and_marks_empty_slots():
-    queue = Queue(size=4, num_features=1)
-    queue.push(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1, 2, 3]))
-    assert sorted(queue.indices.tolist()) == [-1, 1, 2, 3]
-    queue.push(torch.tensor([[4.0], [5.0]]), torch.tensor([4, 5]))
-    assert sorted(queue.indices.tolist()) == [2, 3, 4, 5]
-    assert all(float(queue.rows[i, 0]) == queue.indices[i] for i in range(4))
-    queue.push(torch.arange(10.0).unsqueeze(1), torch.arange(10))
-    assert sorted(queue.indices.tolist()) == [6, 7, 8, 9]
 
 
 def test_a_part_of_the_batch_gets_its_rows_of_the_noise_of_the_global_batch():

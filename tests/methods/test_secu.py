@@ -23,19 +23,28 @@ from tests.conftest import compose_train
 SIZE, IMAGES = 6, 12  # features of an embedding, images
 
 
-def make_method(*, balance="size", multiples=(1, 2), predictor=False, seed=0):
+def make_method(*, predictor=False, **options):
     """A SeCu of 3 and 6 clusters whose networks are linear, in float64."""
+    method = build_method(predictor=predictor, **options)
+    method.projector = nn.Linear(4, SIZE)
+    if predictor:
+        method.predictor = nn.Linear(SIZE, SIZE)
+    return set_epoch(method.double(), 0)
+
+
+def build_method(*, balance="size", multiples=(1, 2), predictor=False, seed=0, projector_layers=2):
+    """A SeCu of 3 and 6 clusters with its own projector and predictor."""
     torch.manual_seed(seed)
     backbone = nn.Linear(5, 4)
     backbone.num_features = 4
-    method = SeCu(
+    return SeCu(
         backbone=backbone,
         num_images=IMAGES,
         num_clusters=3,
         head_multiples=multiples,
         embedding_size=SIZE,
         hidden_size=7,
-        projector_layers=2,
+        projector_layers=projector_layers,
         predictor=predictor,
         temperature=0.1,
         prototype_temperature=0.2,
@@ -50,10 +59,6 @@ def make_method(*, balance="size", multiples=(1, 2), predictor=False, seed=0):
         schedule=Constant(),
         e_step_every_n_epochs=0,
     )
-    method.projector = nn.Linear(4, SIZE)
-    if predictor:
-        method.predictor = nn.Linear(SIZE, SIZE)
-    return set_epoch(method.double(), 0)
 
 
 def set_epoch(method, epoch):
@@ -227,10 +232,54 @@ def test_groups_hold_the_prototypes_apart():
 def test_clusters_are_those_of_the_head_of_k():
     method = make_method(multiples=(2, 1))
     features = method.encode(torch.randn(4, 5, dtype=torch.float64))
-    head = method.heads[1]
-    nearest = (features @ F.normalize(head.prototypes, dim=0)).argmax(1)
-    assert torch.equal(method.cluster_logits(features).argmax(1), nearest)
+    prototypes = method.heads[1].prototypes
+    prototypes.data *= torch.tensor([3.0, 0.1, 1.0])  # lengths do not count
+    cosines = F.cosine_similarity(features[:, None], prototypes.T, dim=2)
+    torch.testing.assert_close(method.cluster_logits(features), cosines / 0.1)
     assert make_method(multiples=(2, 3)).cluster_logits(features) is None
+
+
+def check_layers_of_heads(build, **predictor):
+    """Check how many linear layers projector and predictor have, by `projector_layers` and with a predictor or not."""
+    for layers in (2, 3):
+        method = build(projector_layers=layers)
+        linear = [layer for layer in method.projector if isinstance(layer, nn.Linear)]
+        assert len(linear) == layers and linear[0].in_features == 4 and linear[-1].out_features == SIZE
+        assert all(layer.out_features == 7 for layer in linear[:-1])
+        assert isinstance(method.projector[-1], nn.Linear if layers == 2 else nn.BatchNorm1d)
+        assert method.predictor is None
+    with_predictor = build(**predictor).predictor
+    assert [layer.out_features for layer in with_predictor if isinstance(layer, nn.Linear)] == [7, SIZE]
+
+
+def test_the_projector_has_two_layers_or_three_and_the_predictor_two():
+    check_layers_of_heads(build_method, predictor=True)
+
+
+def test_shares_of_the_smallest_and_largest_cluster_are_logged_at_the_end_of_an_epoch(monkeypatch):
+    method, logged = make_method(), {}
+    monkeypatch.setattr(method, "log_dict", logged.update)
+    method.pseudo_labels[0, :10] = torch.tensor([0, 1, 1, 1, 1, 1, 1, 2, 2, 2])  # the other two are not seen yet
+    method.heads[0].balance.counts += 1
+    method.on_train_epoch_end()
+    assert logged == {"train/smallest_cluster": pytest.approx(0.1), "train/largest_cluster": pytest.approx(0.6)}
+    assert not method.heads[0].balance.counts.any()
+
+
+def check_clusters_in_batch_are_logged(method, monkeypatch):
+    """Check the number of clusters of the first head in a batch, which is logged every three steps."""
+    logged = []
+    monkeypatch.setattr(method, "log", lambda name, value: logged.append((name, float(value))))
+    method.losses(make_batch([0, 1, 2, 3, 4]))
+    labels = (method.pseudo_labels if hasattr(method, "pseudo_labels") else method.memory.labels[..., 0])[0, :5]
+    for step in range(1, 7):
+        method._trainer = SimpleNamespace(global_step=step, log_every_n_steps=3)
+        method.on_train_batch_end(None, None, 0)
+    assert logged == [("train/clusters_in_batch", len(labels.unique()))] * 2
+
+
+def test_clusters_of_a_batch_are_counted_and_logged_every_so_many_steps(monkeypatch):
+    check_clusters_in_batch_are_logged(make_method(), monkeypatch)
 
 
 def test_extra_images_are_refused():
