@@ -62,6 +62,10 @@ class Mutant:
     def __str__(self) -> str:
         return f"`{self.module}`: `{self.before}` => `{self.after}`"
 
+    def is_argued_in(self, text: str) -> bool:
+        """Return whether a text gives a reason for this mutant, or for all mutants of the line."""
+        return any(f"- {entry}: " in text for entry in (self, f"`{self.module}`: `{self.before}`"))
+
 
 def find_mutants(module: str, source: str) -> list[Mutant]:
     """Return all mutants of the source text of a module."""
@@ -225,7 +229,7 @@ def main() -> int:
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
     mutants = [mutant for module, text in texts.items() for mutant in find_mutants(module, text)]
     sample = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
-    tried = [mutant for mutant in sample if str(mutant) not in ARGUED.read_text()]
+    tried = [mutant for mutant in sample if not mutant.is_argued_in(ARGUED.read_text())]
     importers, survivors, killers = read_importers(), 0, set()
     tasks = [(mutant, find_tests(mutant.module, importers)) for mutant in tried]
     for library in LIBRARIES:

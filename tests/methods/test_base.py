@@ -115,7 +115,7 @@ def test_the_e_step_runs_before_the_first_epoch_and_then_every_so_many():
 
 def test_groups_have_their_rates_and_schedules_count_steps_from_one():
     method = make_method()
-    optimizer, scheduler = (method.configure_optimizers()[name] for name in ("optimizer", "lr_scheduler"))
+    optimizer, scheduler = method.configure_optimizers().values()
     assert scheduler["interval"] == "step"
     rates = []
     for _ in range(3):

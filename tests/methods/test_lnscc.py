@@ -242,8 +242,9 @@ def test_pairs_are_those_of_the_graph_and_are_not_saved():
     assert set(method.state_dict()) == {"centres", "centres_set", *(n for n in method.state_dict() if "backbone" in n)}
 
 
-def test_fewer_images_than_neighbours_reduce_their_number(caplog):
-    method = set_epoch(make_method(neighbors=15), 0, make_blobs(9))
+@pytest.mark.parametrize("neighbors", [9, 15])
+def test_fewer_images_than_neighbours_reduce_their_number(neighbors, caplog):
+    method = set_epoch(make_method(neighbors=neighbors), 0, make_blobs(9))
     method.on_train_start()
     assert "using 8" in caplog.text and method.sampling_weights().gt(0).all()
 
@@ -251,6 +252,7 @@ def test_fewer_images_than_neighbours_reduce_their_number(caplog):
 def test_too_few_images_for_a_graph_are_refused():
     with pytest.raises(InputError, match="number of images is 2"):
         set_epoch(make_method(), 0, make_blobs(30)[:2]).on_train_start()
+    set_epoch(make_method(), 0, make_blobs(30)[:3]).on_train_start()
 
 
 def test_extra_images_are_refused():

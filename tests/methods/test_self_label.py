@@ -280,6 +280,16 @@ def test_every_weight_is_saved_once():
     assert names == {*(f"backbone.{name}" for name in ToyMethod().state_dict()), "kept"}
 
 
+def test_the_share_of_kept_images_is_logged_every_so_many_steps(monkeypatch):
+    method, logged = make_method(), []
+    monkeypatch.setattr(method, "log", lambda name, value: logged.append((name, float(value))))
+    method.kept_share = torch.tensor(0.25)
+    for step in range(1, 7):
+        method._trainer = SimpleNamespace(global_step=step, log_every_n_steps=3)
+        method.on_train_batch_end(None, None, 0)
+    assert logged == [("train/kept", 0.25)] * 2
+
+
 # Whole runs
 
 RUN = ["dataset=digits", "hardware=cpu", "logger=none", "batch_size=450", "trainer.max_epochs=1"]

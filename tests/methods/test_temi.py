@@ -280,7 +280,9 @@ def test_fewer_images_than_neighbours_make_all_others_neighbours(caplog):
     assert "method.num_neighbors is 50 for 3 images" in caplog.text
 
 
-def test_a_single_image_is_refused():
+def test_a_single_image_is_refused_and_two_are_neighbours(caplog):
+    assert start(make_method(images=2, neighbors=1), torch.randn(2, FEATURES)).neighbors.tolist() == [[1], [0]]
+    assert not caplog.text
     with pytest.raises(InputError, match="number of images is 1"):
         start(make_method(images=1), torch.randn(1, FEATURES))
 

@@ -7,7 +7,8 @@ from deepclust.nn.queue import Queue
 
 def push(queue, *indices):
     """Push rows that hold their index; return the indices in the slots."""
-    queue.push(torch.tensor(indices, dtype=torch.float32).unsqueeze(1), torch.tensor(indices))
+    pushed = torch.tensor(indices, dtype=torch.int64)
+    queue.push(pushed.unsqueeze(1).float(), pushed)
     filled = queue.indices >= 0
     assert torch.equal(queue.rows[filled, 0], queue.indices[filled].float())
     return queue.indices.tolist()
