@@ -35,8 +35,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARGUED = ROOT / "tests/mutants.md"
 CONTRACT = "tests/methods/test_contract.py"  # trains every method; of these tests only those of a method itself
-LIBRARIES = ("lightning", "torchmetrics", "hydra", "pydantic", "scipy.optimize", "sklearn.cluster", "matplotlib.pyplot")
-NUM_PROCESSES = 2
+LIBRARIES = ["lightning", "torchmetrics", "hydra", "pydantic", "hypothesis", "scipy.optimize", "sklearn.cluster"]
+LIBRARIES += ["sklearn.datasets", "networkx", "matplotlib.pyplot", "timm", "diffusers.models.unets.unet_2d"]
 MAX_INDIRECT_FILES = 6  # of tests that mirror what imports a module
 MAX_CPU_SECONDS, MAX_SECONDS = 400, 1800  # of the tests of a mutant, of which some never end
 
@@ -224,6 +224,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="+", type=Path, help="modules or packages, such as deepclust/losses")
     parser.add_argument("--sample", type=int, required=True, help="number of mutants")
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--processes", type=int, default=2, help="number of mutants that are tried at a time")
     arguments = parser.parse_args()
     paths = [path.resolve() for given in arguments.modules for path in sorted(given.rglob("*.py")) or [given]]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
@@ -237,7 +238,7 @@ def main() -> int:
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory(prefix="mutants_") as folder,
-        fork.Pool(NUM_PROCESSES, enter_copy, [folder]) as pool,
+        fork.Pool(arguments.processes, enter_copy, [folder]) as pool,
     ):
         for mutant, killer in pool.imap_unordered(try_mutant, tasks):
             print(f"{mutant}: {killer or 'SURVIVED'}", flush=True)

@@ -420,6 +420,11 @@ def test_a_plot(kind):
         plt.close(figure)
 
 
+def test_a_plot_has_the_range_of_the_score():
+    ranges = {name: (kind.plot_lower_bound, kind.plot_upper_bound) for name, kind in SINGLE_SCORES.items()}
+    assert ranges == {"acc": (0, 1), "nmi": (0, 1), "ari": (-0.5, 1)}
+
+
 def test_examples_of_the_docstrings():
     results = doctest.testmod(metrics)
     assert results.failed == 0 and results.attempted >= 15

@@ -208,9 +208,9 @@ def test_kmeans_sets_the_centres_once_and_images_keep_their_order(tmp_path):
     assert int(state["cluster_sizes"].sum()) == 2 * 256, "of the second epoch so far"
 
 
-def test_more_empty_clusters_than_before_are_warned_of(caplog):
-    method = make_method()
-    method.log_dict = lambda values: None
+def test_shares_are_logged_and_more_empty_clusters_than_before_warned_of(caplog):
+    method, logged = make_method(), []
+    method.log_dict = logged.append
     with caplog.at_level(logging.WARNING):
         for sizes in ([3, 2, 4, 1], [0, 5, 5, 0], [5, 0, 0, 5], [0, 0, 0, 10]):
             method.cluster_sizes.copy_(torch.tensor(sizes))
@@ -220,3 +220,4 @@ def test_more_empty_clusters_than_before_are_warned_of(caplog):
         "2 of 4 clusters had no image in epoch 7",
         "3 of 4 clusters had no image in epoch 7",
     ]
+    assert logged[0] == {"train/smallest_cluster": pytest.approx(0.1), "train/largest_cluster": pytest.approx(0.4)}

@@ -1,6 +1,7 @@
 """RGC: its replay buffer, its number of clusters, the graphs that it works on, and what it refuses."""
 
 import json
+import logging
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from deepclust.backbones.identity import Identity
 from deepclust.commands import evaluate, export, features, predict
 from deepclust.commands.train import run
 from deepclust.errors import InputError
-from deepclust.methods.rgc import RGC, QNetwork, compute_cluster_state, run_lloyd
+from deepclust.methods.rgc import EPOCHS_REPORTED, RGC, QNetwork, compute_cluster_state, compute_silhouette, run_lloyd
 from deepclust.nn.schedules import Constant
 from deepclust.runs.checkpoint import load_checkpoint, load_method
 from tests.conftest import compose_train, compose_verb
@@ -174,6 +175,33 @@ def test_chance_chooses_in_training_only_and_a_given_number_is_kept():
     method, state = make_method(vectors, edges, num_clusters=4)
     method.e_step(state, ("test",))
     assert method.num_clusters == 4 and method.cluster_logits(state).shape == (60, 4)
+
+
+def test_the_last_choice_is_compared_with_those_before_and_with_the_silhouette(caplog):
+    vectors, edges, _ = draw_graph()
+    method, state = make_method(vectors, edges)
+    method.num_clusters = 3
+    method.chosen_by_q[:5] = torch.tensor([3, 0, 5, 3, 0])  # 0: chance has chosen
+    with caplog.at_level(logging.INFO):
+        method.report_choice(state, ("test",))
+    assert "has found 3 clusters, as in 67% of the last choices" in caplog.text
+    silhouettes = {k: compute_silhouette(state, method.run_kmeans(state, k, ("test",))[0]) for k in (2, 3, 4, 5)}
+    assert f"would be {max(silhouettes, key=silhouettes.get)}" in caplog.text
+
+
+@pytest.mark.parametrize(("num_e_steps", "place"), [(1, 0), (3, 2), (EPOCHS_REPORTED, EPOCHS_REPORTED - 1), (102, 1)])
+def test_who_has_chosen_the_number_of_clusters_is_logged(num_e_steps, place, monkeypatch):
+    vectors, edges, _ = draw_graph()
+    method, _ = make_method(vectors, edges)
+    method._trainer.current_epoch, method.e_step_every_n_epochs, logged = 1, 0, {}
+    monkeypatch.setattr(method, "log", lambda name, value: logged.update({name: float(value)}))
+    method.num_e_steps.fill_(num_e_steps)
+    method.reward_of_epoch.fill_(0.5)
+    method.num_clusters = 4
+    for chosen in (0, 4):
+        method.chosen_by_q[place] = chosen
+        method.on_train_epoch_start()
+        assert logged == {"train/num_clusters": 4, "train/reward": 0.5, "train/greedy": float(chosen == 4)}
 
 
 def test_the_state_comes_back_with_its_clusters():
