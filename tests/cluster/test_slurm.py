@@ -110,9 +110,11 @@ def start_sweep(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 def submitted_jobs(folder: Path) -> list[str]:
-    """Return the numbers of the jobs of a sweep by submitit, in the order of its jobs."""
+    """Return the numbers of the jobs of a sweep by submitit, in order; none where they are not submitted yet."""
     files = (folder / ".submitit").glob("*/*_submission.sh")
-    (array,) = {file.parent.name.partition("_")[0] for file in files}
+    array = next((file.parent.name.partition("_")[0] for file in files), None)
+    if array is None:
+        return []
     listed = subprocess.check_output(["squeue", "-h", "-r", "-o", "%i", "-j", array], text=True).split()
     return sorted(listed, key=lambda job: int(job.partition("_")[2] or 0))
 
@@ -280,7 +282,7 @@ def test_a_sweep_of_methods_that_is_preempted_twice(tmp_path):
     signalled = set()
 
     def signal_those_that_hold() -> bool:
-        jobs = submitted_jobs(folder) if (folder / ".submitit").exists() else []
+        jobs = submitted_jobs(folder)
         for job, number in [(job, int(job.partition("_")[2])) for job in jobs if "_" in job]:
             for start in (0, 1):
                 held = [folder / str(number) / f"held.{start}.{rank}" for rank in (0, 1)]
