@@ -142,6 +142,7 @@ def test_pipeline():
     assert list(scaled.get_feature_names_out()) == [f"deepclustering{i}" for i in range(4)]
 
 
+@pytest.mark.slow
 def test_grid_search_without_labels():
     apart = make_blobs(60, n_features=4, centers=3, cluster_std=0.3, random_state=0)[0]
     grid = {"n_clusters": [2, 3, 5], "overrides": [["hardware=cpu"], {"hardware": "cpu", "method.metric": "cosine"}]}

@@ -103,9 +103,8 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
 SLOW = [
     case
     for case in METHODS_AND_OVERRIDES
-    if case.split()[0] in ("decs", "gcc", "generative_calibration", "scan", "self_evoc", "self_label")
+    if case.split()[0] in ("decs", "digpro", "gcc", "generative_calibration", "scan", "self_evoc", "self_label")
 ]
-SLOW += [case for case in METHODS_AND_OVERRIDES if case.startswith("digpro") and "warmup_epochs" in case]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_a_signal_to_one_of_the_processes_that_the_command_started_ends_it_as_if
         assert error.startswith("SIGTERM: saved ") and error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 def test_in_a_long_e_step_the_signal_takes_effect_without_a_checkpoint(tmp_path):
     process = start_training(tmp_path, *NO_PERIODIC_CHECKPOINT, *ENDLESS_E_STEP, "callbacks.checkpoint.stop_patience=1")
     started = time.monotonic()
