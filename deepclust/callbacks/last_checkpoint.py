@@ -1,5 +1,6 @@
 """A callback that keeps one checkpoint, the newest, from which a run resumes bit for bit."""
 
+import io
 import logging
 import os
 import shlex
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 
@@ -21,6 +23,19 @@ from deepclust.number_types import NonNegativeFloat, NonNegativeInt
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 2  # raised whenever earlier checkpoints can no longer be read
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes a checkpoint straight to its place.
+
+    Lightning writes it into the folder for temporary files first, which may be too small for it, and moves it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(buffer.getbuffer())
 
 
 class LastCheckpoint(Checkpoint):
@@ -68,6 +83,8 @@ class LastCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.stop_signals.save_original_handlers()
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFile()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started_at = self.last_saved_at = time.monotonic()
