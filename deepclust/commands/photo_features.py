@@ -45,7 +45,7 @@ from deepclust.datasets.one_time_conversion import write_labels, write_unreadabl
 from deepclust.datasets.thumbnails import ENDS, ENDS_TYPE, THUMBNAILS, open_thumbnails
 from deepclust.datasets.value_ranges import check_ranges
 from deepclust.engine.growing_files import GrowingFiles
-from deepclust.engine.output_files import write_array_header, write_text
+from deepclust.engine.output_files import name_file_in_errors, write_array_header, write_text
 from deepclust.engine.plurals import format_count
 from deepclust.engine.progress_bar import ProgressMeter, announce
 from deepclust.engine.small_files import MAX_BYTES_OF_LIST, read_json
@@ -248,7 +248,7 @@ def write_blocks(
     finally:
         meter.close()
         growing.close()
-    with (growing.folder / FEATURES).open("r+b") as file:
+    with name_file_in_errors(growing.folder / FEATURES), (growing.folder / FEATURES).open("r+b") as file:
         write_array_header(file, (progress.num_images, progress.num_features), np.dtype(np.float32))
         file.flush()
         os.fsync(file.fileno())

@@ -29,7 +29,7 @@ from deepclust.datasets.image_decoding import (
 from deepclust.datasets.image_formats import describe_passed_over
 from deepclust.datasets.value_ranges import ValueRanges, describe_ranges, list_some, write_ranges
 from deepclust.engine.csv_cells import path_cell
-from deepclust.engine.output_files import write_array
+from deepclust.engine.output_files import replace_text_file, write_array
 from deepclust.engine.progress_bar import track
 from deepclust.errors import InputError
 from deepclust.number_types import PositiveInt
@@ -153,7 +153,7 @@ def write_labels(file: Path, labels: np.ndarray) -> None:
 
 def write_unreadable_list(folder: Path, unreadable: Sequence[tuple[str, str]]) -> None:
     """Write one line for each unreadable file, with the reason, into unreadable.txt in `folder`."""
-    with open(folder / "unreadable.txt", "w", encoding="utf-8", errors="surrogateescape") as out:
+    with replace_text_file(folder / "unreadable.txt") as out:
         out.writelines(f"{path_cell(path)}\t{reason}\n" for path, reason in unreadable)
 
 

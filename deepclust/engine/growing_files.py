@@ -46,9 +46,10 @@ class GrowingFiles:
             self.journal.unlink(missing_ok=True)
         for name in self.names:
             file = open(self.folder / name, "r+b" if keep else "w+b")  # noqa: SIM115  # closed by `close`
-            file.truncate(sizes.get(name, 0))
-            file.seek(0, os.SEEK_END)
             self.files[name] = file
+            with name_file_in_errors(self.folder / name):
+                file.truncate(sizes.get(name, 0))
+            file.seek(0, os.SEEK_END)
 
     def append(self, name: str, content: Any) -> None:
         """Append bytes to a file."""
