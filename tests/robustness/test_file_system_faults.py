@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 WIDTH = 512  # bytes of a line in the log of failing_writes.c
 ERRORS = {name: str(getattr(errno, name)) for name in ("ENOSPC", "EIO", "EDQUOT", "EINTR")} | {"short": "short"}
-NUM_OTHER_FAULTS = 10
+NUM_OTHER_FAULTS = 6
 # What the system may do at any time: it is right to call again.
 REPEATED = {"short": ("write", "writev", "pwrite64", "sendfile64"), "EINTR": ("open", "write", "writev", "pwrite64")}
 SMALL = ["hardware=cpu", "report.map_points=0", "report.per_cluster=2"]
