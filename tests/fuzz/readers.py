@@ -63,6 +63,7 @@ DATASET_FILES = [
 OVERRIDES = ".hydra/overrides.yaml"
 SWEEP_FILE = "multirun.yaml"
 RUN_FILES = [RESULTS, "status.json", ERROR, "names.json", ASSIGNMENTS, METRICS_FILE, OVERRIDES, SWEEP_FILE]
+PUBLISHED = read_published_figures()
 SMALL_TRAINING = [*SMALL_RUN, "trainer.max_epochs=1", "report.map_points=0", "hardware.threads=1"]
 
 
@@ -251,7 +252,7 @@ def read_run_files(data: bytes, place: Place) -> None:
         if content is not None and not (name == RESULTS and not parts.get(RESULTS, b"x")):
             file.write_bytes(content)
     with refused_in_one_line():
-        comparison = compare_runs(sweep, published=read_published_figures(), ignore=["seed"])
+        comparison = compare_runs(sweep, published=PUBLISHED, ignore=["seed"])
         for write in (
             to_text,
             to_markdown,
