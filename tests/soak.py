@@ -6,7 +6,8 @@ Commands run one after the other in processes that are killed now and then, and 
 process trains, predicts and clusters again and again. After each round the memory, files, threads and processes that
 are in use are written down, and what lies in `/dev/shm`, the temporary folder, the home folder and the working folder.
 The first third of the rounds warms up. A line is fitted to the others, and a quantity grows if the lower end of the
-95 % confidence interval of its slope is above what it may grow in a round. Linux only.
+95 % confidence interval of its slope is above what it may grow in a round. Linux only. As root it has a `/dev/shm` of
+its own, else what other programs lay down there meanwhile counts, too.
 """
 
 import argparse
@@ -51,6 +52,10 @@ def main() -> int:
     if arguments.program is not None:
         use_from_python(arguments.program)
         return 0
+    if MARK not in os.environ and os.geteuid() == 0 and shutil.which("unshare"):  # else /dev/shm is that of all
+        os.environ[MARK] = "alone"
+        alone = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {SHARED_MEMORY} && exec "$@"', "sh"]
+        os.execvp("unshare", [*alone, sys.executable, "-m", "tests.soak", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         return soak(Path(folder), seconds=60 * arguments.minutes)
 
@@ -127,10 +132,12 @@ def print_table(samples: dict[str, list[float]]) -> list[str]:
             print(f"{name:<32}{len(values):>7}  too few rounds for a slope")
             continue
         fit = stats.linregress(np.arange(len(kept)), kept)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(kept) - 2) * fit.stderr)
+        error = 0.0 if np.ptp(kept) == 0 else float(fit.stderr)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(kept) - 2)) * error
         limit = MAX_GROWTH.get(name, MAX_GROWTH_OF_NUMBERS)
         grows = fit.slope - half > limit
-        growing += [name] * grows
+        if grows:
+            growing.append(name)
         numbers = f"{len(values):>7}{kept[0]:>9.1f}{kept[-1]:>9.1f}{fit.slope:>10.4f}{half:>9.4f}{limit:>9.2f}"
         print(f"{name:<32}{numbers}{'  grows' if grows else ''}")
     return growing
