@@ -69,7 +69,7 @@ def read_rows(file: Path) -> dict[int, dict[str, Any]]:
     Raises:
         InputError: if the file is not as this logger wrote it.
     """
-    rows = {}
+    rows: dict[int, dict[str, Any]] = {}
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             for row in csv.DictReader(opened):
