@@ -21,7 +21,7 @@ FOLDER = Path("build/matrix")
 PYTHONS = ("3.11", "3.12", "3.13")
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 SHOWN = ("torch", "lightning", "numpy", "scipy", "scikit-learn", "pillow")
-HEAD = ["Python", "dependencies", "such as", "tests", "outcome", "commit"]
+HEAD = ["Python", "dependencies", "such as", "tests", "outcome", "day, commit"]
 
 
 def main() -> int:
