@@ -127,10 +127,10 @@ def test_groups_have_their_rates_and_schedules_count_steps_from_one():
 
 def test_what_no_batch_of_a_step_trains_keeps_no_gradient():
     method = make_method()
-    for untrained in ([[method.first], [method.first, method.second]], [[method.first], []], []):
-        method.first.grad, method.second.grad = torch.ones(()), torch.ones(())
+    first, second = method.first, method.second
+    for untrained, keeps in (([[first], [first, second]], False), ([[first], []], True), ([], True)):  # of each batch
+        first.grad, second.grad = torch.ones(()), torch.ones(())
         for parameters in untrained:
             method.leave_untrained(parameters)
         method.on_before_optimizer_step(None)
-        assert (method.first.grad is None) == (len(untrained) == 2 and untrained[1] != [])
-        assert method.second.grad is not None and method.untrained_parameters == []
+        assert (first.grad is not None) == keeps and second.grad is not None and method.untrained_parameters == []
