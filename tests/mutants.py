@@ -64,7 +64,7 @@ class Mutant:
 
     def is_argued_in(self, text: str) -> bool:
         """Return whether a text gives a reason for this mutant, or for all mutants of the line."""
-        return any(f"- {entry}: " in text for entry in (self, f"`{self.module}`: `{self.before}`"))
+        return any(f"- {entry}:" in text for entry in (self, f"`{self.module}`: `{self.before}`"))
 
 
 def find_mutants(module: str, source: str) -> list[Mutant]:

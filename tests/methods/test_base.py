@@ -33,12 +33,12 @@ class TwoTerms(ClusteringMethod):
     """Its weights are two numbers; the terms are those times the batch."""
 
     def __init__(self):
-        optimizer, schedule = (
-            partial(torch.optim.SGD, lr=0.5),
-            lambda step, steps_per_epoch: 10 * step + steps_per_epoch,
-        )
         super().__init__(
-            backbone=nn.Identity(), num_clusters=2, optimizer=optimizer, schedule=schedule, e_step_every_n_epochs=3
+            backbone=nn.Identity(),
+            num_clusters=2,
+            optimizer=partial(torch.optim.SGD, lr=0.5),
+            schedule=lambda step, steps_per_epoch: 10 * step + steps_per_epoch,
+            e_step_every_n_epochs=3,
         )
         self.first, self.second = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
         self.logged, self.e_steps = {}, []
