@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from deepclust.clustering import near_duplicates
-from deepclust.clustering.near_duplicates import find_near_duplicates, group_around_first, join_groups
+from deepclust.clustering.near_duplicates import (
+    find_close_pairs,
+    find_near_duplicates,
+    group_around_first,
+    join_groups,
+)
 
 
 def make_features(count: int, *, seed: int = 0) -> np.ndarray:
@@ -26,6 +31,14 @@ def test_planted_near_duplicates_are_found_and_nothing_else(
     groups = find_near_duplicates(features, seed=0)
     assert groups == [[0, 500, 550], *([row, 500 + row] for row in range(1, 50)), [580, 590]]
     assert find_near_duplicates(features, seed=0) == groups
+
+
+@pytest.mark.parametrize(("max_distance", "expected"), [(0.105, [[0, 1]]), (0.095, [])])
+def test_the_distance_of_a_pair_is_that_of_unit_rows(max_distance: float, expected: list[list[int]]) -> None:
+    angles = np.array([0, 0.1, 1.5])  # 2 sin(0.05), about 0.1, between the first two
+    features = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * [[1], [5], [2]]
+    pairs = find_close_pairs(features, np.arange(3), np.full(3, max_distance, np.float32), seed=0)
+    assert pairs.tolist() == expected
 
 
 def test_rows_that_are_all_the_same_are_one_group_and_few_have_no_surroundings() -> None:

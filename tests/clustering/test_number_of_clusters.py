@@ -80,7 +80,9 @@ def test_numbers_to_try_and_the_sample_of_rows():
 
 
 def test_communities_of_separate_parts_and_their_modularity():
-    found = find_communities(build_graph(sample_blobs(5, num_rows=100, spread=0.01)), seed=0)
+    graph = build_graph(sample_blobs(5, num_rows=100, spread=0.01))
+    assert min(degree for _, degree in graph.degree) >= 10  # the nearest others, and those whose nearest a row is
+    found = find_communities(graph, seed=0)
     # Five of nearly as many edges each, without one between them: 1 - 1/5.
     assert found[COARSE] == found[FINE] == (5, pytest.approx(0.8, abs=1e-3))
     numbers = [k for k, _ in find_communities(build_graph(torch.rand(200, 3)), seed=0).values()]

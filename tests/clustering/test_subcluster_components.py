@@ -136,3 +136,14 @@ def test_merges_of_flat_clusters_join_what_rounds_join():
     assert merges == [([0], [1], 2.0), ([0, 1], [2], 3.0), ([0, 1, 2], [3], 3.0)]
     summary = tree.summarize()
     assert summary["num_clusters"] == [6, 5, 3] and summary["thresholds"] == [None, 1.0, None]
+
+
+def test_the_summary_of_a_tree_has_its_first_hundred_merges():
+    leaves = np.arange(150)
+    tree = ClusterTree(
+        partitions=np.zeros((1, 150), dtype=np.int32),
+        thresholds=np.array([1.0]),
+        modularities=np.zeros(2),
+        assignments=leaves,
+    )
+    assert len(tree.list_merges()) == 149 and len(tree.summarize()["merges"]) == 100

@@ -11,8 +11,8 @@ from tests.processes import run_on_processes
 
 
 def _call_every_operation(rank):
-    """Return what each operation gives on process `rank` of three, which has as many rows as its number."""
-    rows, values = torch.full((rank, 2), float(rank)), torch.tensor([rank + 1.0, 10.0], requires_grad=True)
+    """Return what each operation gives on process `rank` of two, the first of which has no rows."""
+    rows, values = torch.full((2 * rank, 2), float(rank)), torch.tensor([rank + 1.0, 10.0], requires_grad=True)
     total = distributed.sum_with_gradient(values)
     ((rank + 1) * total).sum().backward()
     network = nn.BatchNorm1d(1)
@@ -23,28 +23,39 @@ def _call_every_operation(rank):
         "rank and number": [distributed.rank(), distributed.world_size()],
         "counts": distributed.all_row_counts(rows),
         "rows": distributed.all_gather(rows).tolist(),
+        "others": distributed.all_gather(torch.full((2 - rank,), rank)).tolist(),
         "sum": total.tolist(),
         "gradient": values.grad.tolist(),
         "mean": distributed.mean_over_processes(torch.tensor([rank, 6.0])).tolist(),
         "buffer": network.running_mean.item(),
-        "of the last": distributed.broadcast(torch.tensor([rank]), 2).item(),
+        "of the last": distributed.broadcast(torch.tensor([rank]), 1).item(),
         "of the first": distributed.broadcast(torch.tensor([rank]), 0).item(),
     }
 
 
 def test_every_operation_with_different_numbers_of_rows_and_none(tmp_path):
     expected = {
-        "counts": [0, 1, 2],
-        "rows": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]],
-        "sum": [6.0, 30.0],
-        "gradient": [6.0, 6.0],  # that of all processes: 1 + 2 + 3
-        "mean": [1.0, 6.0],
+        "counts": [0, 2],
+        "rows": [[1.0, 1.0], [1.0, 1.0]],
+        "others": [0, 0, 1],
+        "sum": [3.0, 20.0],
+        "gradient": [3.0, 3.0],  # that of both processes: 1 + 2
+        "mean": [0.5, 6.0],
         "buffer": 0.0,
-        "of the last": 2,
+        "of the last": 1,
         "of the first": 0,
     }
-    for rank, results in enumerate(run_on_processes(_call_every_operation, 3, tmp_path)):
-        assert results == {"rank and number": [rank, 3], **expected}
+    for rank, results in enumerate(run_on_processes(_call_every_operation, 2, tmp_path)):
+        assert results == {"rank and number": [rank, 2], **expected}
+
+
+def test_two_processes_wait_for_each_other(monkeypatch):
+    waits = []
+    monkeypatch.setattr(dist, "barrier", lambda: waits.append(1))
+    for number in (1, 2):
+        monkeypatch.setattr(distributed, "world_size", lambda number=number: number)
+        distributed.barrier()
+    assert waits == [1]
 
 
 def make_network():

@@ -7,6 +7,7 @@ import torch
 
 from deepclust.engine import distributed
 from deepclust.errors import InputError
+from deepclust.nn import conditional_diffusion
 from deepclust.nn.conditional_diffusion import ConditionalDiffusion, add_noise, ddim_step, linear_alphas_cumprod
 
 K = 3
@@ -56,6 +57,15 @@ def test_sampling_finds_the_image_of_a_network_that_knows_it(guidance, expected,
     pixels = diffusion.generate(torch.tensor([0, 1]), ("key",)).float()
     values = torch.tensor(expected)[:, None, None, None].expand(2, 1, 4, 4)
     torch.testing.assert_close(pixels / 127.5 - 1, values, rtol=0, atol=1 / 255)
+
+
+def test_sampling_keeps_predicted_images_within_the_range_of_pixels(monkeypatch):
+    limits = []
+    monkeypatch.setattr(
+        conditional_diffusion, "ddim_step", lambda x, noise, alphas, limit, **step: limits.append(limit) or (x, x)
+    )
+    make_diffusion().generate(torch.tensor([0]), ("key",))
+    assert limits == [1.0] * 10
 
 
 def test_images_depend_on_the_key_and_their_condition():

@@ -10,13 +10,13 @@ from deepclust.nn.lars import Lars, ScaledStepLars
 
 def test_lars_step_by_step():
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((4, 3), (5,), (2, 3, 2, 2))]
+    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64) / 16) for shape in ((4, 3), (5,), (2, 3, 2, 2))]
     values = [p.detach().clone() for p in parameters]
     buffers = [torch.zeros_like(v) for v in values]
     optimizer = Lars(parameters, lr=0.3, momentum=0.9, weight_decay=0.01, trust=0.02)
     for _ in range(4):
         for i, p in enumerate(parameters):
-            p.grad = torch.randn_like(p)
+            p.grad = torch.randn_like(p) / 16
             gradient = p.grad.clone()
             if p.dim() > 1:
                 gradient += 0.01 * values[i]
@@ -46,7 +46,9 @@ def test_lars_ignores_the_scale_of_a_gradient():
 
 def test_scaled_step_lars_step_by_step():
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((4, 3), (5,), (6,), (2, 3, 2, 2))]
+    parameters = [
+        nn.Parameter(torch.randn(shape, dtype=torch.float64) / 16) for shape in ((4, 3), (5,), (6,), (2, 3, 2, 2))
+    ]
     values = [p.detach().clone() for p in parameters]
     buffers = [torch.zeros_like(v) for v in values]
     groups = [{"params": [parameters[i] for i in (0, 1, 3)]}, {"params": [parameters[2]], "weight_decay": 0.0}]
@@ -56,7 +58,7 @@ def test_scaled_step_lars_step_by_step():
         for group in optimizer.param_groups:
             group["lr"] = lr
         for i, p in enumerate(parameters):
-            p.grad = torch.randn_like(p)
+            p.grad = torch.randn_like(p) / 16
             decay = 0.0 if i == 2 else 0.01
             rate = lr
             if decay:
