@@ -11,6 +11,7 @@ import torch
 from lightning import Callback
 
 from deepclust.engine.run_status import read_status
+from tests.processes import find_free_port
 from tests.runs.test_resume import (  # noqa: F401 (a fixture)
     assert_same_outcome,
     start_training,
@@ -124,10 +125,12 @@ raise SystemExit(main())
     assert (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_that_reaches_one_process_stops_all_at_the_same_step(tmp_path):
     """Under srun and torchrun every process is a command of its own."""
-    environment = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731", "WORLD_SIZE": "2"}
-    environment |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "TORCHELASTIC_RUN_ID": "x"}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "PYTHONFAULTHANDLER": "1"}
     overrides = ["hardware=ddp", "hardware.accelerator=cpu", *NO_PERIODIC_CHECKPOINT, *PAUSE]
     processes = [
         start_training(tmp_path, *overrides, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -136,8 +139,8 @@ def test_a_signal_that_reaches_one_process_stops_all_at_the_same_step(tmp_path):
     wait_for(tmp_path / "paused0", tmp_path / "paused1")
     processes[1].send_signal(signal.SIGUSR2)
     (tmp_path / "go").touch()
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [128 + signal.SIGUSR2] * 2
+    outputs, errors = zip(*[process.communicate(timeout=100) for process in processes], strict=True)
+    assert [process.returncode for process in processes] == [128 + signal.SIGUSR2] * 2, errors
     assert read_saved_step(tmp_path) == 10
     assert "SIGUSR2: saved" in outputs[0] and not outputs[1]
 
