@@ -8,7 +8,7 @@ Mutants are written into copies of the tree, so that the tree itself stays as it
 the mutant too. The tests of each mutant run in a fork of this process, which has imported the large libraries.
 
 No published tool does this here: mutmut leaves out functions with decorators, which most losses have; cosmic-ray starts
-Python anew for each mutant, takes no samples, and half of its mutants shift or mask the bits of floats.
+Python anew for each mutant, takes no samples, and half of its mutants put operators for integers between floats.
 """
 
 import argparse
