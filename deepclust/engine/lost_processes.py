@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from deepclust.engine.worker_processes import PR_SET_PDEATHSIG
@@ -62,6 +63,7 @@ def lost_processes_named(*, going_on: str) -> Iterator[None]:
         raise  # all are there: the error is one of communication itself
     finally:
         roll.stop_listening()
+        wait_for_gloo_threads()
 
 
 def name_processes(ranks: list[int]) -> str:
@@ -170,6 +172,29 @@ def get_store() -> Any:
     from torch import distributed as dist
 
     return dist.distributed_c10d._get_default_store()
+
+
+def wait_for_gloo_threads() -> None:
+    """Wait until gloo's threads have let go of the tensors that they sent, at most ROLL_CALL_SECONDS.
+
+    A thread may still hold one when everybody has what was sent. Where the interpreter ends before such a thread gets
+    the processor again, it aborts (pytorch/pytorch#179291): a run that has ended well would end with SIGABRT.
+    """
+    deadline, num_idle_looks = time.monotonic() + ROLL_CALL_SECONDS, 0
+    while num_idle_looks < 2 and time.monotonic() < deadline:  # a thread that waits for Python's lock is idle once
+        num_idle_looks = num_idle_looks + 1 if "R" not in list_gloo_thread_states() else 0
+        time.sleep(0.01)
+
+
+def list_gloo_thread_states() -> list[str]:
+    """Return the state of each thread of gloo that works on what is sent, as /proc names it; [] without /proc."""
+    states = []
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # the thread has ended
+            name, _, state = task.read_text().partition("(")[2].rpartition(") ")
+            if name == "pt_gloo_runloop":
+                states.append(state[0])
+    return states
 
 
 def stop_with_parent() -> None:
