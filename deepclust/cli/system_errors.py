@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,10 +39,7 @@ def explain_storage_error(error: OSError, run_folder: Path | None) -> Exception:
         except InputError as gone:
             return gone
         again += " in the same folder: training goes on from the last checkpoint"
-    # A full disk is that of the file being written, which a copy names second.
-    place = (error.errno in NO_SPACE and error.filename2) or error.filename or run_folder or Path.cwd()
-    if isinstance(place, bytes):
-        place = place.decode(errors="surrogateescape")
+    place = name_place(error) or run_folder or Path.cwd()
     if error.errno in NO_SPACE:
         expected, cure = "room for what is written", "free space"
     elif error.errno in NO_PERMISSION:
@@ -55,3 +53,11 @@ def explain_storage_error(error: OSError, run_folder: Path | None) -> Exception:
     else:
         expected, cure = "a file or folder that can be read and written there", "correct that, or name another place,"
     return InputError(f"{error.strerror}: {place}", expected=expected, do=f"{cure} and {again}")
+
+
+def name_place(error: OSError) -> str:
+    """Return the file of an error, or both of a copy, of which the system does not tell which it was; "" for none."""
+    names = [error.filename, error.filename2]
+    if error.errno in NO_SPACE and error.filename2:
+        names = [error.filename2]  # a full disk is that of the file being written
+    return " -> ".join(os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in names if name)

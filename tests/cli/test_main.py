@@ -346,6 +346,12 @@ def test_full_disk_while_copying_is_that_of_the_destination(toy_verb, capsys):
     assert "No space left on device: /there/to; expected" in capsys.readouterr().err
 
 
+def test_other_error_of_a_copy_names_both_files(toy_verb, capsys):
+    toy_verb.on_job = fail_at_seed(0, OSError(errno.EIO, os.strerror(errno.EIO), b"/tmp/from", None, "/there/to"))
+    assert toy_verb.run() == 2
+    assert f"error: {os.strerror(errno.EIO)}: /tmp/from -> /there/to; expected" in capsys.readouterr().err
+
+
 def test_log_file_that_cannot_be_written_is_named(toy_verb, capsys):
     (toy_verb.folder / "run" / "toy.log").mkdir(parents=True)
     assert toy_verb.run() == 2

@@ -170,6 +170,7 @@ def is_of_unfinished_features(file: Path) -> bool:
 def read_content(file: Path) -> Any:
     if file.suffix == ".ckpt":
         checkpoint = torch.load(file, weights_only=True)
+        checkpoint["config"]["earlier"].pop("train_seconds", None)
         # Lightning's counters in `loops` tell whether a run was resumed after its last epoch.
         return {key: value for key, value in checkpoint.items() if key != "loops" and not key.endswith("_seconds")}
     if file.name == "results.json":
