@@ -152,6 +152,7 @@ def test_predict_sorts_files_into_folders(tmp_path, train_small, monkeypatch, ca
     assert not (tmp_path / "out.csv.unreadable.txt").exists()
 
 
+@pytest.mark.slow
 def test_file_names_that_are_not_utf8_are_kept_byte_for_byte(tmp_path, train_small):
     photos = tmp_path / "photos"
     photos.mkdir()

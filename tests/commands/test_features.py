@@ -68,7 +68,7 @@ def test_k_means_on_kept_pixels_is_k_means_on_pixels(pixel_features, tmp_path, m
     assert (tmp_path / "report.html").stat().st_size > 0
 
 
-@pytest.mark.parametrize("method", ["cc", "scan"])
+@pytest.mark.parametrize("method", ["cc", pytest.param("scan", marks=pytest.mark.slow)])
 def test_head_methods_run_on_vectors(pixel_features, tmp_path, method):
     cfg = compose_train(f"method={method}", "dataset=features", f"dataset.path={pixel_features}", "hardware=cpu")
     stage = cfg

@@ -100,15 +100,11 @@ METHODS_AND_OVERRIDES = [  # different parts are replayed in each
 ]
 
 
-SLOW = [
-    case
-    for case in METHODS_AND_OVERRIDES
-    if case.split()[0] in ("decs", "digpro", "gcc", "generative_calibration", "scan", "self_evoc", "self_label")
-]
+QUICK = ("propos", "secu", "cc", "coke")
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in METHODS_AND_OVERRIDES]
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in METHODS_AND_OVERRIDES]
 )
 def test_replay_changes_no_bit_of_what_is_learned(case, tmp_path, monkeypatch):
     name, *overrides = case.split()

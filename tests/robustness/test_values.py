@@ -27,16 +27,12 @@ REQUIRED = {
     "webdataset": ["dataset.path=x", "dataset.num_clusters=2"],
     "huggingface": ["dataset.path=x", "dataset.num_clusters=2"],
 }
-GROUPS = ["backbone", "views", "dataset", "hardware", "callbacks", "logger"]
-# The class of DEC or of ProPos with other weights, large networks, and methods whose arguments are of the same types as
-# those of others.
-SLOW = (
-    *("idec", "decs", "generative_calibration", "byol", "statdec", "self_evoc", "temi", "tcc", "conv_autoencoder"),
-    *("scan_pretext", "precise_feature", "digpro"),
+# All but a few are slow tests: most methods take arguments of the same types.
+QUICK = ("cc", "kmeans", "propos", "callbacks", "hardware", "logger")
+METHODS, GROUPS = (
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    for names in (list_options("method"), ["backbone", "views", "dataset", "hardware", "callbacks", "logger"])
 )
-METHODS = [
-    pytest.param(method, marks=pytest.mark.slow) if method in SLOW else method for method in list_options("method")
-]
 
 
 @pytest.fixture(autouse=True)

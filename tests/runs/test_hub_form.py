@@ -391,6 +391,7 @@ def list_fetched(requests: list[str]) -> list[str]:
     return sorted(request for request in requests if request.startswith("GET") and "/resolve/" in request)
 
 
+@pytest.mark.slow
 def test_over_http_it_is_the_run(hub, run_folder, images, tmp_path, copied):
     variables, requests = hub
     predict.main(compose_verb("predict", f"run={run_folder}", images, f"output={tmp_path}/run.csv"))

@@ -84,6 +84,7 @@ def test_a_sweeper_that_searches_gets_the_objective_of_each_run(tmp_path, monkey
         assert [objective["name"] for objective in written] == ["select/silhouette", "select/unexplained_variance"]
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_with_other_values_has_folders_for_them(tmp_path, monkeypatch):
     short = ["method=kmeans", "hardware=cpu", "report.map_points=0"]
     name = "tests.runs.test_objective.SearchingSweeper"
