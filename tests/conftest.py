@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def compose_train(*overrides: str) -> DictConfig:
     for group in cfg.names:
         cfg.names[group] = cfg.names[group] or choices[group]
     return cfg
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are left out because they are slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make two of three cases of each test that is marked as `sampled` slow ones."""
+    num_cases: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            test = item.nodeid.partition("[")[0]
+            if num_cases[test] % 3:
+                item.add_marker("slow")
+            num_cases[test] += 1
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -30,7 +30,7 @@ from tests.cli.test_bad_input import run_refused
 from tests.conftest import compose_train, compose_verb
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+pytestmark = [pytest.mark.sampled, pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")]
 FORMATS = ("torchscript", "onnx", "safetensors")
 
 STRANGER = """

@@ -11,6 +11,8 @@ from deepclust.commands.train import run
 from deepclust.errors import InputError
 from tests.conftest import SMALL_RUN, compose_train
 
+pytestmark = pytest.mark.sampled
+
 WATCH = "+callbacks.watch._target_=tests.engine.test_epoch_length.WatchSteps"
 QUICK = ["pixel_baseline_max_values=0", "evaluation.kmeans_restarts=1", "callbacks.evaluation.every_n_epochs=9"]
 

@@ -23,6 +23,8 @@ from deepclust.runs.resolve_config import resolve_config
 from tests.conftest import compose_train
 from tests.methods.test_contract import METHODS, TrainerStub
 
+pytestmark = pytest.mark.sampled
+
 NEED_AN_EARLIER_RUN = {"scan", "self_label", "generative_calibration"}
 OPTIMIZER = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)  # both move weights whose gradient is 0
 N, M, P = 8, 40, 3

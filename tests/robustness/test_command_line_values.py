@@ -13,6 +13,8 @@ from deepclust.runs.earlier_stage import name_keys_of_earlier_stage
 from deepclust.runs.provenance import read_command_line
 from tests.conftest import compose_train
 
+pytestmark = pytest.mark.sampled
+
 SAMPLE = [
     ("drop_last=no", "drop_last is 'no'; expected true or false; set drop_last=false"),
     ("sync_batchnorm=off", "set sync_batchnorm=false"),

@@ -18,6 +18,8 @@ from deepclust.runs.checkpoint import load_checkpoint
 from tests.conftest import compose_train
 from tests.test_configurations import list_options
 
+pytestmark = pytest.mark.sampled
+
 DIGITS = np.rint(load_digits().images[:120] * (255 / 16)).astype(np.uint8)
 LABELS = load_digits().target[:120]
 # The same pictures as uint8 would hold, kept as other numbers.

@@ -36,6 +36,8 @@ from tests.comparison.run_folders import compare, write_run
 from tests.conftest import compose_train
 from tests.processes import PROGRAM
 
+pytestmark = pytest.mark.sampled
+
 SMALL = ["method=cc", "backbone=conv_small", "views=digits", "batch_size=64", "hardware=cpu", "trainer.max_epochs=1"]
 SMALL += ["report.map_points=0", "report.per_cluster=2", "~callbacks.evaluation"]
 DIGITS = np.rint(load_digits().images[:160] * (255 / 16)).astype(np.uint8)

@@ -24,6 +24,8 @@ from deepclust.runs.results import read_results
 from deepclust.runs.trusted_targets import open_run_config
 from tests.conftest import SMALL_RUN, compose_train
 
+pytestmark = pytest.mark.sampled
+
 VERBS = {
     "evaluate": [],
     "predict": ["images={folder}/images.npy", "output={folder}/out.csv"],

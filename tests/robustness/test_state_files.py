@@ -24,6 +24,8 @@ from deepclust.engine.small_files import read_json, read_yaml
 from deepclust.errors import InputError
 from deepclust.runs.sweep_jobs import read_sweep
 
+pytestmark = pytest.mark.sampled
+
 DEEP = "[" * 100_000 + "]" * 100_000
 TEXTS = {
     "empty": "",

@@ -26,6 +26,8 @@ from deepclust.runs.trusted_targets import (
 )
 from tests.conftest import SMALL_RUN, compose_train
 
+pytestmark = pytest.mark.sampled
+
 CONF = Path(__file__).parents[2] / "conf"
 VERBS = {
     "evaluate": [],
