@@ -1,9 +1,8 @@
 """A command whose writing fails once, at any call and with any error, ends with one line and goes on to the same end.
 
 `failing_writes.c` counts the calls that write below the working folder, and lets one of them fail. Each command runs
-once without a fault, then many times with one. DEEPCLUST_FAULTS=sample in the environment tries a sample; with
-DEEPCLUST_FAULTS=all every call fails, the first and the last time that it is made, with every error. Without it nothing
-is tried, because not every command passes yet.
+once without a fault, then many times with one. By default that is a sample; with DEEPCLUST_FAULTS=all in the
+environment every call fails, the first and the last time that it is made, with every error.
 """
 
 import csv
@@ -29,10 +28,7 @@ from sklearn.datasets import load_digits
 
 from tests.robustness.forked_commands import ForkServer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("DEEPCLUST_FAULTS" not in os.environ, reason="DEEPCLUST_FAULTS=sample or all asks for it"),
-]
+pytestmark = pytest.mark.slow
 
 WIDTH = 512  # bytes of a line in the log of failing_writes.c
 ERRORS = {name: str(getattr(errno, name)) for name in ("ENOSPC", "EIO", "EDQUOT", "EINTR")} | {"short": "short"}
