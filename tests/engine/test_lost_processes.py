@@ -247,6 +247,14 @@ def test_a_process_that_fails_tells_the_others_its_exit_code(tmp_path):
     assert ends == [("ProcessLost", 1), ("ZeroDivisionError", None)]
 
 
+def check_that_both_ranks_end_well(program: str) -> None:
+    """Run a program, whose arguments are its rank and a port, as two processes."""
+    command, port = [sys.executable, "-W", "ignore", "-c", program], str(find_free_port())
+    ranks = [subprocess.Popen([*command, rank, port], stderr=subprocess.PIPE, text=True) for rank in "01"]
+    errors = "".join(rank.communicate(timeout=END_SECONDS)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
 ENDS_WHILE_IT_LISTENS = """
 import sys
 import time
@@ -267,12 +275,8 @@ with lost_processes.lost_processes_named(going_on="start it again"):
 @pytest.mark.slow
 def test_no_process_aborts_because_it_still_listens_at_its_end():
     """The interpreter aborts, with code 134, when it ends while a thread waits for the store."""
-    command = [sys.executable, "-W", "ignore", "-c", ENDS_WHILE_IT_LISTENS]
     for _ in range(3):
-        port = str(find_free_port())
-        ranks = [subprocess.Popen([*command, rank, port], stderr=subprocess.PIPE, text=True) for rank in "01"]
-        errors = "".join(rank.communicate(timeout=END_SECONDS)[1] for rank in ranks)
-        assert [rank.returncode for rank in ranks] == [0, 0], errors
+        check_that_both_ranks_end_well(ENDS_WHILE_IT_LISTENS)
 
 
 ENDS_WHILE_GLOO_HOLDS_A_TENSOR = """
@@ -311,12 +315,8 @@ with lost_processes_named(going_on="start it again"):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are found and slowed down by Linux's means")
 def test_no_process_aborts_because_gloo_still_holds_a_tensor_at_its_end():
     """Without the wait, about half of the ends of rank 1 are SIGABRT here; on a busy machine it was one of hundreds."""
-    command = [sys.executable, "-W", "ignore", "-c", ENDS_WHILE_GLOO_HOLDS_A_TENSOR]
     for _ in range(4):
-        port = str(find_free_port())
-        ranks = [subprocess.Popen([*command, rank, port], stderr=subprocess.PIPE, text=True) for rank in "01"]
-        errors = "".join(rank.communicate(timeout=END_SECONDS)[1] for rank in ranks)
-        assert [rank.returncode for rank in ranks] == [0, 0], errors
+        check_that_both_ranks_end_well(ENDS_WHILE_GLOO_HOLDS_A_TENSOR)
 
 
 def test_the_error_of_a_lost_process_survives_the_way_between_processes():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 PROGRAM = "from tests.robustness.forked_commands import serve; raise SystemExit(serve())"
 PRELOADED = ("commands.train", "commands.cluster", "commands.predict", "cli.jobs")
-SECONDS_OF_A_COMMAND = 900
+SECONDS_OF_A_COMMAND = 300
 
 
 class ForkServer:

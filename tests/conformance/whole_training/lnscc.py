@@ -19,8 +19,8 @@ from tests.conformance.whole_training.given import (
     set_weights,
 )
 
-# Those of min_dist 0.1 and spread 1, given to both: where SciPy's fit of them ends depends on the processor, by 1e-10.
-SIMILARITY = {"a": 1.5769434604, "b": 0.8950608781}
+# a and b of min_dist 0.1 and spread 1, given to both: where SciPy's fit ends depends on the processor, by 1e-10.
+SIMILARITY = 1.5769434604, 0.8950608781
 CASES = {
     "cifar10": {
         **{"M": 60, "K": 4, "size": 4, "B": 20, "drop_last": True, "view_noise": 0.0, "epochs": 4},
@@ -40,7 +40,7 @@ CASES = {
 
 def train_ours(case: dict) -> dict:
     method, cfg = build_method(case)
-    method.a, method.b = SIMILARITY.values()
+    method.a, method.b = SIMILARITY
     set_weights(method)
     return fit(method, cfg, case, num_views=1) | read_weights(method, skip=("shares",))
 
@@ -81,7 +81,7 @@ def train_authors(case: dict, code: Path) -> dict:
             draws.append(GivenDraws((0, epoch, number), 0, len(indices)))
             heads.append(indices)
             tails.append(partners.draw(indices, draws[-1].make_generator("companions")))
-    umap = types.SimpleNamespace(find_ab_params=lambda spread, min_dist: tuple(SIMILARITY.values()))
+    umap = types.SimpleNamespace(find_ab_params=lambda spread, min_dist: SIMILARITY)
     given = {"umap": types.SimpleNamespace(umap_=umap), "umap.umap_": umap}
     given["tqdm"] = types.SimpleNamespace(tqdm=lambda steps, **options: steps)
     with authors_code(code, absent=("matplotlib", "matplotlib.pyplot"), given=given):
