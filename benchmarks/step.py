@@ -90,9 +90,11 @@ def measure_method(name: str, overrides: list[str], *, batches: int, rounds: int
 
     profiled = TrainingSetup(cfg)
     profiler = StepPartsProfiler(profiled.method)
-    trainer = profiled.make_trainer(folder, profiler=profiler, max_epochs=UNTIMED_EPOCHS + 1)
+    timer = InterleavedEpochs({}, batches)
+    trainer = profiled.make_trainer(folder, timer, profiler=profiler, max_epochs=UNTIMED_EPOCHS + 1)
     trainer.fit(profiled.method, profiled.datamodule)
     figures["parts"] = profiler.seconds_of_parts(batches)
+    figures["seconds_per_step_of_parts"] = timer.median_seconds_per_step()["framework"]
 
     bare = other_loops["bare"]
     indices = bare.datamodule.draw_epoch_batches(0, bare.method.sampling_weights())[0]

@@ -34,7 +34,9 @@ def test_propos_by_hand_learns_what_propos_learns(tmp_path, step_order):
     figures = run_benchmark(tmp_path, "step.py", *arguments, *overrides)["methods"]["propos"]
     assert figures["by_hand_weights_differ_by"] < 1e-9
     assert {len(seconds) for seconds in figures["rounds"].values()} == {2} and len(figures["rounds"]) == 3
-    assert sum(figures["parts"].values()) == pytest.approx(figures["seconds_per_step"]["framework"], rel=1)
+    # Both come from the same steps, so a busy machine stretches both.
+    assert sum(figures["parts"].values()) == pytest.approx(figures["seconds_per_step_of_parts"], rel=0.1)
+    assert figures["seconds_per_step"]["framework"] > 0
     assert figures["flops_per_step"] > 0
 
 
