@@ -22,6 +22,7 @@ from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error
 
 ROLL_CALL_SECONDS = 10.0  # a process that computes on a busy machine must be able to answer
 SECONDS_BETWEEN_LOOKS = 0.5  # of a process that listens
+GLOO_OTHER_TIMED_OUT = "Application timeout caused pair closure"
 
 _runs = itertools.count()  # a later run of this process asks under other names
 
@@ -56,7 +57,7 @@ def lost_processes_named(*, going_on: str) -> Iterator[None]:
             lost.is_printed = True
             raise lost from error
         if silent:
-            end = "does not answer" if "timed out" in str(error).lower() else "was killed or hangs"
+            end = "does not answer" if is_of_time_out(error) else "was killed or hangs"
             raise ProcessLost(
                 f"{name_processes(silent)} {end}", do=f"to go on: {going_on}", exit_code=PROCESS_LOST
             ) from error
@@ -72,10 +73,19 @@ def name_processes(ranks: list[int]) -> str:
 
 
 def is_of_communication(error: Exception) -> bool:
-    """Return whether an error says that processes cannot reach each other; gloo has no class of its own for that."""
+    """Return whether an error says that processes cannot reach each other; gloo has no class of its own for that.
+
+    Gloo's messages name its file, but for the one of an operation that ends because another has timed out.
+    """
     from torch import distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    is_of_gloo = "/gloo/" in str(error) or GLOO_OTHER_TIMED_OUT in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_of_gloo)
+
+
+def is_of_time_out(error: Exception) -> bool:
+    """Return whether an error of communication says that another process did not answer in time."""
+    return "timed out" in str(error).lower() or GLOO_OTHER_TIMED_OUT in str(error)
 
 
 class RollCall:

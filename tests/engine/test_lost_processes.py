@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ import torch
 from lightning import Callback
 from torch import distributed as dist
 
-from deepclust.engine.lost_processes import lost_processes_named, name_processes
+from deepclust.engine.lost_processes import (
+    is_of_communication,
+    is_of_time_out,
+    lost_processes_named,
+    name_processes,
+)
 from deepclust.errors import InputError, ProcessLost
 from deepclust.exit_codes import PROCESS_LOST, exit_code_of_error
 from tests.processes import PROGRAM, find_free_port, run_on_processes
@@ -245,6 +251,31 @@ def reduce_until_something_ends(rank: int) -> tuple[str, int | None]:
 def test_a_process_that_fails_tells_the_others_its_exit_code(tmp_path):
     ends = run_on_processes(reduce_until_something_ends, 2, tmp_path)
     assert ends == [("ProcessLost", 1), ("ZeroDivisionError", None)]
+
+
+def reduce_twice_at_once(rank: int) -> list[tuple[bool, bool]]:
+    """Start two sums on rank 0 while rank 1 hangs; return whether each error is one of communication, of a time-out."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    if rank == 1:
+        time.sleep(8)
+        return []
+    works = []
+    for _ in range(2):
+        works.append(dist.all_reduce(torch.zeros(1), group=group, async_op=True))
+        time.sleep(1)  # the first of them times out, and closes the connection of the second
+    errors = []
+    for work in works:
+        try:
+            work.wait()
+        except Exception as error:
+            errors.append((is_of_communication(error), is_of_time_out(error)))
+    return errors
+
+
+@pytest.mark.slow
+def test_an_operation_that_ends_with_another_that_timed_out_is_one_of_communication(tmp_path):
+    """The losses are gathered while the gradients of the step before are still under way."""
+    assert run_on_processes(reduce_twice_at_once, 2, tmp_path)[0] == [(True, True), (True, True)]
 
 
 def check_that_both_ranks_end_well(program: str) -> None:
