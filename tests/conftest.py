@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,19 @@ def compose_train(*overrides: str) -> DictConfig:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are left out because they are slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make two of three cases of each test that is marked as `sampled` slow ones."""
-    num_cases: Counter[str] = Counter()
+    """Make two of three cases of each test that is marked as `sampled` slow ones.
+
+    The cases that stay quick are a diagonal: where cases repeat in threes, each kind is tried. It begins elsewhere for
+    each test, so that the tests of a module try other methods.
+    """
+    cases_of_tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled") is not None:
-            test = item.nodeid.partition("[")[0]
-            number = num_cases[test]
-            num_cases[test] += 1
-            if (number + number // 3) % 3:  # a diagonal: where cases repeat in threes, each kind is tried
-                item.add_marker("slow")
+            cases_of_tests[item.nodeid.partition("[")[0]].append(item)
+    for start, cases in enumerate(cases_of_tests.values()):
+        for number, case in enumerate(cases):
+            if (number + number // 3 + (start if len(cases) >= 3 else 0)) % 3:
+                case.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

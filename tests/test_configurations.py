@@ -28,6 +28,7 @@ def test_options_of_a_group_compose(group):
         resolve_to_dict(compose_train(f"{group}={option}", *required))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", list_options("experiment"))
 def test_experiment_composes_and_builds(name):
     cfg = compose_train(f"experiment={name}", "dataset.num_images=64")
@@ -53,6 +54,7 @@ def build_with_stages(cfg):
     return build(cfg.method)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", list_options("recipe"))
 def test_recipe_builds_with_its_method_and_data_set(name):
     method = max((m for m in list_options("method") if name.startswith(f"{m}_")), key=len)

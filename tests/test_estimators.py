@@ -76,6 +76,7 @@ def expected_failed_checks(estimator: DeepClustering) -> dict[str, str]:
     }
 
 
+@pytest.mark.sampled
 @parametrize_with_checks([make_estimator("kmeans")], expected_failed_checks=expected_failed_checks)
 def test_kmeans_passes_the_checks_of_scikit_learn(estimator, check):
     check(estimator)

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path):
     env = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -38,6 +38,7 @@ def overrides_of(name):
     return ["method.threshold=0.05"] if name == "self_label" else []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in ("32-true", "16-mixed")])
 def test_every_method_takes_a_step_in_every_precision(precision, name, earlier_stages, tmp_path):

@@ -25,9 +25,12 @@ from tests.processes import TWO_PROCESSES, lock_shared_folder, run_deepclust
 METHODS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf/method").glob("*.yaml"))
 # DEC with another weight, its relatives, and large networks
 SLOW = ("idec", "decs", "self_evoc", "statdec", "generative_calibration")
-pytestmark = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS]
-)
+pytestmark = [
+    pytest.mark.sampled,
+    pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS]
+    ),
+]
 
 SMALL_RUN = [
     "report.map_points=60",
