@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make two of three cases of each test that is marked as `sampled` slow ones.
 
     The cases that stay quick are a diagonal: where cases repeat in threes, each kind is tried. It begins elsewhere for
-    each test, so that the tests of a module try other methods.
+    each test, so that the tests of a module try other methods. Of one or two cases the first stays quick.
     """
     cases_of_tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
